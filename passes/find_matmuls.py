@@ -1,0 +1,139 @@
+"""Finds the weights that matmuls read, whatever the Python spelling was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from slcompile.ops import WEIGHT_OPS
+from slcompile.passes.graph import op_name
+
+# Which operands of a matmul are matrices: positions and keyword names. Names are those of op_name, so that one
+# table serves ATen graphs and the graphs of Dynamo, torch.export and symbolic_trace.
+MATMULS: dict[str, tuple[int | str, ...]] = {
+    "mm": (0, 1, "input", "self", "mat2"),
+    "bmm": (0, 1, "input", "self", "mat2"),
+    "matmul": (0, 1, "input", "self", "other", "tensor1", "tensor2"),
+    "linear": (0, 1, "input", "weight"),
+    "addmm": (1, 2, "mat1", "mat2"),
+    "baddbmm": (1, 2, "batch1", "batch2"),
+    "mv": (0, "input", "self"),
+    "addmv": (1, "mat"),
+    "einsum": (1, 2, "operands"),
+}
+# What shows the same weight in another shape, layout or dtype. Slices too: a packed q/k/v is one weight whose parts
+# go to several matmuls. Names as above, with dtype methods of Tensor.
+VIEWS = frozenset(
+    "alias as_strided bfloat16 broadcast_to chunk clone contiguous detach double expand flatten float getitem half "
+    "movedim mT narrow permute reshape select slice split split_with_sizes squeeze swapaxes swapdims t T _to_copy to "
+    "transpose type_as unbind unflatten unsafe_chunk unsafe_split _unsafe_view unsqueeze view".split()
+)
+_SWAPS = frozenset("mT permute swapaxes swapdims t T transpose".split())
+
+
+@dataclass
+class WeightUse:
+    """How a graph uses one weight.
+
+    Attributes:
+        matmuls: Nodes that multiply with it, directly or through views and casts.
+        others: Names of the ops that read it otherwise; if there are any, the weight must stay dense.
+        input_dim: Dimension of the stored weight that the first matmul contracts.
+        composed: Whether it is itself an operand of a weight op: a factor, not a dense weight.
+    """
+
+    matmuls: list[fx.Node] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    input_dim: int = 1
+    composed: bool = False
+
+    def add(self, other: WeightUse) -> None:
+        """Adds what another graph does with the same weight."""
+        if not self.matmuls:
+            self.input_dim = other.input_dim
+        self.matmuls += other.matmuls
+        self.others += other.others
+        self.composed |= other.composed
+
+
+def find_matmuls(weights: Iterable[fx.Node]) -> WeightUse:
+    """Follows a weight through views, transposes, expands, slices and dtype casts to everything that reads it.
+
+    Args:
+        weights: The nodes (placeholders, get_attrs) of one graph that stand for the same stored weight.
+    """
+    use = WeightUse()
+    for weight in weights:
+        _follow(weight, weight, False, use, set())
+    return use
+
+
+def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen: set[fx.Node]) -> None:
+    for user in node.users:
+        if user in seen:
+            continue
+        seen.add(user)
+        name = op_name(user)
+        if user.target in WEIGHT_OPS:
+            use.composed = True
+        elif name in MATMULS and _is_matrix_operand(user, node, MATMULS[name]):
+            if not use.matmuls:
+                use.input_dim = _contracted_dim(weight, user, node, swapped)
+            use.matmuls.append(user)
+        elif _is_view(user, node, name):
+            _follow(weight, user, swapped ^ (name in _SWAPS or _attribute(user) in _SWAPS), use, seen)
+        else:
+            use.others.append(name)
+
+
+def _attribute(user: fx.Node) -> str | None:
+    """``T`` for the node of ``weight.T``."""
+    is_getattr = user.op == "call_function" and user.target is getattr
+    return str(user.args[1]) if is_getattr else None
+
+
+def _is_view(user: fx.Node, node: fx.Node, name: str) -> bool:
+    if user.op not in ("call_function", "call_method") or user.args[:1] != (node,):
+        return False
+    if _attribute(user) is not None:
+        return _attribute(user) in _SWAPS
+    # In-place and out= variants are not among the names, and any other tensor it reads must be for its dtype alone.
+    return name in VIEWS and (user.all_input_nodes == [node] or name == "type_as")
+
+
+def _is_matrix_operand(user: fx.Node, node: fx.Node, slots: tuple[int | str, ...]) -> bool:
+    operands: list[object] = []
+    for slot in slots:
+        found = user.kwargs.get(slot) if isinstance(slot, str) else user.args[slot] if slot < len(user.args) else None
+        operands += found if isinstance(found, (list, tuple)) else [found]
+    every_read = [*user.args, *user.kwargs.values()]
+    reads = sum(arg is node or (isinstance(arg, (list, tuple)) and node in arg) for arg in every_read)
+    return reads > 0 and sum(each is node for each in operands) >= reads
+
+
+def _contracted_dim(weight: fx.Node, user: fx.Node, node: fx.Node, swapped: bool) -> int:
+    """Which dimension of the stored weight the matmul sums over.
+
+    With shapes at hand (ATen) the stride of the contracted dimension tells; else transposes are counted.
+    """
+    name = op_name(user)
+    if name == "linear":
+        return 1 ^ swapped
+    first = name in ("mv", "addmv") or user.args[1 if name in ("addmm", "baddbmm") else 0] is node
+    dim = -1 if first else -2
+    stored, used = weight.meta.get("val"), node.meta.get("val")
+    if isinstance(used, Tensor) and isinstance(stored, Tensor) and stored.dim() == 2 and used.dim() >= 2:
+        row_stride, column_stride = stored.stride()
+        if used.stride(dim) in (row_stride, column_stride) and row_stride != column_stride:
+            return 1 if used.stride(dim) == column_stride else 0
+    if name == "einsum":
+        return 1
+    return (1 if first else 0) ^ swapped
+
+
+def is_weight(value: object) -> bool:
+    """Whether a value is a parameter that a matmul could read: the report lists these and no biases or norms."""
+    return isinstance(value, torch.nn.Parameter) and value.dim() >= 2

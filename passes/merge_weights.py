@@ -1,0 +1,46 @@
+"""The inverse of parameterize_weights on graphs that read their weights as attributes."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx, nn
+
+from slcompile.ops import WEIGHT_OPS
+from slcompile.passes.graph import Decision, PassReport
+
+
+def merge_weights(gm: fx.GraphModule) -> PassReport:
+    """Replaces each weight op over ``path.weight_sl.*`` by a get_attr of ``path.weight``, where that is dense again.
+
+    A weight op whose weight is still factorized, or whose operands are placeholders, is left.
+    """
+    report = PassReport("merge_weights")
+    for node in list(gm.graph.nodes):
+        if node.target not in WEIGHT_OPS:
+            continue
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        first = operands[0]
+        path = str(first.target).rpartition(".")[0].removesuffix("_sl") if first.op == "get_attr" else ""
+        if not path or not isinstance(_attribute(gm, path), nn.Parameter):
+            report.skipped.append(Decision(node.name, "still_factorized", "its factors are what the graph reads"))
+            continue
+        with gm.graph.inserting_before(node):
+            dense = gm.graph.get_attr(path)
+        dense.meta = dict(node.meta)
+        node.replace_all_uses_with(dense, propagate_meta=False)
+        gm.graph.erase_node(node)
+        for operand in operands:
+            if not operand.users:
+                gm.graph.erase_node(operand)
+        report.rewritten.append(Decision(path))
+    if report.rewritten:
+        gm.recompile()
+    return report
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> object:
+    try:
+        return operator.attrgetter(path)(gm)
+    except AttributeError:
+        return None

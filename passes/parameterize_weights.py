@@ -1,0 +1,64 @@
+"""Replaces dense weights in a graph by weight ops over their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, fx
+
+from slcompile.ops import WEIGHT_OPS
+from slcompile.passes.graph import Decision, PassReport
+
+
+class WeightModule(Protocol):
+    """What the passes need of a weight structure: its op, the tensors the op takes, and its other arguments."""
+
+    op: Any
+
+    def operands(self) -> dict[str, Tensor]: ...
+
+    def op_args(self) -> tuple[Any, ...]: ...
+
+
+def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, WeightModule]]) -> PassReport:
+    """Replaces each weight node by ``op(*operands)``, and every read of it follows.
+
+    Legal for any graph, because the op's result has the weight's shape and dtype. A placeholder becomes one
+    placeholder for each operand, at its place, so that the caller can pass the operands instead; ``meta`` of the new
+    ones holds the operands (fake or meta tensors) as ``val``. A get_attr of ``path.weight`` becomes get_attrs of
+    ``path.weight_sl.<operand>``: there the weight module must stand. Other nodes are left alone.
+
+    Args:
+        gm: Changed in place and recompiled.
+        weights: Name of the weight's node -> (fully qualified name, its weight module).
+    """
+    report = PassReport("parameterize_weights")
+    for node in list(gm.graph.nodes):
+        if node.name not in weights:
+            continue
+        name, module = weights[node.name]
+        assert module.op in WEIGHT_OPS, module.op
+        operands = []
+        for suffix, tensor in module.operands().items():
+            with gm.graph.inserting_before(node):
+                if node.op == "placeholder":
+                    operand = gm.graph.placeholder(f"{node.name}_sl_{suffix}")
+                else:
+                    operand = gm.graph.get_attr(f"{node.target}_sl.{suffix}")
+            operand.meta["val"] = tensor
+            operands.append(operand)
+        last_input = node
+        while node.op == "placeholder" and last_input.next.op == "placeholder":
+            last_input = last_input.next
+        with gm.graph.inserting_after(last_input):
+            composed = gm.graph.call_function(module.op, (*operands, *module.op_args()))
+        node.replace_all_uses_with(composed, propagate_meta=False)
+        composed.meta = {key: value for key, value in node.meta.items() if key in ("val", "example_value")}
+        gm.graph.erase_node(node)
+        report.rewritten.append(
+            Decision(name, shape=tuple(composed.meta["val"].shape) if "val" in composed.meta else ())
+        )
+    if report.rewritten:
+        gm.recompile()
+    return report

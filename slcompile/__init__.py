@@ -1,0 +1,22 @@
+"""Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
+
+from slcompile.config import SLConfig
+from slcompile.factorize import factorize_, factors, last_report, merge_, merged_state_dict, rewrite
+from slcompile.passes import Decision, PassReport
+from slcompile.weight import Factors, SLWeight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Decision",
+    "Factors",
+    "PassReport",
+    "SLConfig",
+    "SLWeight",
+    "factorize_",
+    "factors",
+    "last_report",
+    "merge_",
+    "merged_state_dict",
+    "rewrite",
+]

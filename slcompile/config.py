@@ -1,0 +1,146 @@
+"""What to factorize and how: the options of ``backend="sltrain"``, checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+SUPPORTS = ("stratified", "uniform")
+INITS = ("auto", "kaiming", "spectral")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLConfig:
+    """Options of a sparse-plus-low-rank conversion, ``W = (alpha / rank) * B @ A + S``.
+
+    Args:
+        rank: Columns of ``B`` and rows of ``A``: an int, or a fraction of ``min(rows, columns)`` in (0, 1).
+        density: Share of the entries of ``W`` that ``S`` holds, in (0, 1].
+        alpha: Numerator of the scale ``alpha / rank``. The paper uses 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
+        support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
+            groups of a row and stores no index; ``"uniform"`` is the paper's random subset, stored as int32.
+        init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
+            the weight that is there, ``"auto"`` spectral if any weight looks trained, else kaiming.
+        seed: None draws each weight's seed from torch's default generator; an int is hashed with its name.
+        include: fnmatch patterns on fully qualified names; a weight must match one of them ...
+        exclude: ... and none of these.
+        min_dim: Weights with fewer rows or columns than this stay dense (classifier heads, gates).
+
+    Raises:
+        ValueError: A field has a value that is not allowed; the message names it.
+    """
+
+    rank: int | float = 0.25
+    density: float = 0.03
+    alpha: float = 16.0
+    support: str = "stratified"
+    init: str = "auto"
+    seed: int | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ("*lm_head*", "*embed*")
+    min_dim: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if _is_int(self.rank):
+            _require(self.rank >= 1, "rank", self.rank, "an int >= 1, or a fraction of min(rows, columns) in (0, 1)")
+        else:
+            _require(
+                _is_number(self.rank) and 0 < self.rank < 1,
+                "rank",
+                self.rank,
+                "an int >= 1, or a fraction of min(rows, columns) in (0, 1)",
+            )
+        _require(_is_number(self.density) and 0 < self.density <= 1, "density", self.density, "a number in (0, 1]")
+        _require(_is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a finite number > 0")
+        _require_choice("support", self.support, SUPPORTS)
+        _require_choice("init", self.init, INITS)
+        _require(
+            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
+            "seed",
+            self.seed,
+            "None or an int in [0, 2**63)",
+        )
+        _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> tuple[SLConfig, dict[str, Any]]:
+        """Splits the ``options`` of torch.compile into a config and Inductor's own settings (``"inductor"``).
+
+        Raises:
+            ValueError: An unknown key (the nearest known one is suggested) or a bad value.
+        """
+        options = dict(options or {})
+        inductor = options.pop("inductor", {})
+        if not isinstance(inductor, Mapping):
+            raise ValueError(f"option 'inductor' must be a dict of Inductor settings, got {inductor!r}")
+        known = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise ValueError(f"unknown option {key!r}{did_you_mean(key, [*known, 'inductor'])}")
+        return cls(**options), dict(inductor)
+
+    def rank_for(self, rows: int, columns: int) -> int:
+        """The rank of a weight of this shape."""
+        if isinstance(self.rank, int):
+            return self.rank
+        return max(1, round(self.rank * min(rows, columns)))
+
+    def includes(self, name: str) -> bool:
+        """Whether the patterns admit the weight of this fully qualified name."""
+        return _matches(name, self.include) and not _matches(name, self.exclude)
+
+    def require_patterns_match(self, names: Iterable[str]) -> None:
+        """Raises ValueError where a pattern that the user gave matches none of ``names``."""
+        names = list(names)
+        for field in fields(self):
+            if field.name not in ("include", "exclude"):
+                continue
+            for pattern in getattr(self, field.name):
+                if pattern not in field.default and not _matches(pattern=(pattern,), name=names):
+                    hint = did_you_mean(pattern.strip("*"), names)
+                    raise ValueError(f"{field.name} pattern {pattern!r} matches no parameter of the model{hint}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suffix for an error message: the nearest of ``known``, and all of them where they are few."""
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    allowed = f"; allowed: {', '.join(known)}" if len(known) <= 16 else ""
+    return (f", did you mean {near[0]!r}?" if near else "") + allowed
+
+
+def _matches(name: str | list[str], pattern: tuple[str, ...]) -> bool:
+    names = [name] if isinstance(name, str) else name
+    return any(fnmatchcase(candidate, each) for candidate in names for each in pattern)
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name} must be a sequence of non-empty fnmatch patterns, got {value!r}")
+    return tuple(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")

@@ -1,0 +1,65 @@
+"""What a converted weight starts from: is there something learned to keep, and its best approximation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from slcompile.support import flat_positions
+
+TRAINED_RATIO = 1.5
+"""A weight looks trained if its largest singular value is above this many Marchenko-Pastur edges."""
+
+
+@torch.no_grad()
+def looks_trained(weight: Tensor, iterations: int = 8) -> bool:
+    """Whether a weight's spectrum is not that of independent random entries.
+
+    Independent entries of variance v give a largest singular value near ``sqrt(v) * (sqrt(rows) + sqrt(columns))``,
+    the edge of the Marchenko-Pastur law; learning adds directions far above it. The mean is removed first, and a
+    few power iterations give a lower bound. A constant weight has learned nothing.
+
+    Args:
+        weight: [rows, columns]; computed in float32 on its device.
+        iterations: Power iterations, each two matrix-vector products.
+    """
+    rows, columns = weight.shape
+    weight = weight.float()
+    mean, variance = weight.mean(), weight.var(correction=0)
+    if float(variance) == 0.0:
+        return False
+    generator = torch.Generator().manual_seed(0)  # the user's generator is left where it was
+    right = torch.randn(columns, generator=generator).to(weight.device)
+    for _ in range(iterations):
+        left = weight @ right - mean * right.sum()
+        right = weight.t() @ left - mean * left.sum()
+        right = right / right.norm()
+    top = (weight @ right - mean * right.sum()).norm()
+    edge = variance.sqrt() * (math.sqrt(rows) + math.sqrt(columns))
+    return bool(top > TRAINED_RATIO * edge)
+
+
+@torch.no_grad()
+def spectral_factors(
+    weight: Tensor, rank: int, scale: float, values: Tensor, support: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The truncated SVD ``U sqrt(s) . sqrt(s) V^T / scale``, and the residual at the support.
+
+    Args:
+        weight: [rows, columns].
+        rank, scale: Of the low-rank part.
+        values, support: Operands of ``compose``; of ``values`` only the shape is used.
+
+    Returns:
+        B [rows, rank], A [rank, columns] and values, float32.
+    """
+    weight = weight.float()
+    oversampled = min(rank + 8, *weight.shape)
+    U, s, V = torch.svd_lowrank(weight, q=oversampled, niter=4)
+    root = (s[:rank] / scale).sqrt()
+    B, A = U[:, :rank] * root, (V[:, :rank] * root).t()
+    positions = flat_positions(values, support, weight.shape[1])
+    residual = torch.addmm(weight, B, A, alpha=-scale)
+    return B, A, residual.view(-1).index_select(0, positions).view(values.shape)

@@ -1,0 +1,12 @@
+"""The ops, torch only. One file an op: formula and shapes, reference, schema, fake, autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from slcompile.ops.compose import compose, compose_backward, compose_reference
+
+WEIGHT_OPS = (torch.ops.slcompile.compose.default,)
+"""Ops that make a dense weight from trained parameters. Passes treat them alike and know nothing else of them."""
+
+__all__ = ["WEIGHT_OPS", "compose", "compose_backward", "compose_reference"]

@@ -1,0 +1,102 @@
+"""compose: W_NK = scale * B_NR @ A_RK + S_NK, with S holding ``values`` at the support (SLTrain, eq. 2).
+
+Backward, with G_NK = dL/dW:  dB = scale * G @ A^T,  dA = scale * B^T @ G,  dvalues = G at the support.
+
+N rows, K columns, R rank, P non-zeros. ``values`` and ``support`` are [N, groups] and the seed (one element) for
+the stratified support, [P] and the flat index [P] for the uniform one.
+
+The ops are opaque (``custom_op``, not ``triton_op``) so that they reach the joint graph whole: passes find them
+there, and AOTAutograd decomposes a triton_op before any custom pass runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slcompile.support import flat_positions
+
+
+def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:
+    """The formula as the paper writes it, differentiable by autograd itself; for tests."""
+    sparse = torch.zeros(B.shape[0] * A.shape[1], dtype=values.dtype, device=values.device)
+    sparse = sparse.scatter(0, flat_positions(values, support, A.shape[1]).long(), values.flatten())
+    return scale * (B @ A) + sparse.view(B.shape[0], A.shape[1])
+
+
+@torch.library.custom_op("slcompile::compose", mutates_args=())
+def compose(
+    B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Composes a weight.
+
+    Args:
+        B: [N, R], float32, bfloat16, float16 or float64.
+        A: [R, K], like B.
+        values: [N, groups] or [P], like B.
+        support: The seed or the flat index, an integer tensor (see the file's first lines).
+        scale: Factor of the low-rank part.
+        dtype: Of the result; None is B's.
+
+    Returns:
+        [N, K], contiguous, whatever autocast says.
+    """
+    with torch.autocast(B.device.type, enabled=False):
+        # beta=0: the first argument is not read, and alpha is applied before rounding to B's dtype.
+        weight = torch.addmm(B.new_empty(1, 1), B, A, beta=0, alpha=scale)
+        # The support has no repetition, so this is exact and deterministic.
+        weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[1]), values.flatten())
+        return weight if dtype is None else weight.to(dtype)
+
+
+@compose.register_fake
+def _(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    return B.new_empty((B.shape[0], A.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("slcompile::compose_backward", mutates_args=())
+def compose_backward(
+    grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects a weight's gradient [N, K] to those of B [N, R], A [R, K] and values, each in its own dtype."""
+    with torch.autocast(B.device.type, enabled=False):
+        grad = grad.to(B.dtype)
+        grad_B = torch.addmm(B.new_empty(1, 1), grad, A.t(), beta=0, alpha=scale)
+        grad_A = torch.addmm(A.new_empty(1, 1), B.t(), grad, beta=0, alpha=scale)
+        positions = flat_positions(values, support, A.shape[1])
+        grad_values = grad.reshape(-1).index_select(0, positions).view(values.shape)
+    return grad_B, grad_A, grad_values
+
+
+@compose_backward.register_fake
+def _(
+    grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(B).contiguous(), torch.empty_like(A).contiguous(), torch.empty_like(values).contiguous()
+
+
+def _setup_compose(ctx, inputs, output) -> None:
+    B, A, values, support, ctx.scale, _ = inputs
+    ctx.save_for_backward(B, A, values, support)
+
+
+def _compose_vjp(ctx, grad):
+    return *compose_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+def _setup_backward(ctx, inputs, output) -> None:
+    grad, B, A, _, support, ctx.scale = inputs
+    ctx.save_for_backward(grad, B, A, support)
+
+
+def _backward_vjp(ctx, u, v, w):
+    # compose_backward is linear in each argument, so its own derivative is made of the same two products:
+    # dgrad = scale * (u A + B v) + scatter(w), dB = scale * grad v^T, dA = scale * u^T grad.
+    grad, B, A, support = ctx.saved_tensors
+    grad_grad = compose(torch.cat([u, B], 1), torch.cat([A, v], 0), w, support, ctx.scale, grad.dtype)
+    cast = grad.to(B.dtype)
+    return grad_grad, ctx.scale * (cast @ v.t()), ctx.scale * (u.t() @ cast), None, None, None
+
+
+compose.register_autograd(_compose_vjp, setup_context=_setup_compose)
+compose_backward.register_autograd(_backward_vjp, setup_context=_setup_backward)

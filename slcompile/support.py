@@ -1,0 +1,107 @@
+"""Where the non-zeros of S are: stratified (computed from a seed, stored nowhere) and uniform (the paper's).
+
+Stratified: each row of ``columns`` entries is cut into ``groups`` consecutive groups whose widths differ by at
+most one, and holds exactly one non-zero in each. Group ``j`` of row ``i`` has its non-zero at
+
+    start_j + ((h * width_j) >> 32),    h = mix32(((i * groups + j) mod 2**32) xor mix32(seed))
+
+All of it is integer arithmetic, so the same seed gives the same support on every device and in every version;
+``kernels/support.py`` has the same integers in Triton. ``mix32`` is the public 32-bit finaliser "lowbias32".
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+SEED_LIMIT = 1 << 24
+"""Seeds lie below this, so that they survive a round trip through float32 (an EMA over buffers makes one)."""
+
+_MASK32 = 0xFFFFFFFF
+
+
+def mix32(x: Tensor) -> Tensor:
+    """A bijection of [0, 2**32) whose output bits all depend on all input bits; int64 in, int64 out."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def groups_per_row(columns: int, density: float) -> int:
+    """Groups, and so non-zeros, in a row of the stratified support: ``max(1, round(density * columns))``."""
+    return max(1, round(density * columns))
+
+
+def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0) -> Tensor:
+    """Columns of the non-zeros of rows ``first_row`` up to ``first_row + rows``, ascending in each row.
+
+    Args:
+        seed: One integer in [0, 2**24); its device is the result's.
+        rows: Rows to compute.
+        columns: Columns of the whole weight, below 2**31.
+        groups: Non-zeros in each row, from ``groups_per_row``.
+        first_row: Where to begin: a shard or a tile of the weight has the support of those rows of the whole.
+
+    Returns:
+        int64 of shape [rows, groups].
+    """
+    device = seed.device
+    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
+    group = torch.arange(groups, device=device)
+    start = group * columns // groups
+    width = (group + 1) * columns // groups - start
+    # The remainders first: row * groups alone may pass 2**63.
+    counter = ((row & _MASK32) * groups + group) & _MASK32
+    mixed = mix32(counter ^ mix32(seed.reshape(()).to(torch.int64)))
+    return start + ((mixed * width) >> 32)
+
+
+def uniform_count(rows: int, columns: int, density: float) -> int:
+    """Non-zeros of the uniform support: ``floor(density * rows * columns)``, as in the paper's code, at least 1."""
+    return max(1, int(density * (rows * columns)))
+
+
+def uniform_index(seed: int, rows: int, columns: int, density: float) -> Tensor:
+    """Sorted flat positions ``row * columns + column`` of a uniformly random subset, without repetition.
+
+    Returns:
+        [uniform_count] on the CPU; int32, or int64 where the weight has more than 2**31 - 1 elements.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(rows * columns, generator=generator)[: uniform_count(rows, columns, density)]
+    return chosen.sort().values.to(uniform_dtype(rows, columns))
+
+
+def uniform_dtype(rows: int, columns: int) -> torch.dtype:
+    """The smallest of int32 and int64 that holds every flat position."""
+    return torch.int32 if rows * columns < 2**31 else torch.int64
+
+
+def flat_positions(values: Tensor, support: Tensor, columns: int) -> Tensor:
+    """Flat positions of ``values`` in a row-major weight.
+
+    Args:
+        values: [rows, groups] for the stratified support, [non-zeros] for the uniform one.
+        support: The seed, one element, for stratified; the flat index, shaped like ``values``, for uniform.
+        columns: Columns of the weight.
+
+    Returns:
+        int32 or int64 of shape [values.numel()], without repetition, ascending.
+    """
+    if values.dim() == 1:
+        return support
+    rows, groups = values.shape
+    row_start = torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
+    return (row_start + stratified_columns(support, rows, columns, groups)).flatten()
+
+
+def draw_seed(seed: int | None, name: str) -> int:
+    """A weight's seed: from torch's default generator, or a hash of the user's seed and the weight's name."""
+    if seed is None:
+        return int(torch.randint(SEED_LIMIT, (), device="cpu"))
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % SEED_LIMIT

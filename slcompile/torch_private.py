@@ -1,0 +1,69 @@
+"""The parts of torch that are not public and that we cannot do without, each behind one function.
+
+Tried with torch 2.11.0 and 2.13.0; tests/test_torch_private.py exercises each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def captured_inputs(gm: fx.GraphModule) -> list[Any]:
+    """The fake tensors and symbolic integers with which Dynamo traced a graph, one for each placeholder."""
+    return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def fake_mode() -> Any:
+    """The fake mode of the compile in progress; a new one where there is none."""
+    mode = torch._guards.detect_fake_mode()
+    return mode if mode is not None else torch._subclasses.FakeTensorMode()
+
+
+def lower_to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Traces a graph to ATen on fake inputs, checkpointed regions inlined; placeholders keep their order."""
+    # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
+    modes = [each.fake_mode for each in inputs if isinstance(each, torch._subclasses.FakeTensor)]
+    with torch._guards.tracing(None), modes[0]:
+        # A copy of each input: a traced in-place op must not change the metadata of Dynamo's own.
+        copies = [each.detach().requires_grad_(each.requires_grad) if isinstance(each, torch.Tensor) else each
+                  for each in inputs]  # fmt: skip
+        return make_fx(gm)(*copies)
+
+
+def tracing_context() -> Any:
+    """The context of the compile in progress, for ``resume``."""
+    return torch._guards.TracingContext.try_get()
+
+
+def resume(context: Any) -> contextlib.AbstractContextManager[Any]:
+    """Enters the context of an earlier compile again, for one that happens later on the same captured graph."""
+    return torch._guards.tracing(context)
+
+
+def inductor_settings() -> set[str]:
+    """Names of Inductor's settings."""
+    return set(torch._inductor.config.get_config_copy())
+
+
+def joint_passes_of(settings: dict[str, Any]) -> list[Any]:
+    """The joint pre-passes that a user has set, in these settings or globally."""
+    passes = settings.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+    return list(passes) if isinstance(passes, (list, tuple)) else [passes] if passes is not None else []
+
+
+def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    """Compiles a graph with Inductor under these settings; they hold for the backward, which may compile later."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=settings)
+
+
+def is_dynamo_wrapper(module: torch.nn.Module) -> bool:
+    """Whether a module is what torch.compile returned for another one."""
+    return isinstance(module, torch._dynamo.OptimizedModule)

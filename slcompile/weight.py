@@ -1,0 +1,252 @@
+"""SLWeight, the parameters of one factorized weight, and the subclass that puts it in a dense weight's place.
+
+A converted module's class becomes a subclass in which the weight's name is a property that reads the submodule
+``<name>_sl``. The subclass is one per (class, names), not one per module as in torch.nn.utils.parametrize: Dynamo
+guards on the type, and N equal blocks must share one compiled graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slcompile.config import SLConfig
+from slcompile.ops import compose
+from slcompile.support import draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
+
+SUFFIX = "_sl"
+"""Name of the submodule beside the weight's; not the weight's own, which get_submodule would resolve to a tensor."""
+
+
+class Factors(NamedTuple):
+    """The parts of one factorized weight, ``scale * B @ A + S``; ``index`` is None for the stratified support."""
+
+    B: Tensor
+    A: Tensor
+    values: Tensor
+    seed: int
+    index: Tensor | None
+    scale: float
+
+
+class SLWeight(nn.Module):
+    """A weight ``W = scale * B @ A + S`` of shape [rows, columns] whose forward is one op, ``compose``.
+
+    Parameters ``B`` [rows, rank], ``A`` [rank, columns], ``values`` ([rows, groups] stratified, [non-zeros]
+    uniform); buffers ``seed`` (one int64) and, for the uniform support, ``index`` (int32, sorted).
+
+    Args:
+        rows, columns: Shape of the weight, as its owner stores it.
+        config: Rank, density, alpha and support.
+        name: Fully qualified name; with ``config.seed`` it determines the seed.
+        input_dim: Dimension of the weight that the matmul contracts: 1 for ``nn.Linear`` [out, in], 0 for a
+            Conv1D-style [in, out]. The factor at that side is the one that starts random.
+        device, dtype: Of the parameters.
+
+    The parameters are uninitialised until ``reset_parameters`` or ``set_factors``.
+    """
+
+    op = torch.ops.slcompile.compose.default
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        config: SLConfig,
+        *,
+        name: str = "",
+        input_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.columns, self.input_dim = rows, columns, input_dim
+        self.density, self.support = config.density, config.support
+        self.rank = config.rank_for(rows, columns)
+        self.scale = config.alpha / self.rank
+        self.drawn_seed = draw_seed(config.seed, name)
+        new = functools.partial(torch.empty, device=device, dtype=dtype)
+        self.B = nn.Parameter(new(rows, self.rank))
+        self.A = nn.Parameter(new(self.rank, columns))
+        self.values = nn.Parameter(new(values_shape(rows, columns, config)))
+        self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device))
+        if self.support == "uniform":
+            index_dtype = uniform_dtype(rows, columns)
+            self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
+        self._restore_support()
+
+    def operands(self) -> dict[str, Tensor]:
+        """The tensors that ``op`` takes, in its order, by the names they have in this module."""
+        where = "seed" if self.support == "stratified" else "index"
+        return {name: getattr(self, name) for name in ("B", "A", "values", where)}
+
+    def op_args(self) -> tuple[Any, ...]:
+        """What ``op`` takes after its operands."""
+        return (self.scale,)
+
+    def forward(self) -> Tensor:
+        """The composed weight, [rows, columns]."""
+        where = self.seed if self.support == "stratified" else self.index
+        return compose(self.B, self.A, self.values, where, self.scale)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the paper's start and restores the support's buffers.
+
+        The factor that reads the input is Kaiming-uniform(a=sqrt(5)), the other zero, values U(+-1/sqrt(in)).
+        """
+        fan_in = (self.rows, self.columns)[self.input_dim]
+        bound = 1 / math.sqrt(fan_in)
+        reading, other = (self.A, self.B) if self.input_dim == 1 else (self.B, self.A)
+        reading.uniform_(-bound, bound)
+        other.zero_()
+        self.values.uniform_(-bound, bound)
+        self._restore_support()
+
+    @torch.no_grad()
+    def set_factors(self, B: Tensor, A: Tensor, values: Tensor) -> None:
+        """Copies given factors into the parameters."""
+        for parameter, value in ((self.B, B), (self.A, A), (self.values, values)):
+            parameter.copy_(value)
+
+    def factors(self) -> Factors:
+        """The parameters, detached, sharing memory."""
+        self.check_support()
+        index = self.index if self.support == "uniform" else None
+        return Factors(self.B.detach(), self.A.detach(), self.values.detach(), self.drawn_seed, index, self.scale)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The dense weight, composed in at least float32 and rounded once to the parameters' dtype."""
+        self.check_support()
+        wide = torch.promote_types(self.B.dtype, torch.float32)
+        B, A, values, where = (
+            each.detach().to(wide) if each.is_floating_point() else each for each in self.operands().values()
+        )
+        return compose(B, A, values, where, self.scale, self.B.dtype)
+
+    def check_support(self) -> None:
+        """Raises RuntimeError where the seed buffer is not the seed that this weight was made or loaded with.
+
+        ``to_empty`` leaves garbage in it and averaging buffers in low precision changes it; either would silently
+        move every non-zero.
+        """
+        if self.seed.device.type != "meta" and int(self.seed) != self.drawn_seed:
+            raise RuntimeError(
+                f"the seed buffer holds {int(self.seed)} but this weight was drawn with {self.drawn_seed}: something "
+                "overwrote it (to_empty without reset_parameters, or arithmetic over buffers). Load a state dict, or "
+                "call reset_parameters()."
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.rows}x{self.columns}, rank={self.rank}, density={self.density}, support={self.support}, "
+            f"scale={self.scale:.4g}"
+        )
+
+    def _restore_support(self) -> None:
+        self.seed.fill_(self.drawn_seed)
+        if self.support == "uniform" and not self.index.is_meta:
+            self.index.copy_(uniform_index(self.drawn_seed, self.rows, self.columns, self.density))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.check_support()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if not self.seed.is_meta:
+            self.drawn_seed = int(self.seed)
+
+
+def values_shape(rows: int, columns: int, config: SLConfig) -> tuple[int, ...]:
+    """Shape of ``values``: [rows, groups] for the stratified support, [non-zeros] for the uniform one."""
+    if config.support == "stratified":
+        return (rows, groups_per_row(columns, config.density))
+    return (uniform_count(rows, columns, config.density),)
+
+
+@functools.cache
+def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of ``base`` in which ``names`` are properties that compose a weight.
+
+    Raises:
+        TypeError: ``base`` cannot be subclassed (scripted modules, some metaclasses).
+    """
+
+    def refuse(name: str) -> AttributeError:
+        return AttributeError(
+            f"{base.__name__}.{name} is composed from {name}{SUFFIX} and cannot be assigned; change the factors, or "
+            "call slcompile.merge_(model) first to make it a dense parameter again"
+        )
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key in names:
+            raise refuse(key)
+        base.__setattr__(self, key, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in names:
+            raise refuse(name)
+        base.register_parameter(self, name, param)
+
+    def reset_parameters(self) -> None:
+        if hasattr(base, "reset_parameters"):
+            base.reset_parameters(self)  # bias and the like; what it does to a composed weight is discarded
+        for name in names:
+            getattr(self, name + SUFFIX).reset_parameters()
+
+    def __reduce_ex__(self, protocol):
+        _, (_, *args), *rest = base.__reduce_ex__(self, max(protocol, 2))
+        return (_new, (base, names, *args), *rest)
+
+    def compose_property(name: str) -> property:
+        submodule = name + SUFFIX
+        return property(lambda self: getattr(self, submodule)())
+
+    members = {
+        "__setattr__": __setattr__,
+        "register_parameter": register_parameter,
+        "reset_parameters": reset_parameters,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "sl_base": base,
+        "sl_names": names,
+        **{name: compose_property(name) for name in names},
+    }
+    return types.new_class(f"SL{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(members))
+
+
+def _new(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> nn.Module:
+    cls = sl_class(base, names)
+    return cls.__new__(cls, *args)
+
+
+def sl_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the factorized weights that this module owns itself; empty for an ordinary module."""
+    return getattr(type(module), "sl_names", ())
+
+
+def put_in_place(module: nn.Module, name: str, weight: SLWeight) -> None:
+    """Replaces the dense parameter ``name`` by ``weight``: afterwards ``module.<name>`` is the composed tensor."""
+    base = getattr(type(module), "sl_base", type(module))
+    cls = sl_class(base, tuple(sorted({*sl_names(module), name})))
+    module.__class__ = cls  # first: it is what can fail
+    # The key stays, as None, so that merging restores the parameter's position among the others.
+    module._parameters[name] = None
+    module.add_module(name + SUFFIX, weight)
+
+
+def take_out(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """The inverse of ``put_in_place``; leaves nothing of it behind."""
+    base = type(module).sl_base
+    left = tuple(other for other in sl_names(module) if other != name)
+    module.__class__ = sl_class(base, left) if left else base
+    delattr(module, name + SUFFIX)
+    module._parameters[name] = parameter

@@ -1,6 +1,7 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
 from slcompile.config import SLConfig
+from slcompile.export.onnx import ExportReport, export_onnx
 from slcompile.factorize import factorize_, factors, last_report, merge_, merged_state_dict, rewrite
 from slcompile.passes import Decision, PassReport
 from slcompile.weight import Factors, SLWeight
@@ -9,10 +10,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Decision",
+    "ExportReport",
     "Factors",
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "export_onnx",
     "factorize_",
     "factors",
     "last_report",

@@ -22,7 +22,7 @@ from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training
 from slcompile.passes import JOINT_PASSES, Decision, PassReport, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse
-from slcompile.weight import SLWeight
+from slcompile.weight import SLWeight, base_class
 
 log = logging.getLogger("slcompile")
 
@@ -89,7 +89,7 @@ class _Graph:
             self.config.require_patterns_match(name for name, _ in root.named_parameters())
             if not chosen and not _composes(self.gm) and root not in _warned:
                 _warned.add(root)
-                log.warning("slcompile: no weight of %s was factorized. %s", type(root).__name__, report)
+                log.warning("slcompile: no weight of %s was factorized. %s", base_class(root).__name__, report)
 
     def choose(self, live: LiveObjects, inputs: Sequence[Any]) -> tuple[list[Candidate], PassReport]:
         """Applies the policy to the weights among these inputs."""
@@ -97,7 +97,7 @@ class _Graph:
         weights, explicit = [], []
         for index, use in self.uses.items():
             held = owners[id(inputs[index])]
-            name = live.qualified_name(*held[0]) if held else None
+            name = live.name(inputs[index], held[0][0]) if held else None
             if any(EXPLICIT in vars(ancestor) for module, _ in held for ancestor, _ in live.ancestors(module)):
                 shape, detail = tuple(inputs[index].shape), "left by an explicit factorize_ of the model"
                 explicit.append(Decision(name or "?", "explicit", detail, shape, len(use.matmuls)))
@@ -153,8 +153,8 @@ class _Graph:
         if left:
             names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
             raise ValueError(
-                f"this graph was compiled to factorize {[names[index] for index in left]}, but they are to stay dense in "
-                f"the model that runs it now. {report}"
+                f"this graph was compiled to factorize {[names[index] for index in left]}, but these are to stay dense "
+                f"in the model that runs it now. {report}"
             )
         table = [chosen[id(args[index])] for index in wanted]
         waiting = {each.name for each in candidates} - {each.name for each in table}

@@ -21,7 +21,7 @@ from slcompile.init import looks_trained, spectral_factors
 from slcompile.owners import LiveObjects, hooks_of, wrapper_of
 from slcompile.passes import Decision, PassReport, find_matmuls, merge_weights, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse, is_weight
-from slcompile.weight import SUFFIX, Factors, SLWeight, put_in_place, sl_class, sl_names, take_out
+from slcompile.weight import SUFFIX, Factors, SLWeight, base_class, put_in_place, sl_class, sl_names, take_out
 
 log = logging.getLogger("slcompile")
 
@@ -82,7 +82,7 @@ def factorize_(
             then as it was.
     """
     config = _config(config)
-    model = _module(model)
+    model = unwrapped(model)
     config.require_patterns_match(name for name, _ in model.named_parameters())
     if example_args is None and example_kwargs is None:
         uses = _uses_by_module_type(model, config)
@@ -167,7 +167,7 @@ def merge_(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: A seed buffer was overwritten; the model is then as it was.
     """
-    model = _module(model)
+    model = unwrapped(model)
     places = [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
     for _, _, weight in places:
         weight.check_support()
@@ -196,7 +196,7 @@ def merge_(model: nn.Module) -> nn.Module:
 
 def factors(model: nn.Module) -> dict[str, Factors]:
     """Name of each factorized weight, as it was when dense -> its factors (detached, sharing memory)."""
-    return {name: weight.factors() for name, weight in _named_weights(_module(model))}
+    return {name: weight.factors() for name, weight in _named_weights(unwrapped(model))}
 
 
 def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
@@ -204,7 +204,7 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
 
     ``load_state_dict(..., strict=True)`` of a freshly built dense model takes it; ``dict(...)`` makes all at once.
     """
-    model = _module(model)
+    model = unwrapped(model)
     state = model.state_dict()
     entries: dict[str, Tensor | SLWeight] = {}
     weights = {name + SUFFIX + ".": (name, weight) for name, weight in _named_weights(model)}
@@ -297,7 +297,7 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name} cannot be factorized: its owner is a scripted module; exclude it")
         try:
-            sl_class(getattr(type(module), "sl_base", type(module)), tuple(sorted({*sl_names(module), attribute})))
+            sl_class(base_class(module), tuple(sorted({*sl_names(module), attribute})))
         except TypeError as error:
             raise ValueError(f"{name} cannot be factorized: its class {kind} cannot be subclassed ({error})") from error
         wrapper = wrapper_of(module, weight, live)
@@ -308,7 +308,7 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
     hook = hooks_of(weight)
     if hook is not None:
         raise ValueError(f"{name} carries {hook}, which would be lost; register it after conversion, on the factors")
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
         raise ValueError(f"{name} contains NaN or Inf")
     if weight.grad is not None and bool(weight.grad.count_nonzero()):
         raise ValueError(f"{name} has a gradient that conversion would lose; call zero_grad() before")
@@ -357,7 +357,7 @@ def _announce(
         "slcompile: factorized %d weights of %s (%d left dense): %s -> %s parameters in them, init %s, which replaces "
         "the weights%s",
         len(candidates),
-        ", ".join(sorted({type(root).__name__ for root in roots})),
+        ", ".join(sorted({base_class(root).__name__ for root in roots})),
         len(report.skipped),
         f"{dense:,}",
         f"{sparse_low_rank:,}",
@@ -417,7 +417,8 @@ def _config(config: SLConfig | None) -> SLConfig:
     return config if config is not None else SLConfig()
 
 
-def _module(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile's wrapper is given."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return model._orig_mod if torch_private.is_dynamo_wrapper(model) else model

@@ -22,6 +22,7 @@ class LiveObjects:
     modules: list[nn.Module] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
     parents: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
+    names: dict[int, dict[int, str]] = field(default_factory=dict)
 
     @classmethod
     def find(cls) -> LiveObjects:
@@ -68,10 +69,12 @@ class LiveObjects:
         pairs = [pair for owners in self.owners(parameters).values() for pair in owners]
         return list({id(root): root for module, _ in pairs for root in [self.root(module)]}.values())
 
-    def qualified_name(self, module: nn.Module, attribute: str) -> str:
-        """Name of a module's attribute from its outermost container, torch.compile's wrapper left out."""
-        names = [name for _, name in reversed(self.ancestors(module)) if name]
-        return ".".join([*names, attribute])
+    def name(self, parameter: Tensor, owner: nn.Module) -> str:
+        """A parameter's name in ``named_parameters()`` of its owner's outermost container."""
+        root = self.root(owner)
+        if id(root) not in self.names:
+            self.names[id(root)] = {id(value): name for name, value in root.named_parameters()}
+        return self.names[id(root)][id(parameter)]
 
 
 _known_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()

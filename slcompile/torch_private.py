@@ -29,11 +29,8 @@ def lower_to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Traces a graph to ATen on fake inputs, checkpointed regions inlined; placeholders keep their order."""
     # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
     modes = [each.fake_mode for each in inputs if isinstance(each, torch._subclasses.FakeTensor)]
-    with torch._guards.tracing(None), modes[0]:
-        # A copy of each input: a traced in-place op must not change the metadata of Dynamo's own.
-        copies = [each.detach().requires_grad_(each.requires_grad) if isinstance(each, torch.Tensor) else each
-                  for each in inputs]  # fmt: skip
-        return make_fx(gm)(*copies)
+    with torch._guards.tracing(None), modes[0], torch.no_grad():
+        return make_fx(gm)(*inputs)
 
 
 def tracing_context() -> Any:

@@ -68,7 +68,7 @@ class SLWeight(nn.Module):
         self.rows, self.columns, self.input_dim = rows, columns, input_dim
         self.density, self.support = config.density, config.support
         self.rank = config.rank_for(rows, columns)
-        self.scale = config.alpha / self.rank
+        self._scale_ratio = (config.alpha / self.rank).as_integer_ratio()
         self.drawn_seed = draw_seed(config.seed, name)
         new = functools.partial(torch.empty, device=device, dtype=dtype)
         self.B = nn.Parameter(new(rows, self.rank))
@@ -79,6 +79,12 @@ class SLWeight(nn.Module):
             index_dtype = uniform_dtype(rows, columns)
             self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
         self._restore_support()
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank. Kept as a ratio of integers: with dynamic shapes, Dynamo makes floats of modules symbolic."""
+        numerator, denominator = self._scale_ratio
+        return numerator / denominator
 
     def operands(self) -> dict[str, Tensor]:
         """The tensors that ``op`` takes, in its order, by the names they have in this module."""
@@ -209,7 +215,11 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         submodule = name + SUFFIX
         return property(lambda self: getattr(self, submodule)())
 
+    def __new__(cls, *args, **kwargs):
+        return base(*args, **kwargs)  # type(module)(...) builds a new, dense one
+
     members = {
+        "__new__": __new__,
         "__setattr__": __setattr__,
         "register_parameter": register_parameter,
         "reset_parameters": reset_parameters,
@@ -224,8 +234,7 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _new(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> nn.Module:
-    cls = sl_class(base, names)
-    return cls.__new__(cls, *args)
+    return base.__new__(sl_class(base, names), *args)
 
 
 def sl_names(module: nn.Module) -> tuple[str, ...]:
@@ -233,10 +242,14 @@ def sl_names(module: nn.Module) -> tuple[str, ...]:
     return getattr(type(module), "sl_names", ())
 
 
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it was before conversion."""
+    return getattr(type(module), "sl_base", type(module))
+
+
 def put_in_place(module: nn.Module, name: str, weight: SLWeight) -> None:
     """Replaces the dense parameter ``name`` by ``weight``: afterwards ``module.<name>`` is the composed tensor."""
-    base = getattr(type(module), "sl_base", type(module))
-    cls = sl_class(base, tuple(sorted({*sl_names(module), name})))
+    cls = sl_class(base_class(module), tuple(sorted({*sl_names(module), name})))
     module.__class__ = cls  # first: it is what can fail
     # The key stays, as None, so that merging restores the parameter's position among the others.
     module._parameters[name] = None
@@ -245,7 +258,7 @@ def put_in_place(module: nn.Module, name: str, weight: SLWeight) -> None:
 
 def take_out(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """The inverse of ``put_in_place``; leaves nothing of it behind."""
-    base = type(module).sl_base
+    base = base_class(module)
     left = tuple(other for other in sl_names(module) if other != name)
     module.__class__ = sl_class(base, left) if left else base
     delattr(module, name + SUFFIX)

@@ -1,0 +1,1 @@
+"""Leaving training: files that hold merged dense weights."""

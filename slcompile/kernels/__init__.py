@@ -1,0 +1,1 @@
+"""Triton only, imported lazily, the same stems as ops/."""

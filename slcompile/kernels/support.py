@@ -1,0 +1,61 @@
+"""The stratified support in Triton: the same integers as ``slcompile.support``, which states the formula.
+
+Prefixes: p_ pointer, o_ offset, i_ program index.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+
+
+@triton.jit
+def mix32(x):
+    """The 32-bit finaliser of ``slcompile.support.mix32``; uint32 in, uint32 out."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def stratified_column(mixed_seed, row, group, columns, groups):
+    """Column of the one non-zero of ``group`` in ``row``, int64.
+
+    ``mixed_seed`` is ``mix32(seed)`` in uint32, made once a program; ``row`` and ``group`` are integer tensors of any
+    width, ``columns`` and ``groups`` integers below 2**31.
+    """
+    # uint32 arithmetic wraps, which is the "mod 2**32" of the formula.
+    counter = row.to(tl.uint32) * groups + group.to(tl.uint32)
+    mixed = mix32(counter ^ mixed_seed)
+    # 64-bit: group * columns passes 2**31 long before either of them does.
+    group = group.to(tl.int64)
+    start = group * columns // groups
+    width = (group + 1) * columns // groups - start
+    return start + tl.umulhi(mixed, width.to(tl.uint32)).to(tl.int64)
+
+
+@triton.jit
+def stratified_columns_kernel(p_seed, p_columns, first_row, size, columns, groups, BLOCK: tl.constexpr):
+    i_block = tl.program_id(0)
+    # 64-bit: a weight may have more than 2**31 non-zeros.
+    o_flat = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = o_flat // groups
+    mixed_seed = mix32(tl.load(p_seed).to(tl.uint32))
+    column = stratified_column(mixed_seed, first_row + row, o_flat - row * groups, columns, groups)
+    tl.store(p_columns + o_flat, column, mask=o_flat < size)
+
+
+def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0) -> Tensor:
+    """Arguments and result of ``slcompile.support.stratified_columns``, for a seed on a GPU."""
+    result = torch.empty(rows, groups, dtype=torch.int64, device=seed.device)
+    grid = (triton.cdiv(result.numel(), BLOCK),)
+    # Triton launches on the current device, whatever device the arguments are on.
+    with torch.cuda.device_of(seed):
+        stratified_columns_kernel[grid](seed, result, first_row, result.numel(), columns, groups, BLOCK)
+    return result

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+import slcompile
+from slcompile.ops import WEIGHT_OPS
+
+OPTIONS = {"rank": 8, "density": 0.05}
+WEIGHTS = {"up.weight", "down.weight", "mix"}
+
+
+def train(model, batch, optimizer, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def is_converted(model: nn.Module) -> bool:
+    return bool(slcompile.factors(model))
+
+
+def saved_for_backward(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The result, and every tensor that it keeps; what a compile on the way traces with fake tensors does not count."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, FakeTensor):
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return run(), saved
+
+
+def test_the_string_alone_trains_without_an_import_of_slcompile(tmp_path):
+    script = """
+import sys, torch
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+assert "slcompile" not in sys.modules
+compiled = torch.compile(model, backend="sltrain", options={"rank": 8})
+x = torch.randn(32, 64)
+losses = []
+for _ in range(8):
+    loss = (compiled(x) - x).square().mean()
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+print(sorted(model.state_dict()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "'0.weight_sl.B'" in done.stdout
+    assert "factorized 2 weights of Sequential" in done.stderr
+
+
+def test_first_run_converts_with_one_additional_compile_and_frees_the_dense_weights(block, batch, counting):
+    dense = [weakref.ref(block.get_parameter(name)) for name in WEIGHTS]
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2)
+    compiled = torch.compile(block, backend=counting, options=OPTIONS)
+    loss = F.cross_entropy(compiled(batch[0]), batch[1])
+    assert [reference() for reference in dense] == [None] * 3  # before the backward pass already
+    loss.backward()
+    optimizer.step()
+    losses = train(compiled, batch, optimizer, 4)
+    assert losses[-1] < loss.item()
+    assert counting.calls == 2
+    assert set(slcompile.factors(block)) == WEIGHTS
+    report = slcompile.last_report()
+    assert {each.name for each in report.rewritten} == WEIGHTS
+    assert [(each.name, each.reason) for each in report.skipped] == [("head.weight", "too_small")]
+
+
+def test_the_first_step_saves_no_more_for_backward_than_later_ones(block, batch):
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    sizes = []
+    for _ in range(3):
+        loss, saved = saved_for_backward(lambda: F.cross_entropy(compiled(batch[0]), batch[1]))
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in saved))
+        loss.backward()
+    assert sizes[0] <= sizes[1] == sizes[2]
+
+
+def test_a_second_instance_converts_through_the_same_compiled_graph(block_class, batch, counting):
+    first, second = block_class(), block_class()
+    for model in (first, second):
+        compiled = torch.compile(model, backend=counting, options=OPTIONS)
+        train(compiled, batch, torch.optim.AdamW(model.parameters(), lr=1e-2), 3)
+        assert set(slcompile.factors(model)) == WEIGHTS
+    assert counting.calls == 2
+    assert slcompile.factors(first)["up.weight"].seed != slcompile.factors(second)["up.weight"].seed
+
+
+def test_equal_blocks_compiled_one_by_one_with_fullgraph_share_a_graph(counting):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return x + torch.relu(self.linear(x))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(64, 64)
+            self.layers = nn.ModuleList(Layer() for _ in range(12))
+
+        def forward(self, x):
+            x = self.inner(x)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Model()
+    for layer in model.layers:
+        layer.compile(backend=counting, fullgraph=True, options={**OPTIONS, "seed": 1})
+    x = torch.randn(16, 64)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert counting.calls == 2
+    factors = slcompile.factors(model)
+    assert sorted(factors) == sorted(f"layers.{index}.linear.weight" for index in range(12))
+    assert len({each.seed for each in factors.values()}) == 12  # a seed comes from the name in the whole model
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_converted_without_gradients(block, batch, mode):
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    with mode():
+        torch.testing.assert_close(compiled(batch[0]), block(batch[0]))
+    assert not is_converted(block)
+
+
+def test_eval_mode_and_frozen_weights_stay_dense_and_training_converts_later(block, batch, counting):
+    block.down.weight.requires_grad_(False)
+    block.eval()
+    compiled = torch.compile(block, backend=counting, options=OPTIONS)
+    torch.testing.assert_close(compiled(batch[0]), block(batch[0]))
+    assert not is_converted(block)
+    block.train()
+    block.up.eval()
+    compiled(batch[0]).sum().backward()  # Dynamo does not guard on `training`: the same graph, another variant of it
+    assert set(slcompile.factors(block)) == {"mix"}
+    assert block.mix_sl.B.grad is not None
+    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    assert reasons == {"up.weight": "eval", "down.weight": "frozen", "head.weight": "too_small"}
+    assert counting.calls == 1
+    block.up.train()
+    block.zero_grad()
+    compiled(batch[0]).sum().backward()
+    assert set(slcompile.factors(block)) == {"up.weight", "mix"}
+
+
+def test_an_instance_in_eval_mode_runs_dense_through_a_graph_that_converts(block_class, batch, counting):
+    trained, other = block_class(), block_class().eval()
+    torch.compile(trained, backend=counting, options=OPTIONS)(batch[0])
+    torch.testing.assert_close(torch.compile(other, backend=counting, options=OPTIONS)(batch[0]), other(batch[0]))
+    assert is_converted(trained)
+    assert not is_converted(other)
+    assert counting.calls == 1
+
+
+def test_converting_is_announced_once_per_model(block, batch, caplog):
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    with caplog.at_level(logging.WARNING, "slcompile"):
+        for _ in range(3):
+            compiled(batch[0])
+    (record,) = caplog.records
+    assert "factorized 3 weights of Block (1 left dense)" in record.getMessage()
+    assert "init kaiming, which replaces the weights" in record.getMessage()
+
+
+def test_a_model_without_eligible_weights_is_warned_about_once(caplog):
+    model = nn.Linear(8, 8)
+    compiled = torch.compile(model, backend="sltrain")
+    with caplog.at_level(logging.WARNING, "slcompile"):
+        for batch in (4, 5, 6):
+            compiled(torch.randn(batch, 8)).sum().backward()
+    (record,) = caplog.records
+    assert "no weight of Linear was factorized" in record.getMessage()
+    assert "too_small" in record.getMessage()
+
+
+def composed_like(model: nn.Module) -> set[tuple[int, ...]]:
+    shapes = {(w.rows, w.columns) for w in model.modules() if isinstance(w, slcompile.SLWeight)}
+    return shapes | {shape[::-1] for shape in shapes}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_no_composed_weight_is_saved_for_backward(request, batch, autocast, checkpointed):
+    model = request.getfixturevalue("checkpointed_block" if checkpointed else "block")
+    graphs: list[torch.fx.Graph] = []
+    options = {**OPTIONS, "inductor": {"post_grad_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False}}
+    compiled = torch.compile(model, backend="sltrain", options=options)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return F.cross_entropy(compiled(batch[0]), batch[1])
+
+    for _ in range(2):
+        graphs.clear()
+        loss, saved = saved_for_backward(run)
+        loss.backward()
+        forward, backward = graphs
+        shapes = composed_like(model)
+        assert len(shapes) == 3
+        (output,) = [node for node in forward.nodes if node.op == "output"]
+        for node in output.all_input_nodes:
+            assert tuple(node.meta["val"].shape) not in shapes, node.format_node()
+        assert not [tensor.shape for tensor in saved if tuple(tensor.shape) in shapes]
+        # It is composed again in the backward pass: for the input gradient of each but the first layer, at least.
+        assert sum(node.target in WEIGHT_OPS for node in backward.nodes) >= 2
+        assert sum(node.target in WEIGHT_OPS for node in forward.nodes) == 3
+
+
+class GraphCollector(torch._inductor.custom_graph_pass.CustomGraphPass):
+    def __init__(self, graphs: list[torch.fx.Graph]) -> None:
+        self.graphs = graphs
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.graphs.append(torch.fx.Graph())
+        self.graphs[-1].output(self.graphs[-1].graph_copy(graph, {}))
+
+    def uuid(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_every_backend_gives_the_loss_and_gradients_of_eager(checkpointed_block, batch, support, autocast):
+    model = checkpointed_block
+    slcompile.factorize_(model, slcompile.SLConfig(rank=8, density=0.05, support=support))
+    with torch.no_grad():
+        for weight in model.modules():
+            if isinstance(weight, slcompile.SLWeight):
+                weight.B.normal_(std=0.1)
+    results = {}
+    for backend in ("eager", "aot_eager", "inductor", "sltrain"):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(compiled(batch[0]), batch[1])
+        loss.backward()
+        results[backend] = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+        model.zero_grad()
+    # float32: another order of summation; autocast: bfloat16 keeps 8 bits, and Inductor may skip roundings.
+    rtol, atol = (2**-6, 2**-9) if autocast else (1e-5, 1e-6)
+    for backend in ("aot_eager", "inductor", "sltrain"):
+        for got, want in zip(results[backend], results["eager"], strict=True):
+            torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def test_the_first_call_already_computes_with_the_factors(block, batch):
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    loss = F.cross_entropy(compiled(batch[0]), batch[1])
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in block.named_parameters()}
+    block.zero_grad()
+    eager = F.cross_entropy(block(batch[0]), batch[1])
+    eager.backward()
+    torch.testing.assert_close(loss, eager)
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_weights_shared_by_two_modules_become_one_factorization(batch):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    model = Shared()
+    torch.compile(model, backend="sltrain", options=OPTIONS)(batch[0]).sum().backward()
+    assert model.first.weight_sl is model.second.weight_sl
+    assert len(list(model.parameters())) == 5
+    slcompile.merge_(model)
+    assert model.first.weight is model.second.weight
+
+
+def test_tied_embedding_is_left_dense():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(100, 64)
+            self.layer = nn.Linear(64, 64)
+            self.out = nn.Linear(64, 100, bias=False)
+            self.out.weight = self.table.weight
+
+        def forward(self, tokens):
+            return self.out(self.layer(self.table(tokens)))
+
+    model = Tied()
+    torch.compile(model, backend="sltrain", options=OPTIONS)(torch.randint(100, (2, 7))).sum().backward()
+    assert set(slcompile.factors(model)) == {"layer.weight"}
+    assert {each.name: each.reason for each in slcompile.last_report().skipped} == {"table.weight": "tied"}
+
+
+def test_a_weight_that_no_module_owns_is_left_dense(batch):
+    weights = [nn.Parameter(torch.randn(64, 64))]
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(x) @ weights[0]
+
+    model = Listed()
+    torch.compile(model, backend="sltrain", options=OPTIONS)(batch[0]).sum().backward()
+    assert set(slcompile.factors(model)) == {"layer.weight"}
+    (left,) = slcompile.last_report().skipped
+    assert left.reason == "not_owned"
+    assert weights[0].grad is not None
+
+
+def test_graph_breaks_convert_each_fragment(batch):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    model = Broken()
+    compiled = torch.compile(model, backend="sltrain", options=OPTIONS)
+    compiled(batch[0]).sum().backward()
+    assert set(slcompile.factors(model)) == {"first.weight", "second.weight"}
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_dynamic_shapes_do_not_recompile_per_size(block, counting):
+    compiled = torch.compile(block, backend=counting, options=OPTIONS, dynamic=True)
+    for size in (8, 9, 17, 31):
+        compiled(torch.randn(size, 64)).sum().backward()
+    assert counting.calls == 2
+
+
+def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):
+    slcompile.factorize_(block, slcompile.SLConfig(rank=4, include=("up*",)))
+    torch.compile(block, backend="sltrain")(batch[0]).sum().backward()
+    assert set(slcompile.factors(block)) == {"up.weight"}
+    assert slcompile.factors(block)["up.weight"].B.shape == (96, 4)
+
+
+def test_the_users_own_joint_pass_runs_too(block, batch):
+    graphs: list[torch.fx.Graph] = []
+    inductor = {"joint_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False}
+    torch.compile(block, backend="sltrain", options={**OPTIONS, "inductor": inductor})(batch[0]).sum().backward()
+    assert any(node.target in WEIGHT_OPS for node in graphs[0].nodes)
+
+
+def test_modes_and_inductor_settings_reach_inductor(block, block_class, batch):
+    # "max-autotune-no-cudagraphs" is accepted on the CPU; a bad name must not be.
+    torch.compile(block, backend="sltrain", mode="max-autotune-no-cudagraphs")(batch[0]).sum().backward()
+    assert is_converted(block)
+    for kwargs, message in (
+        ({"mode": "max-autotun"}, "did you mean 'max-autotune'"),
+        ({"options": {"inductor": {"max_autotun": True}}}, "did you mean 'max_autotune'"),
+        ({"options": {"rnk": 3}}, "did you mean 'rank'"),
+        ({"options": {"rank": float("nan")}}, "rank must be"),
+        ({"options": {"exclude": ["*nothing*"]}}, "matches no parameter"),
+        ({"options": {"rank": 1000}}, "rank must be at most"),
+    ):
+        torch._dynamo.reset()
+        model = block_class()
+        with pytest.raises(Exception, match=message):
+            torch.compile(model, backend="sltrain", **kwargs)(batch[0])
+        assert not is_converted(model)
+
+
+def test_no_step_leaks_memory_or_compiles(block, batch, counting):
+    compiled = torch.compile(block, backend=counting, options=OPTIONS)
+    optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)
+    train(compiled, batch, optimizer, 5)
+    gc.collect()
+    before = sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+    train(compiled, batch, optimizer, 50)
+    gc.collect()
+    assert sum(isinstance(thing, Tensor) for thing in gc.get_objects()) <= before
+    assert counting.calls == 2

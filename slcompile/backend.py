@@ -176,8 +176,8 @@ class JointPasses(CustomGraphPass):
             user_pass(graph)
         self.calls += 1
         self.seen += sum(node.target in WEIGHT_OPS for node in graph.nodes)
-        for report in run(JOINT_PASSES, graph.owning_module):
-            log.debug("%s", report)
+        assert graph.owning_module is not None
+        run(JOINT_PASSES, graph.owning_module)
 
     def uuid(self) -> Any:
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]

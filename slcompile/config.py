@@ -98,13 +98,12 @@ class SLConfig:
     def require_patterns_match(self, names: Iterable[str]) -> None:
         """Raises ValueError where a pattern that the user gave matches none of ``names``."""
         names = list(names)
-        for field in fields(self):
-            if field.name not in ("include", "exclude"):
-                continue
-            for pattern in getattr(self, field.name):
-                if pattern not in field.default and not _matches(pattern=(pattern,), name=names):
+        defaults = {pattern for field in fields(self) if isinstance(field.default, tuple) for pattern in field.default}
+        for field, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if pattern not in defaults and not any(fnmatchcase(name, pattern) for name in names):
                     hint = did_you_mean(pattern.strip("*"), names)
-                    raise ValueError(f"{field.name} pattern {pattern!r} matches no parameter of the model{hint}")
+                    raise ValueError(f"{field} pattern {pattern!r} matches no parameter of the model{hint}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -115,9 +114,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return (f", did you mean {near[0]!r}?" if near else "") + allowed
 
 
-def _matches(name: str | list[str], pattern: tuple[str, ...]) -> bool:
-    names = [name] if isinstance(name, str) else name
-    return any(fnmatchcase(candidate, each) for candidate in names for each in pattern)
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

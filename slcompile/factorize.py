@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from slcompile.init import looks_trained, spectral_factors
 from slcompile.owners import LiveObjects, hooks_of, wrapper_of
 from slcompile.passes import Decision, PassReport, find_matmuls, merge_weights, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse, is_weight
-from slcompile.weight import SUFFIX, Factors, SLWeight, base_class, put_in_place, sl_class, sl_names, take_out
+from slcompile.weight import SUFFIX, Factors, SLWeight, base_class, class_with, put_in_place, sl_names, take_out
 
 log = logging.getLogger("slcompile")
 
@@ -233,7 +233,7 @@ class _MergedStateDict(Mapping[str, Tensor]):
         return len(self._entries)
 
     def __reduce__(self):
-        return dict, (list(self.items()),)  # torch.save writes an ordinary dict
+        return OrderedDict, (), None, None, iter(self.items())  # torch.save writes an ordinary state dict
 
 
 def choose(
@@ -297,7 +297,7 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name} cannot be factorized: its owner is a scripted module; exclude it")
         try:
-            sl_class(base_class(module), tuple(sorted({*sl_names(module), attribute})))
+            class_with(module, tuple(sorted({*sl_names(module), attribute})))
         except TypeError as error:
             raise ValueError(f"{name} cannot be factorized: its class {kind} cannot be subclassed ({error})") from error
         wrapper = wrapper_of(module, weight, live)
@@ -323,8 +323,10 @@ def _init_method(candidates: Sequence[Candidate], config: SLConfig) -> str:
 
 def _make_weight(candidate: Candidate, config: SLConfig, method: str) -> SLWeight:
     dense = candidate.weight.detach()
+    rows, columns = dense.shape
     weight = SLWeight(
-        *dense.shape,
+        rows,
+        columns,
         config,
         name=candidate.name,
         input_dim=candidate.input_dim,
@@ -370,14 +372,18 @@ def _announce(
 def _uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Parameter, WeightUse]]:
     uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
     for path, module in model.named_modules():
+        name = f"{path}.weight".lstrip(".")
+        if isinstance(module, torch.jit.ScriptModule):
+            if is_weight(getattr(module, "weight", None)) and config.includes(name):
+                raise ValueError(
+                    f"{name} is of a scripted module and cannot be factorized; exclude it, or script later"
+                )
+            continue
         is_conv1d = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
         if not isinstance(module, nn.Linear) and not is_conv1d:
             continue
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{path} is a scripted module, which cannot be factorized; factorize before scripting")
         weight = module._parameters.get("weight")
         if weight is None:
-            name = f"{path}.weight".lstrip(".")
             if nn.utils.parametrize.is_parametrized(module, "weight") and config.includes(name):
                 raise ValueError(f"{name} carries a parametrization; remove it, or exclude the weight")
             continue  # already factorized, or not a parameter
@@ -421,9 +427,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, where torch.compile's wrapper is given."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return model._orig_mod if torch_private.is_dynamo_wrapper(model) else model
+    return torch_private.without_dynamo_wrapper(model)
 
 
 def template(weight: Tensor, config: SLConfig, input_dim: int) -> SLWeight:
     """A weight module on the meta device: the shapes of the factors of ``weight``, for a graph that is to be built."""
-    return SLWeight(*weight.shape, replace(config, seed=0), input_dim=input_dim, device="meta", dtype=weight.dtype)
+    rows, columns = weight.shape
+    return SLWeight(rows, columns, replace(config, seed=0), input_dim=input_dim, device="meta", dtype=weight.dtype)

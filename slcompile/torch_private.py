@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -58,9 +58,9 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     """Compiles a graph with Inductor under these settings; they hold for the backward, which may compile later."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs, config_patches=settings)
+    return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=settings))
 
 
-def is_dynamo_wrapper(module: torch.nn.Module) -> bool:
-    """Whether a module is what torch.compile returned for another one."""
-    return isinstance(module, torch._dynamo.OptimizedModule)
+def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that torch.compile was given, where this is what it returned."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import types
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from slcompile.config import SLConfig
 from slcompile.ops import compose
@@ -23,7 +24,8 @@ SUFFIX = "_sl"
 """Name of the submodule beside the weight's; not the weight's own, which get_submodule would resolve to a tensor."""
 
 
-class Factors(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Factors:
     """The parts of one factorized weight, ``scale * B @ A + S``; ``index`` is None for the stratified support."""
 
     B: Tensor
@@ -52,6 +54,12 @@ class SLWeight(nn.Module):
     """
 
     op = torch.ops.slcompile.compose.default
+
+    B: nn.Parameter
+    A: nn.Parameter
+    values: nn.Parameter
+    seed: Tensor
+    index: Tensor  # of the uniform support only
 
     def __init__(
         self,
@@ -208,7 +216,7 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             getattr(self, name + SUFFIX).reset_parameters()
 
     def __reduce_ex__(self, protocol):
-        _, (_, *args), *rest = base.__reduce_ex__(self, max(protocol, 2))
+        _, (_, *args), *rest = cast(tuple, base.__reduce_ex__(self, max(protocol, 2)))
         return (_new, (base, names, *args), *rest)
 
     def compose_property(name: str) -> property:
@@ -227,19 +235,19 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "sl_base": base,
-        "sl_names": names,
         **{name: compose_property(name) for name in names},
     }
     return types.new_class(f"SL{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(members))
 
 
-def _new(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> nn.Module:
-    return base.__new__(sl_class(base, names), *args)
+def _new(base: Any, names: tuple[str, ...], *args: Any) -> nn.Module:
+    return cast(nn.Module, base.__new__(sl_class(base, names), *args))
 
 
 def sl_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the factorized weights that this module owns itself; empty for an ordinary module."""
-    return getattr(type(module), "sl_names", ())
+    names = (name.removesuffix(SUFFIX) for name, child in module._modules.items() if isinstance(child, SLWeight))
+    return tuple(sorted(names))
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -247,10 +255,21 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "sl_base", type(module))
 
 
+def class_with(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
+    """The class that a module needs where these of its weights are factorized.
+
+    Raises:
+        TypeError: As ``sl_class``.
+    """
+    if not names or isinstance(module, fx.GraphModule):  # a graph reads the factors itself, and nobody else reads it
+        return base_class(module)
+    base: Any = base_class(module)  # mypy takes an unbound Module.__hash__ for the class's own
+    return sl_class(base, names)
+
+
 def put_in_place(module: nn.Module, name: str, weight: SLWeight) -> None:
     """Replaces the dense parameter ``name`` by ``weight``: afterwards ``module.<name>`` is the composed tensor."""
-    cls = sl_class(base_class(module), tuple(sorted({*sl_names(module), name})))
-    module.__class__ = cls  # first: it is what can fail
+    module.__class__ = class_with(module, tuple(sorted({*sl_names(module), name})))  # first: it is what can fail
     # The key stays, as None, so that merging restores the parameter's position among the others.
     module._parameters[name] = None
     module.add_module(name + SUFFIX, weight)
@@ -258,8 +277,6 @@ def put_in_place(module: nn.Module, name: str, weight: SLWeight) -> None:
 
 def take_out(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """The inverse of ``put_in_place``; leaves nothing of it behind."""
-    base = base_class(module)
-    left = tuple(other for other in sl_names(module) if other != name)
-    module.__class__ = sl_class(base, left) if left else base
     delattr(module, name + SUFFIX)
+    module.__class__ = class_with(module, sl_names(module))
     module._parameters[name] = parameter

@@ -155,15 +155,15 @@ def export_onnx(
             _difference(name, torch.from_numpy(got), want)
             for name, got, want in zip(outputs, session.run(outputs, feeds), expected, strict=True)
         )
-        for each in errors:
-            if not each.max_rel <= tolerance:  # also where it is NaN
+        for error in errors:
+            if not error.max_rel <= tolerance:  # also where it is NaN
                 raise ValueError(
-                    f"output {each.name} differs from the trained model by {each.max_rel:.2e} relative, more than the "
-                    f"tolerance {tolerance:.0e}; nothing was written"
+                    f"output {error.name} differs from the trained model by {error.max_rel:.2e} relative, more than "
+                    f"the tolerance {tolerance:.0e}; nothing was written"
                 )
-        written = sum(each.stat().st_size for each in Path(scratch).iterdir())
-        # The weights first, so that a model file never stands beside weights that are not its own for long.
-        for each in sorted(Path(scratch).iterdir(), key=lambda each: each == file):
+        files = sorted(Path(scratch).iterdir(), key=lambda each: each == file)  # the model last: it refers to the data
+        written = sum(each.stat().st_size for each in files)
+        for each in files:
             os.replace(each, path.parent / each.name)
     absent = tuple(name for name in names if name not in stored)
     return ExportReport(path, program.model.opset_imports[""], stored, absent, written, errors)

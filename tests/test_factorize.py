@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import slcompile
+
+CONFIG = slcompile.SLConfig(rank=8, density=0.05)
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Gives every factor random values: B starts at zero, which would hide the low-rank part."""
+    with torch.no_grad():
+        for weight in model.modules():
+            if isinstance(weight, slcompile.SLWeight):
+                for parameter in weight.parameters():
+                    parameter.normal_(std=0.1)
+    return model
+
+
+class Conv1D(nn.Module):
+    """GPT-2's: a weight stored [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / 8)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_factorize_by_module_type_takes_linears(block, batch):
+    assert slcompile.factorize_(block, CONFIG) is block
+    assert set(slcompile.factors(block)) == {"up.weight", "down.weight"}
+    assert type(block.up).__name__ == "SLLinear"
+    assert isinstance(block.up, nn.Linear)
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_factorize_by_graph_takes_every_matmul_and_leaves_no_trace_of_the_run(block, batch):
+    block.register_buffer("count", torch.zeros(()))
+    state, buffers = torch.get_rng_state(), dict(block.named_buffers())
+    slcompile.factorize_(block, slcompile.SLConfig(rank=8, seed=3), example_args=(batch[0],))
+    assert set(slcompile.factors(block)) == {"up.weight", "down.weight", "mix"}
+    assert block.count is buffers["count"]
+    assert not torch.equal(torch.get_rng_state(), state)  # the factors were drawn, the model's run was not
+    assert all(p.grad is None for p in block.parameters())
+
+
+def test_a_conv1d_style_weight_starts_as_the_transposed_linear():
+    model = nn.Sequential(Conv1D(256, 64))
+    slcompile.factorize_(model, CONFIG, example_args=(torch.randn(4, 256),))
+    weight = model[0].weight_sl
+    assert weight.input_dim == 0
+    assert weight.B.shape == (256, 8)
+    assert weight.A.count_nonzero() == 0
+    bound = 1 / 16  # 1 / sqrt(256), the input features
+    assert 0.99 * bound < weight.B.abs().max() <= bound
+    assert 0.95 * bound < weight.values.abs().max() <= bound
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_restores_a_plain_model_with_the_same_outputs(block, block_class, batch, support, dtype):
+    block.to(dtype)
+    keys, classes = list(block.state_dict()), [type(module) for module in block.modules()]
+    attributes = [sorted(vars(module)) for module in block.modules()]
+    slcompile.factorize_(
+        block, slcompile.SLConfig(rank=8, density=0.05, support=support), example_args=(batch[0].to(dtype),)
+    )
+    randomize(block)
+    want = block(batch[0].to(dtype))
+    dense = block_class().to(dtype)
+    dense.load_state_dict(slcompile.merged_state_dict(block), strict=True)
+    assert slcompile.merge_(block) is block
+    got = block(batch[0].to(dtype))
+    if dtype is torch.float32:
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    else:  # composing rounds twice, merging once: half a unit in the last place (2**-9) for each of three weights
+        assert (got - want).abs().max() <= 3 * 2**-8 * want.abs().max()
+    assert torch.equal(dense(batch[0].to(dtype)), got)
+    assert list(block.state_dict()) == keys
+    assert [type(module) for module in block.modules()] == classes
+    assert [sorted(vars(module)) for module in block.modules()] == attributes
+    assert all(p.requires_grad for p in block.parameters())
+
+
+def test_merged_state_dict_makes_one_tensor_at_a_time_and_saves_as_a_dict(block):
+    slcompile.factorize_(block, CONFIG)
+    merged = slcompile.merged_state_dict(block)
+    assert merged["up.weight"] is not merged["up.weight"]
+    buffer = io.BytesIO()
+    torch.save(merged, buffer)
+    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    assert set(loaded) == {"mix", "up.weight", "up.bias", "down.weight", "head.weight", "head.bias"}
+    assert torch.equal(loaded["up.weight"], slcompile.merge_(block).up.weight)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_independent_and_equal(block, batch, clone):
+    slcompile.factorize_(randomize(block), CONFIG)
+    twin = clone(block)
+    assert type(twin.up) is type(block.up)
+    assert torch.equal(twin(batch[0]), block(batch[0]))
+    with torch.no_grad():
+        twin.up.weight_sl.values.zero_()
+    assert not torch.equal(twin(batch[0]), block(batch[0]))
+    slcompile.merge_(twin)
+    assert type(twin.up) is nn.Linear
+    assert type(block.up).__name__ == "SLLinear"
+
+
+def test_a_class_of_a_converted_module_builds_dense_ones(block):
+    slcompile.factorize_(block, CONFIG)
+    made = type(block.up)(3, 4)
+    assert type(made) is nn.Linear
+    assert made.weight.shape == (4, 3)
+
+
+def test_torch_export_keeps_the_factors_as_parameters(block, batch):
+    slcompile.factorize_(block, CONFIG)
+    program = torch.export.export(randomize(block), (batch[0],))
+    assert "up.weight_sl.B" in program.state_dict
+    assert torch.equal(program.module()(batch[0]), block(batch[0]))
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_training_resumes_bit_equal_from_a_checkpoint(block_class, batch, support):
+    config = slcompile.SLConfig(rank=8, density=0.05, support=support)
+
+    def start(seed: int):
+        torch.manual_seed(seed)
+        model = slcompile.factorize_(block_class(), config)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = start(0)
+    steps(model, optimizer, 3)
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    steps(model, optimizer, 3)
+    resumed, again = start(1)  # other seeds: the supports must come from the checkpoint
+    checkpoint = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    again.load_state_dict(checkpoint["optimizer"])
+    steps(resumed, again, 3)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert slcompile.factors(resumed)["up.weight"].seed == slcompile.factors(model)["up.weight"].seed
+
+
+def test_the_contract_of_a_converted_weight(block):
+    slcompile.factorize_(block, CONFIG)
+    assert torch.equal(block.up.weight, block.up.weight_sl())
+    for assign in (
+        lambda: setattr(block.up, "weight", torch.zeros(96, 64)),
+        lambda: setattr(block.up, "weight", nn.Parameter(torch.zeros(96, 64))),
+        lambda: block.up.register_parameter("weight", nn.Parameter(torch.zeros(96, 64))),
+    ):
+        with pytest.raises(AttributeError, match=r"Linear\.weight is composed from weight_sl .* slcompile\.merge_"):
+            assign()
+    before = block.up.weight.detach().clone()
+    bias = block.up.bias.detach().clone()
+    block.up.reset_parameters()
+    assert not torch.equal(block.up.weight, before)
+    assert not torch.equal(block.up.bias, bias)
+    assert torch.equal(block.up.weight != 0, before != 0)  # B is zero: the same support, other values
+    block.up.weight_sl.requires_grad_(False)
+    assert not block.up.weight.requires_grad
+    slcompile.merge_(block)
+    assert not block.up.weight.requires_grad
+    assert block.down.weight.requires_grad
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_the_seed_survives_averaging_and_meta_initialisation(block_class, support):
+    config = slcompile.SLConfig(rank=8, density=0.05, support=support, seed=5)
+    model = slcompile.factorize_(block_class(), config)
+    ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        ema.update_parameters(model)
+    assert slcompile.factors(ema.module)["up.weight"].seed == slcompile.factors(model)["up.weight"].seed
+    with torch.device("meta"):
+        twin = block_class()
+    slcompile.factorize_(twin, config)
+    assert all(p.is_meta for p in twin.parameters())
+    twin.to_empty(device="cpu")
+    twin.up.weight_sl.seed.fill_(77)  # what to_empty may leave there
+    with pytest.raises(RuntimeError, match="the seed buffer holds 77"):
+        twin.state_dict()
+    with pytest.raises(RuntimeError, match="the seed buffer holds 77"):
+        slcompile.merge_(twin)
+    assert type(twin.up).__name__ == "SLLinear"
+    for module in twin.modules():
+        if isinstance(module, slcompile.SLWeight):
+            module.reset_parameters()
+    assert torch.equal(twin.up.weight != 0, model.up.weight != 0)
+
+
+def test_auto_init_keeps_what_was_learned(block_class, batch):
+    model = block_class()
+    with torch.no_grad():
+        model.up.weight += 3 * torch.randn(96, 4) @ torch.randn(4, 64) / 8  # a few strong directions
+    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
+    slcompile.factorize_(model, slcompile.SLConfig(rank=16, density=0.05))
+    error = (model.up.weight - dense["up.weight"]).norm() / dense["up.weight"].norm()
+    assert error < 0.25
+    # The whole model is kept, also the weights that look random: 16 of 64 directions and 5 % of the entries.
+    assert (model.down.weight - dense["down.weight"]).norm() < 0.8 * dense["down.weight"].norm()
+    fresh = slcompile.factorize_(block_class(), slcompile.SLConfig(rank=16, density=0.05))
+    assert fresh.up.weight_sl.B.count_nonzero() == 0
+
+
+def test_seeds_are_drawn_like_any_initialiser_or_fixed_by_name(block_class):
+    def seeds(seed):
+        model = slcompile.factorize_(block_class(), slcompile.SLConfig(rank=8, seed=seed))
+        return [each.seed for each in slcompile.factors(model).values()]
+
+    torch.manual_seed(1)
+    first = seeds(None)
+    torch.manual_seed(1)
+    assert seeds(None) == first
+    assert seeds(None) != first
+    assert seeds(7) == seeds(7) != seeds(8)
+    assert len(set(seeds(7))) == 2
+
+
+def test_rewrite_of_a_symbolic_trace(block, batch):
+    gm = fx.symbolic_trace(block)
+    report = slcompile.rewrite(gm, CONFIG)
+    assert {each.name for each in report.rewritten} == {"up.weight", "down.weight", "mix"}
+    assert [(each.name, each.reason) for each in report.skipped] == [("head.weight", "too_small")]
+    code = gm.code
+    assert code.count("torch.ops.slcompile.compose.default") == 3
+    assert re.search(r"linear\(x, \w+, up_bias\)", code)
+    randomize(block)  # they share the modules
+    torch.testing.assert_close(gm(batch[0]), block(batch[0]))
+    gm(batch[0]).sum().backward()
+    assert block.up.weight_sl.values.grad is not None
+    assert slcompile.rewrite(gm, CONFIG).rewritten == []  # twice changes nothing
+    assert gm.code == code
+    want = gm(batch[0])
+    slcompile.merge_(gm)
+    assert "compose" not in gm.code
+    torch.testing.assert_close(gm(batch[0]), want, rtol=1e-5, atol=1e-6)
+
+
+def test_rewrite_of_an_exported_program(block, batch):
+    gm = torch.export.export(block, (batch[0],)).module()
+    report = slcompile.rewrite(gm, CONFIG)
+    assert {each.name for each in report.rewritten} == {"up.weight", "down.weight", "mix"}
+    output = randomize(gm)(batch[0])
+    output.sum().backward()
+    assert all(p.grad is not None for p in gm.parameters())
+    twin = copy.deepcopy(gm)
+    assert torch.equal(twin(batch[0]), output)
+    slcompile.merge_(gm)
+    torch.testing.assert_close(gm(batch[0]), output, rtol=1e-5, atol=1e-6)
+
+
+class TestBadInput:
+    def test_not_a_module_or_config(self, block):
+        with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got dict"):
+            slcompile.factorize_({}, CONFIG)
+        with pytest.raises(ValueError, match="config must be an SLConfig, got dict"):
+            slcompile.factorize_(block, {"rank": 3})
+        with pytest.raises(ValueError, match=r"gm must be a torch\.fx\.GraphModule, got Block"):
+            slcompile.rewrite(block, CONFIG)
+
+    def test_no_eligible_weight(self):
+        with pytest.raises(ValueError, match="no eligible weight; its 1 weights stay dense: too_small"):
+            slcompile.factorize_(nn.Linear(8, 8))
+
+    def test_a_pattern_that_matches_nothing(self, block):
+        with pytest.raises(ValueError, match=r"include pattern 'upp\.\*' matches no parameter"):
+            slcompile.factorize_(block, slcompile.SLConfig(rank=8, include=("upp.*",)))
+
+    def test_a_rank_larger_than_any_weight_allows(self, block):
+        with pytest.raises(ValueError, match="rank must be at most 64"):
+            slcompile.factorize_(block, slcompile.SLConfig(rank=65))
+
+    def test_a_scripted_module(self):
+        with pytest.raises(ValueError, match=r"0\.weight is of a scripted module"):
+            slcompile.factorize_(nn.Sequential(torch.jit.script(nn.Linear(64, 64))), CONFIG)
+
+    def test_a_parametrized_weight(self, block):
+        nn.utils.parametrizations.weight_norm(block.up)
+        with pytest.raises(ValueError, match=r"up\.weight carries a parametrization"):
+            slcompile.factorize_(block, CONFIG)
+        slcompile.factorize_(block, slcompile.SLConfig(rank=8, exclude=("up.*",)))
+        assert set(slcompile.factors(block)) == {"down.weight"}
+
+    def test_a_class_with_a_metaclass_of_its_own(self):
+        class Final(type):
+            def __new__(cls, name, bases, namespace):
+                if any(isinstance(base, Final) for base in bases):
+                    raise TypeError("no subclasses")
+                return super().__new__(cls, name, bases, namespace)
+
+        class Sealed(nn.Linear, metaclass=Final):
+            pass
+
+        model = nn.Sequential(nn.Linear(64, 64), Sealed(64, 64))
+        with pytest.raises(ValueError, match=r"1\.weight cannot be factorized: its class Sealed cannot be subclassed"):
+            slcompile.factorize_(model, CONFIG)
+        assert type(model[0]) is nn.Linear
+
+    def test_after_wrapping_in_ddp(self, block, batch, tmp_path):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            wrapped = nn.parallel.DistributedDataParallel(block)
+            with pytest.raises(ValueError, match="already held by DistributedDataParallel"):
+                slcompile.factorize_(wrapped, CONFIG)
+            with pytest.raises(ValueError, match="already held by DistributedDataParallel"):
+                torch.compile(block, backend="sltrain", options={"rank": 8})(batch[0])
+        finally:
+            torch.distributed.destroy_process_group()
+        assert type(block.up) is nn.Linear
+
+    def test_after_fully_shard(self, block, batch, tmp_path):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            torch.distributed.fsdp.fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match="already held by FSDPModule"):
+                slcompile.factorize_(block, CONFIG)
+        finally:
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import slcompile
+
+OPTIONS = {"rank": 8, "density": 0.05}
+CONFIG = slcompile.SLConfig(rank=8, density=0.05)
+
+
+def compiled_step(block, batch):
+    """A compiled model and one call of it: the call converts."""
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    loss = F.cross_entropy(compiled(batch[0]), batch[1])
+    return compiled, loss
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-2),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+        lambda p: torch.optim.RMSprop(p, lr=1e-2),
+        lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=2),
+    ],
+    ids=["adamw", "adamw-fused", "adamw-foreach", "sgd-momentum", "rmsprop", "lbfgs"],
+)
+def test_an_optimizer_made_before_equals_one_made_after(block_class, batch, make):
+    """Same seeds, same steps: mended at conversion, or made of the factors, the weights come out bit-equal."""
+    states = []
+    for before in (True, False):
+        torch.manual_seed(0)
+        model = block_class()
+        optimizer = make(model.parameters()) if before else None
+        slcompile.factorize_(model, CONFIG)
+        optimizer = optimizer or make(model.parameters())
+        assert held(optimizer) == [id(p) for p in model.parameters()]
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_param_groups_and_names_are_edited_in_place(block):
+    decay = [(n, p) for n, p in block.named_parameters() if p.dim() > 1]
+    rest = [(n, p) for n, p in block.named_parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1, "lr": 1e-3}, {"params": rest, "weight_decay": 0.0}], lr=1e-2
+    )
+    groups, lists = list(optimizer.param_groups), [group["params"] for group in optimizer.param_groups]
+    slcompile.factorize_(block, CONFIG)
+    assert all(a is b for a, b in zip(groups, optimizer.param_groups, strict=True))
+    assert all(a is group["params"] for a, group in zip(lists, optimizer.param_groups, strict=True))
+    names = {id(p): n for n, p in block.named_parameters()}
+    for group in optimizer.param_groups:
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+    expected = [f"{w}_sl.{part}" for w in ("up.weight", "down.weight") for part in ("B", "A", "values")]
+    assert optimizer.param_groups[0]["param_names"] == ["mix", *expected, "head.weight"]
+    assert (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["lr"]) == (0.1, 1e-3)
+
+
+def test_schedulers_made_before_go_on(block, batch):
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1.0)
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
+    compiled, loss = compiled_step(block, batch)
+    rates = []
+    for _ in range(4):
+        loss.backward()
+        optimizer.step()
+        one_cycle.step()
+        optimizer.zero_grad()
+        rates.append(optimizer.param_groups[0]["lr"])
+        loss = F.cross_entropy(compiled(batch[0]), batch[1])
+    assert len(set(rates)) == 4
+    assert block.up.weight_sl.B.count_nonzero() > 0  # it started at zero
+
+
+def test_grad_scaler_unscales_the_factors(block, batch):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(block.parameters(), lr=1.0)
+    compiled, loss = compiled_step(block, batch)
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    scaler.scale(loss).backward()
+    scaled = {name: p.grad.clone() for name, p in block.named_parameters()}
+    scaler.step(optimizer)
+    scaler.update()
+    for name, p in block.named_parameters():
+        torch.testing.assert_close(before[name] - p.detach(), scaled[name] / 1024, rtol=1e-5, atol=1e-6, msg=name)
+    assert compiled is not None
+
+
+def test_accumulation_and_clipping_reach_the_factors(block, batch):
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    compiled, loss = compiled_step(block, batch)
+    (loss / 2).backward()
+    once = block.up.weight_sl.values.grad.clone()
+    (F.cross_entropy(compiled(batch[0]), batch[1]) / 2).backward()
+    torch.testing.assert_close(block.up.weight_sl.values.grad, 2 * once, rtol=1e-5, atol=1e-7)
+    norm = nn.utils.clip_grad_norm_(block.parameters(), 1e-3)
+    assert norm > 1e-3
+    total = torch.stack([p.grad.norm() for p in block.parameters()]).norm()
+    torch.testing.assert_close(total, torch.tensor(1e-3), rtol=1e-3, atol=0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["factorize_", "compiled"])
+@pytest.mark.parametrize("kind", ["state", "muon", "copy", "hook", "accumulate-hook", "gradient", "nan", "inf"])
+def test_what_cannot_be_converted_is_refused_and_the_model_left_as_it_was(block, batch, kind, explicit):
+    weight = block.up.weight
+    keep = None
+    if kind == "state":
+        keep = torch.optim.AdamW(block.parameters())
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+        keep.step()
+        keep.zero_grad()
+        message = "AdamW already has state for the dense weight"
+    elif kind == "muon":
+        keep = torch.optim.Muon([block.up.weight, block.down.weight])
+        message = "Muon orthogonalises matrices"
+    elif kind == "copy":
+        keep = torch.optim.SGD(block.parameters())
+        keep.flat = list(block.parameters())
+        message = "SGD cannot be mended: it keeps dense weights in its attribute 'flat'"
+    elif kind == "hook":
+        weight.register_hook(lambda grad: grad)
+        message = "up.weight carries a gradient hook"
+    elif kind == "accumulate-hook":
+        weight.register_post_accumulate_grad_hook(lambda p: None)
+        message = "up.weight carries a post-accumulate-grad hook"
+    elif kind == "gradient":
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+        message = "has a gradient that conversion would lose"
+    else:
+        with torch.no_grad():
+            weight[3, 5] = float(kind)
+        message = "up.weight contains NaN or Inf"
+    before = {name: (id(p), p.detach().clone()) for name, p in block.named_parameters()}
+    classes = [type(module) for module in block.modules()]
+    groups = held(keep) if keep is not None else None
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    convert = functools.partial(slcompile.factorize_, block, CONFIG, example_args=(batch[0],)) if explicit else compiled
+    with pytest.raises(ValueError, match=message):
+        convert(*([] if explicit else [batch[0]]))
+    assert [type(module) for module in block.modules()] == classes
+    for name, parameter in block.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter.nan_to_num(), before[name][1].nan_to_num())
+    assert not any(key.endswith("_sl") for module in block.modules() for key in module._modules)
+    assert groups is None or held(keep) == groups
+
+
+def test_an_exception_half_way_leaves_everything_as_it_was(block, monkeypatch):
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    before, groups = {name: id(p) for name, p in block.named_parameters()}, held(optimizer)
+    swap = slcompile.factorize_.__globals__["put_in_place"]
+    swapped = []
+
+    def failing(module, name, weight):
+        if swapped:
+            raise MemoryError("no room")
+        swapped.append(name)
+        swap(module, name, weight)
+
+    monkeypatch.setitem(slcompile.factorize_.__globals__, "put_in_place", failing)
+    with pytest.raises(MemoryError):
+        slcompile.factorize_(block, CONFIG)
+    assert swapped
+    assert {name: id(p) for name, p in block.named_parameters()} == before
+    assert list(block.state_dict()) == ["mix", "up.weight", "up.bias", "down.weight", "head.weight", "head.bias"]
+    assert held(optimizer) == groups
+
+
+def test_an_optimizer_of_stale_parameters_refuses_to_step(block):
+    stale = list(block.parameters())
+    slcompile.factorize_(block, CONFIG)
+    optimizer = torch.optim.SGD(stale, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"up\.weight was converted to sparse-plus-low-rank factors"):
+        optimizer.step()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    optimizer.step()
+    slcompile.merge_(block)
+    with pytest.raises(RuntimeError, match="merged into a dense weight"):
+        optimizer.step()

@@ -32,6 +32,9 @@ VIEWS = frozenset(
     "transpose type_as unbind unflatten unsafe_chunk unsafe_split _unsafe_view unsqueeze view".split()
 )
 _SWAPS = frozenset("mT permute swapaxes swapdims t T transpose".split())
+_COPIES = frozenset("clone contiguous _to_copy to".split())
+# What reads a weight's description and none of its numbers.
+_METADATA = frozenset("device dim dtype ndim numel shape size stride".split())
 
 
 @dataclass
@@ -76,32 +79,31 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
         if user in seen:
             continue
         seen.add(user)
-        name = op_name(user)
+        name = _called(user)
         if user.target in WEIGHT_OPS:
             use.composed = True
         elif name in MATMULS and _is_matrix_operand(user, node, MATMULS[name]):
             if not use.matmuls:
                 use.input_dim = _contracted_dim(weight, user, node, swapped)
             use.matmuls.append(user)
-        elif _is_view(user, node, name):
-            _follow(weight, user, swapped ^ (name in _SWAPS or _attribute(user) in _SWAPS), use, seen)
-        else:
+        elif name in VIEWS and user.args[:1] == (node,) and (user.all_input_nodes == [node] or name == "type_as"):
+            # In-place and out= variants have other names; another tensor that it reads must be for its dtype alone.
+            _follow(weight, user, swapped ^ _swaps(user, name), use, seen)
+        elif name not in _METADATA and not (name == "type_as" and user.args[0] is not node):
             use.others.append(name)
 
 
-def _attribute(user: fx.Node) -> str | None:
-    """``T`` for the node of ``weight.T``."""
-    is_getattr = user.op == "call_function" and user.target is getattr
-    return str(user.args[1]) if is_getattr else None
+def _called(user: fx.Node) -> str:
+    """What a node calls; the attribute's name for ``weight.T``."""
+    return str(user.args[1]) if user.op == "call_function" and user.target is getattr else op_name(user)
 
 
-def _is_view(user: fx.Node, node: fx.Node, name: str) -> bool:
-    if user.op not in ("call_function", "call_method") or user.args[:1] != (node,):
-        return False
-    if _attribute(user) is not None:
-        return _attribute(user) in _SWAPS
-    # In-place and out= variants are not among the names, and any other tensor it reads must be for its dtype alone.
-    return name in VIEWS and (user.all_input_nodes == [node] or name == "type_as")
+def _swaps(user: fx.Node, name: str) -> bool:
+    """Whether a view exchanges rows and columns."""
+    if name != "permute":
+        return name in _SWAPS
+    dims = user.args[1] if isinstance(user.args[1], (list, tuple)) else user.args[1:]
+    return list(dims) in ([1, 0], [-1, -2], [1, -2], [-1, 0])
 
 
 def _is_matrix_operand(user: fx.Node, node: fx.Node, slots: tuple[int | str, ...]) -> bool:
@@ -120,18 +122,47 @@ def _contracted_dim(weight: fx.Node, user: fx.Node, node: fx.Node, swapped: bool
     With shapes at hand (ATen) the stride of the contracted dimension tells; else transposes are counted.
     """
     name = op_name(user)
-    if name == "linear":
-        return 1 ^ swapped
-    first = name in ("mv", "addmv") or user.args[1 if name in ("addmm", "baddbmm") else 0] is node
-    dim = -1 if first else -2
+    if name == "einsum":
+        return _einsum_dim(user, node) ^ swapped
+    first = name in ("mv", "addmv") or _operand(user, name) is node
+    dim = -1 if first or name == "linear" else -2
     stored, used = weight.meta.get("val"), node.meta.get("val")
     if isinstance(used, Tensor) and isinstance(stored, Tensor) and stored.dim() == 2 and used.dim() >= 2:
         row_stride, column_stride = stored.stride()
-        if used.stride(dim) in (row_stride, column_stride) and row_stride != column_stride:
+        if used.stride(dim) in (row_stride, column_stride) and row_stride != column_stride and not _relaid(node):
             return 1 if used.stride(dim) == column_stride else 0
-    if name == "einsum":
-        return 1
-    return (1 if first else 0) ^ swapped
+    return (1 if dim == -1 else 0) ^ swapped
+
+
+def _operand(user: fx.Node, name: str) -> object:
+    """The first matrix of a product, whether it is given by position or by name."""
+    position = 1 if name in ("addmm", "baddbmm") else 0
+    if position < len(user.args):
+        return user.args[position]
+    # The order matters: `input` of addmm is what it adds.
+    return next(
+        (user.kwargs[key] for key in ("mat1", "batch1", "tensor1", "self", "input") if key in user.kwargs), None
+    )
+
+
+def _einsum_dim(user: fx.Node, node: fx.Node) -> int:
+    """The dimension of the operand whose letter the result does not have; 1 where the equation does not say."""
+    equation, *operands = user.args
+    operands = list(operands[0]) if isinstance(operands[0], (list, tuple)) else operands
+    inputs, arrow, output = str(equation).replace(" ", "").partition("->")
+    term = inputs.split(",")[operands.index(node)]
+    return 0 if arrow and len(term) == 2 and term[0] not in output else 1
+
+
+def _relaid(node: fx.Node) -> bool:
+    """Whether a copy with other strides than its source lies between the weight and this node."""
+    while node.op == "call_function" and node.all_input_nodes:
+        source = node.all_input_nodes[0]
+        before, after = source.meta.get("val"), node.meta["val"]
+        if op_name(node) in _COPIES and isinstance(before, Tensor) and before.stride() != after.stride():
+            return True
+        node = source
+    return False
 
 
 def is_weight(value: object) -> bool:

@@ -131,7 +131,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # An int may be too large for a float, which isfinite does not bear.
+    return (isinstance(value, float) and math.isfinite(value)) or (_is_int(value) and abs(value) < 2**1023)
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:

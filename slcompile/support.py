@@ -71,8 +71,9 @@ def uniform_index(seed: int, rows: int, columns: int, density: float) -> Tensor:
     Returns:
         [uniform_count] on the CPU; int32, or int64 where the weight has more than 2**31 - 1 elements.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(rows * columns, generator=generator)[: uniform_count(rows, columns, density)]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(rows * columns, generator=generator, device="cpu")
+    chosen = order[: uniform_count(rows, columns, density)]
     return chosen.sort().values.to(uniform_dtype(rows, columns))
 
 

@@ -1,0 +1,134 @@
+"""The kernels' support has the integers of ``slcompile.support``: in Triton's interpreter, compiled, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slcompile.support import SEED_LIMIT, stratified_columns
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+# rows, columns, groups, first_row: sizes that divide nothing, blocks that are not full, and each 64-bit step.
+SHAPES = {
+    "one_element": (1, 1, 1, 0),
+    "one_group": (9, 17, 1, 0),
+    "odd": (7, 63, 5, 3),
+    "every_column": (5, 31, 31, 0),
+    "many_blocks": (33, 1001, 30, 0),
+    "row_beyond_2**31": (3, 257, 9, 2**31 + 5),
+    "counter_wraps_at_2**32": (4, 257, 9, 2**32 // 9 - 2),
+    "row_beyond_2**40": (3, 127, 11, 2**40 + 1),
+    "group_times_columns_beyond_2**31": (2, 2**31 - 1, 301, 0),
+    "no_rows": (0, 5, 2, 0),
+}
+SEEDS = (0, 1, SEED_LIMIT - 1)
+CASES = [(seed, *shape) for shape in SHAPES.values() for seed in SEEDS]
+
+INTERPRETED = """
+import sys
+import torch
+from slcompile.kernels.support import stratified_columns
+torch.save([stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row)
+            for seed, rows, columns, groups, first_row in eval(sys.argv[1])], sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
+    """What the kernel returns for CASES, from a process of its own: triton reads TRITON_INTERPRET as it is imported."""
+    path = tmp_path_factory.mktemp("interpreted") / "columns.pt"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED, repr(CASES), str(path)], env=environment, check=True)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_interpreted_kernel_equals_torch_bit_for_bit(interpreted: list[Tensor], shape: str, seed: int) -> None:
+    rows, columns, groups, first_row = SHAPES[shape]
+    found = interpreted[CASES.index((seed, *SHAPES[shape]))]
+    assert found.dtype == torch.int64
+    assert found.shape == (rows, groups)
+    assert torch.equal(found, stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row))
+
+
+def test_the_package_is_imported_without_triton() -> None:
+    blocked = "import sys; sys.modules['triton'] = None; import slcompile, slcompile.kernels, slcompile.support"
+    subprocess.run([sys.executable, "-c", blocked], check=True)
+
+
+# What the launcher's integers become: all wide, and those equal to 1 turned into constants.
+SIGNATURES = {
+    "wide": ({"first_row": "i64", "size": "i64", "columns": "i32", "groups": "i32"}, {}),
+    "ones": ({"first_row": "constexpr", "size": "i32", "columns": "constexpr", "groups": "constexpr"},
+             {"first_row": 1, "columns": 1, "groups": 1}),
+}  # fmt: skip
+
+
+def compile_kernel(signature: str, backend: str, arch: int | str, warp_size: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    from slcompile.kernels.support import BLOCK, stratified_columns_kernel
+
+    types, constants = SIGNATURES[signature]
+    types = {"p_seed": "*i64", "p_columns": "*i64", **types, "BLOCK": "constexpr"}
+    source = triton.compiler.ASTSource(stratified_columns_kernel, types, {**constants, "BLOCK": BLOCK})
+    return triton.compile(source, target=GPUTarget(backend, arch, warp_size))
+
+
+def resource_usage(cubin: bytes, path: Path) -> dict[str, int]:
+    """Registers and bytes of stack and local memory of a kernel; spilled registers are counted in the last two."""
+    path.write_bytes(cubin)
+    tool = triton.knobs.nvidia.cuobjdump.path
+    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh cache, so that the test compiles."""
+    if triton.knobs.runtime.interpret:
+        pytest.skip("TRITON_INTERPRET is set: nothing is compiled in this process")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.usefixtures("compiler")
+def test_compiles_for_cuda_without_spills(arch: int, signature: str, tmp_path: Path) -> None:
+    kernel = compile_kernel(signature, "cuda", arch, 32)
+    assert f".target sm_{arch}" in kernel.asm["ptx"]
+    usage = resource_usage(kernel.asm["cubin"], tmp_path / "kernel.cubin")
+    assert usage["STACK"] == usage["LOCAL"] == 0
+    # 64 registers a thread keep 32 warps on a multiprocessor, half of what it holds.
+    assert 0 < usage["REG"] <= 64
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+@pytest.mark.usefixtures("compiler")
+def test_compiles_for_rocm_without_spills(signature: str) -> None:
+    kernel = compile_kernel(signature, "hip", "gfx942", 64)
+    assert kernel.asm["hsaco"]
+    assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", kernel.asm["amdgcn"]) == ["0", "0"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_on_cuda_equals_torch_on_cpu_bit_for_bit(shape: str, seed: int) -> None:
+    from slcompile.kernels.support import stratified_columns as launched
+
+    rows, columns, groups, first_row = SHAPES[shape]
+    found = launched(torch.tensor([seed], device="cuda"), rows, columns, groups, first_row=first_row)
+    expected = stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row)
+    assert torch.equal(found.cpu(), expected)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy
+
+from slcompile.ops import compose
+from slcompile.passes import recompute_weights
+from slcompile.passes.graph import Decision, PassReport
+
+FACTORS = (torch.ones(8, 2), torch.ones(2, 6), torch.ones(8, 3), torch.tensor([5]))
+x_TK = torch.ones(5, 6)
+
+
+def weight(B: Tensor, A: Tensor, values: Tensor, seed: Tensor) -> Tensor:
+    return compose(B, A, values, seed, 0.5)
+
+
+def traced_in_a_checkpointed_region(function: Callable[..., object], *args: Tensor) -> fx.GraphModule:
+    """A graph as AOTAutograd would hand it over: every node lies in a region, and is to be kept."""
+    gm = make_fx(function)(*args)
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.meta["ac_graph_id"] = 1
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return gm
+
+
+def text_of(gm: fx.GraphModule) -> str:
+    """The graph's text without numbers of users and types."""
+    return re.sub(r" : .*?\] = ", " = ", str(gm.graph)).strip()
+
+
+def tagged(gm: fx.GraphModule) -> list[str]:
+    """Names of the nodes to recompute. Those and no others have left their checkpointed region."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    recomputed = [node.name for node in calls if node.meta["recompute"] is CheckpointPolicy.MUST_RECOMPUTE]
+    assert recomputed == [node.name for node in calls if "ac_graph_id" not in node.meta]
+    return recomputed
+
+
+def tags_of(function: Callable[..., object], *args: Tensor) -> list[str]:
+    gm = traced_in_a_checkpointed_region(function, *args)
+    recompute_weights(gm)
+    return tagged(gm)
+
+
+def test_graph_and_tags() -> None:
+    def function(x: Tensor, B: Tensor, A: Tensor, values: Tensor, seed: Tensor) -> Tensor:
+        return x.bfloat16() @ weight(B, A, values, seed).bfloat16().t()
+
+    gm = traced_in_a_checkpointed_region(function, x_TK, *FACTORS)
+    report = recompute_weights(gm)
+    # Only meta changes.
+    assert text_of(gm) == dedent("""\
+        graph():
+            %x_1 = placeholder[target=x_1]
+            %b_1 = placeholder[target=B_1]
+            %a_1 = placeholder[target=A_1]
+            %values_1 = placeholder[target=values_1]
+            %seed_1 = placeholder[target=seed_1]
+            %_to_copy = call_function[target=torch.ops.aten._to_copy.default](args = (%x_1,), kwargs = {dtype: torch.bfloat16})
+            %compose = call_function[target=torch.ops.slcompile.compose.default](args = (%b_1, %a_1, %values_1, %seed_1, 0.5), kwargs = {})
+            %_to_copy_1 = call_function[target=torch.ops.aten._to_copy.default](args = (%compose,), kwargs = {dtype: torch.bfloat16})
+            %t = call_function[target=torch.ops.aten.t.default](args = (%_to_copy_1,), kwargs = {})
+            %mm = call_function[target=torch.ops.aten.mm.default](args = (%_to_copy, %t), kwargs = {})
+            return mm""")  # noqa: E501  # a graph's lines are as long as they are
+    assert tagged(gm) == ["compose", "_to_copy_1", "t"]
+    assert report == PassReport("recompute_weights", [Decision("compose", shape=(8, 6))])
+
+
+def test_concatenation_of_weights_is_tagged() -> None:
+    def function(x: Tensor, *factors: Tensor) -> Tensor:
+        return F.linear(x, torch.cat([weight(*factors), 2 * weight(*factors).permute(0, 1)]))
+
+    assert tags_of(function, x_TK, *FACTORS) == ["compose", "compose_1", "permute", "mul", "cat", "t"]
+
+
+@pytest.mark.parametrize("other", [x_TK, torch.ones(3, 6)], ids=["activation", "dense weight"])
+def test_concatenation_with_another_input_is_left_alone(other: Tensor) -> None:
+    def function(x: Tensor, other: Tensor, *factors: Tensor) -> Tensor:
+        return F.linear(x, torch.cat([weight(*factors), other]))
+
+    assert tags_of(function, x_TK, other, *FACTORS) == ["compose"]
+
+
+def test_product_with_an_activation_and_what_follows_it_is_left_alone() -> None:
+    def function(x: Tensor, *factors: Tensor) -> Tensor:
+        return F.linear(x, weight(*factors)).relu().t()
+
+    assert tags_of(function, x_TK, *FACTORS) == ["compose", "t"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, *factors: F.linear(x, torch.randn(8, 6)),
+        lambda x, *factors: (factors[0].t() @ (factors[0] @ factors[1])).relu(),
+    ],
+    ids=["dense weight", "factors alone"],
+)
+def test_graph_without_weight_ops_is_left_alone(function: Callable[..., Tensor]) -> None:
+    gm = traced_in_a_checkpointed_region(function, x_TK, *FACTORS)
+    report = recompute_weights(gm)
+    assert tagged(gm) == []
+    assert report == PassReport("recompute_weights")
+
+
+def test_twice_changes_nothing() -> None:
+    gm = traced_in_a_checkpointed_region(lambda x, *factors: F.linear(x, weight(*factors)), x_TK, *FACTORS)
+    first = recompute_weights(gm)
+    text, tags = text_of(gm), tagged(gm)
+    assert recompute_weights(gm) == first
+    assert (text_of(gm), tagged(gm)) == (text, tags)
+
+
+def saved_for_backward(*, with_pass: bool) -> list[tuple[int, ...]]:
+    """Shapes of what the partitioner keeps between the forward and the backward pass."""
+    saved: list[tuple[int, ...]] = []
+
+    def partition(joint: fx.GraphModule, inputs: object, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if with_pass:
+            recompute_weights(joint)
+        return min_cut_rematerialization_partition(joint, inputs, **options)
+
+    def record_outputs(gm: fx.GraphModule, _: object) -> fx.GraphModule:
+        (outputs,) = gm.graph.output_node().args
+        saved.extend(tuple(node.meta["val"].shape) for node in outputs[1:])  # the first is the function's own
+        return gm
+
+    def function(x: Tensor, B: Tensor, A: Tensor, values: Tensor, seed: Tensor) -> Tensor:
+        return F.linear(x.tanh(), weight(B, A, values, seed))
+
+    *trained, seed = (x_TK, *FACTORS)
+    trained = [each.clone().requires_grad_() for each in trained]
+    compiled = aot_function(function, record_outputs, nop, partition_fn=partition)
+    compiled(*trained, seed).sum().backward()
+    return saved
+
+
+def test_partitioner_keeps_no_composed_weight() -> None:
+    shape = (8, 6)
+    assert shape in saved_for_backward(with_pass=False)
+    assert shape not in saved_for_backward(with_pass=True)

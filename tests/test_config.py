@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from slcompile.config import SLConfig, did_you_mean
+
+
+def test_defaults() -> None:
+    assert dataclasses.asdict(SLConfig()) == {
+        "rank": 0.25,
+        "density": 0.03,
+        "alpha": 16.0,
+        "support": "stratified",
+        "init": "auto",
+        "seed": None,
+        "include": ("*",),
+        "exclude": ("*lm_head*", "*embed*"),
+        "min_dim": 32,
+    }
+
+
+BAD: dict[str, list[Any]] = {
+    "rank": [0, -1, 1.0, 1.5, 0.0, -0.25, math.nan, math.inf, True, False, "8", None],
+    "density": [0, 0.0, 1.5, -1, math.nan, math.inf, True, "0.03", None],
+    "alpha": [0, -16, math.nan, math.inf, True, "16", None],
+    "support": ["", "Stratified", "random", None, 1],
+    "init": ["", "svd", "Kaiming", None, 1],
+    "seed": [-1, 2**63, 1.0, math.nan, True, "1"],
+    "include": ["", [""], [1], ["a", None], None, 1, {"*": 1}],
+    "exclude": ["", [""], [1], ["a", None], None, 1, {"*": 1}],
+    "min_dim": [0, -1, 1.0, True, None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+def test_bad_value_raises_and_names_the_field_and_the_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}\b") as error:
+        SLConfig(**{field: value})
+    # A pattern that was given as a string is shown as the sequence it stands for.
+    assert repr(value) in str(error.value)
+
+
+GOOD: dict[str, list[Any]] = {
+    "rank": [1, 4096, 1e-6, 0.999],
+    "density": [1, 1.0, 1e-9],
+    "alpha": [1, 0.5, 1e9],
+    "support": ["stratified", "uniform"],
+    "init": ["auto", "kaiming", "spectral"],
+    "seed": [None, 0, 2**63 - 1],
+    "min_dim": [1, 4096],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in GOOD.items() for value in values])
+def test_good_value_is_kept(field: str, value: Any) -> None:
+    assert getattr(SLConfig(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize("field", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("given", "kept"), [("a.*", ("a.*",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ([], ()), ((), ())]
+)
+def test_patterns_are_kept_as_a_tuple(field: str, given: Any, kept: tuple[str, ...]) -> None:
+    assert getattr(SLConfig(**{field: given}), field) == kept
+
+
+@pytest.mark.parametrize(
+    ("field", "typo", "nearest"),
+    [
+        ("support", "stratfied", "stratified"),
+        ("support", "unifrom", "uniform"),
+        ("init", "kaimin", "kaiming"),
+        ("init", "spectrum", "spectral"),
+    ],
+)
+def test_misspelt_choice_suggests_the_nearest(field: str, typo: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} got '{typo}', did you mean '{nearest}'"):
+        SLConfig(**{field: typo})
+
+
+def test_arguments_are_by_keyword_alone() -> None:
+    with pytest.raises(TypeError):
+        SLConfig(8)  # type: ignore[misc]  # the error is what is tested
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SLConfig().rank = 8  # type: ignore[misc]  # the error is what is tested
+
+
+def test_equal_configs_have_equal_hashes() -> None:
+    one, same, other = SLConfig(include=["a*"]), SLConfig(include=("a*",)), SLConfig(include="b*")
+    assert one == same
+    assert {one: 1}[same] == 1
+    assert one != other
+
+
+class TestFromOptions:
+    @pytest.mark.parametrize("options", [None, {}])
+    def test_no_options_are_the_defaults(self, options: dict[str, Any] | None) -> None:
+        assert SLConfig.from_options(options) == (SLConfig(), {})
+
+    def test_inductor_is_split_off_and_the_options_are_left_as_they_were(self) -> None:
+        options = {"rank": 8, "include": ["layers.*"], "inductor": {"max_autotune": True}}
+        before = dict(options)
+        config, inductor = SLConfig.from_options(options)
+        assert config == SLConfig(rank=8, include=("layers.*",))
+        assert inductor == {"max_autotune": True}
+        assert inductor is not options["inductor"]
+        assert options == before
+
+    @pytest.mark.parametrize(
+        ("key", "nearest"),
+        [
+            ("rnak", "rank"),
+            ("desnity", "density"),
+            ("aplha", "alpha"),
+            ("includes", "include"),
+            ("inducter", "inductor"),
+        ],
+    )
+    def test_unknown_key_suggests_the_nearest(self, key: str, nearest: str) -> None:
+        with pytest.raises(ValueError, match=f"unknown option '{key}', did you mean '{nearest}'"):
+            SLConfig.from_options({key: 1})
+
+    def test_unknown_key_lists_what_is_allowed(self) -> None:
+        with pytest.raises(ValueError, match=r"unknown option 'zzz'; allowed: rank, density, .*, min_dim, inductor$"):
+            SLConfig.from_options({"zzz": 1})
+
+    def test_key_that_is_no_string_is_unknown(self) -> None:
+        with pytest.raises(ValueError, match="unknown option 3"):
+            SLConfig.from_options({3: 1})  # type: ignore[dict-item]  # the error is what is tested
+
+    @pytest.mark.parametrize("value", [None, True, "max_autotune", ["max_autotune"]])
+    def test_inductor_must_be_a_dict(self, value: Any) -> None:
+        with pytest.raises(ValueError, match="option 'inductor' must be a dict"):
+            SLConfig.from_options({"inductor": value})
+
+    def test_bad_value_names_the_field(self) -> None:
+        with pytest.raises(ValueError, match=r"^rank must be"):
+            SLConfig.from_options({"rank": 0})
+
+
+class TestRankFor:
+    @pytest.mark.parametrize(
+        ("rank", "shape", "expected"),
+        [
+            (0.25, (64, 128), 16),
+            (0.25, (128, 64), 16),
+            (0.25, (63, 63), 16),
+            (0.001, (64, 64), 1),
+            (0.999, (64, 64), 64),
+            (8, (64, 128), 8),
+            (512, (64, 128), 512),
+        ],
+    )
+    def test_fraction_is_of_the_smaller_side_and_an_int_is_itself(
+        self, rank: float, shape: tuple[int, int], expected: int
+    ) -> None:
+        found = SLConfig(rank=rank).rank_for(*shape)
+        assert found == expected
+        assert isinstance(found, int)
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(
+        ("include", "exclude", "name", "expected"),
+        [
+            (("*",), (), "layers.0.q.weight", True),
+            (("*",), ("*q*",), "layers.0.q.weight", False),
+            (("layers.0.*", "head*"), (), "head.weight", True),
+            (("layers.0.*",), (), "layers.1.q.weight", False),
+            (("layers.[01].*",), (), "layers.1.q.weight", True),
+            (("q",), (), "layers.0.q.weight", False),
+            (("*Q*",), (), "layers.0.q.weight", False),
+            ((), (), "layers.0.q.weight", False),
+        ],
+    )
+    def test_includes(self, include: tuple[str, ...], exclude: tuple[str, ...], name: str, expected: bool) -> None:
+        assert SLConfig(include=include, exclude=exclude).includes(name) is expected
+
+    @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "embeddings.word.weight"])
+    def test_head_and_embeddings_are_excluded_by_default(self, name: str) -> None:
+        assert not SLConfig().includes(name)
+
+    def test_default_patterns_may_match_nothing(self) -> None:
+        SLConfig().require_patterns_match(["fc.weight"])
+        SLConfig(exclude=("*lm_head*", "*embed*")).require_patterns_match(["fc.weight"])
+        SLConfig().require_patterns_match([])
+
+    def test_users_patterns_that_match_are_accepted(self) -> None:
+        names = iter(["fc.weight", "head.weight"])  # an iterator: both fields must see all of it
+        SLConfig(include=("fc*",), exclude=("head*",)).require_patterns_match(names)
+
+    @pytest.mark.parametrize("field", ["include", "exclude"])
+    def test_users_pattern_that_matches_nothing_raises_and_suggests(self, field: str) -> None:
+        config = SLConfig(**{field: ("*", "*layers.0.qproj*")})
+        with pytest.raises(ValueError, match=rf"^{field} pattern .*qproj.*did you mean 'layers\.0\.q_proj'"):
+            config.require_patterns_match(["layers.0.q_proj", "layers.0.k_proj"])
+
+    def test_one_that_matches_does_not_excuse_one_that_does_not(self) -> None:
+        with pytest.raises(ValueError, match=r"^include pattern 'decoder\.\*'"):
+            SLConfig(include=("encoder.*", "decoder.*")).require_patterns_match(["encoder.weight"])
+
+
+class TestDidYouMean:
+    def test_nothing_near_and_many_known_is_silent(self) -> None:
+        assert did_you_mean("zzz", map(str, range(17))) == ""
+
+    def test_few_known_are_listed(self) -> None:
+        assert did_you_mean("raank", ["rank", "alpha"]) == ", did you mean 'rank'?; allowed: rank, alpha"

@@ -1,0 +1,95 @@
+"""Faithful to SLTrain (arXiv 2406.02214): parameter counts, formulas and initial distribution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import slcompile
+
+# width, intermediate, layers, heads, rank, parameters; the paper prints 43.5, 96.6, 194.3 and 645.6 M.
+SIZES = {
+    "60M": (512, 1376, 8, 8, 128, 43_529_832),
+    "130M": (768, 2048, 12, 12, 256, 96_545_796),
+    "350M": (1024, 2736, 24, 16, 256, 194_293_544),
+    "1B": (2048, 5461, 24, 32, 512, 645_547_960),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_are_the_papers(size):
+    width, intermediate, layers, heads, rank, expected = SIZES[size]
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    slcompile.factorize_(model, slcompile.SLConfig(rank=rank, density=0.03, support="uniform"))
+    assert len(slcompile.factors(model)) == 7 * layers
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_forward_and_all_gradients_equal_a_float64_reference(support):
+    """W = alpha/r B A + V at the support; y = x W^T + b; gradients by the chain rule, written out."""
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 80, dtype=torch.float64)
+    config = slcompile.SLConfig(rank=12, alpha=7.0, density=0.1, support=support)
+    slcompile.factorize_(nn.Sequential(layer), config)
+    weight = layer.weight_sl
+    with torch.no_grad():
+        weight.B.normal_()
+    x = torch.randn(9, 48, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(9, 80, dtype=torch.float64)
+    loss = F.mse_loss(layer(x), target, reduction="sum")
+    loss.backward()
+
+    B, A, values = (each.detach().clone() for each in (weight.B, weight.A, weight.values))
+    with torch.no_grad():  # without the low-rank part, the composed weight shows the support
+        weight.B.zero_()
+        support_mask = layer.weight != 0
+    assert int(support_mask.sum()) == values.numel()
+    sparse = torch.zeros(80, 48, dtype=torch.float64)
+    sparse[support_mask] = values.flatten()  # ascending, as both supports are
+    scale = 7.0 / 12
+    dense = scale * B @ A + sparse
+    y = x.detach() @ dense.t() + layer.bias.detach()
+    g = 2 * (y - target)
+    G = g.t() @ x.detach()
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(loss.detach(), (y - target).square().sum(), **close)
+    torch.testing.assert_close(weight.B.grad, scale * G @ A.t(), **close)
+    torch.testing.assert_close(weight.A.grad, scale * B.t() @ G, **close)
+    torch.testing.assert_close(weight.values.grad.flatten(), G[support_mask], **close)
+    torch.testing.assert_close(x.grad, g @ dense, **close)
+    torch.testing.assert_close(layer.bias.grad, g.sum(0), **close)
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_initial_distribution(support):
+    """B zero, A Kaiming-uniform(a=sqrt 5), which is U(+-1/sqrt(in)) as the values are; scale alpha / rank."""
+    layer = nn.Linear(1024, 512)
+    slcompile.factorize_(nn.Sequential(layer), slcompile.SLConfig(rank=128, alpha=32, support=support))
+    weight = layer.weight_sl
+    assert weight.scale == 0.25
+    assert weight.B.count_nonzero() == 0
+    kaiming = torch.empty(128, 1024)
+    nn.init.kaiming_uniform_(kaiming, a=math.sqrt(5))
+    bound = 1 / math.sqrt(1024)
+    for drawn in (weight.A, weight.values, kaiming):
+        count, data = drawn.numel(), drawn.detach().flatten() / bound
+        assert data.abs().max() <= 1
+        assert data.abs().max() > 1 - 20 / count
+        # Moments of U(-1, 1): mean 0, variance 1/3, fourth moment 1/5; five standard errors of each.
+        assert abs(data.mean()) < 5 * math.sqrt(1 / 3 / count)
+        assert abs(data.square().mean() - 1 / 3) < 5 * math.sqrt((1 / 5 - 1 / 9) / count)

@@ -1,0 +1,91 @@
+"""Each private part of torch that we lean on, so that a new torch version that moves one fails here first."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from slcompile import torch_private
+
+
+def capture(model: nn.Module, *args: torch.Tensor, dynamic: bool | None = None, within=lambda gm, inputs: None):
+    """The graph that Dynamo captures; ``within`` runs where a backend would."""
+    captured = []
+
+    def backend(gm, inputs):
+        captured.append(gm)
+        within(gm, inputs)
+        return gm.forward
+
+    torch.compile(model, backend=backend, dynamic=dynamic)(*args)
+    (gm,) = captured
+    return gm
+
+
+def test_captured_inputs_are_fake_and_in_order(block, batch):
+    gm = capture(block, batch[0])
+    inputs = torch_private.captured_inputs(gm)
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    assert len(inputs) == len(names) == 7
+    assert all(isinstance(each, torch._subclasses.FakeTensor) for each in inputs)
+
+
+def test_lowering_inside_a_backend_inlines_checkpoints_and_keeps_the_placeholders(checkpointed_block, batch):
+    lowered = []
+
+    def within(gm, inputs):
+        lowered.append(torch_private.lower_to_aten(gm, torch_private.captured_inputs(gm)))
+        assert sum(node.op == "placeholder" for node in lowered[0].graph.nodes) == len(inputs)
+
+    capture(checkpointed_block, batch[0], dynamic=True, within=within)
+    targets = [str(node.target) for node in lowered[0].graph.nodes if node.op == "call_function"]
+    assert targets.count("aten.addmm.default") == 2
+    assert targets.count("aten.mm.default") == 2
+    assert all(target.startswith("aten.") for target in targets)
+
+
+def test_a_graph_compiles_later_in_its_resumed_context(block):
+    contexts, modes = [], []
+
+    def within(gm, inputs):
+        contexts.append(torch_private.tracing_context())
+        modes.append(torch_private.fake_mode())
+
+    gm = capture(block, torch.randn(5, 64), dynamic=True, within=within)
+    assert contexts[0] is not None
+    assert isinstance(modes[0], torch._subclasses.FakeTensorMode)
+    with torch_private.resume(contexts[0]):
+        compiled = torch_private.inductor(gm, torch_private.captured_inputs(gm), {})
+    parameters = dict(block.named_parameters())
+    for size in (5, 8):
+        x = torch.randn(size, 64)
+        given = {"size": size, "x": x}
+        args = []
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                value = node.meta["example_value"]
+                if not isinstance(value, torch.Tensor):
+                    args.append(given["size"])
+                elif value.requires_grad:
+                    args.append(next(p for n, p in parameters.items() if n.replace(".", "_") in _flat(node.name)))
+                else:
+                    args.append(given["x"])
+        torch.testing.assert_close(compiled(*args)[0], block(x))
+
+
+def _flat(name: str) -> str:
+    """Dynamo's placeholder name without the path through ``_modules`` and ``_parameters``."""
+    return name.replace("_modules_", "_").replace("_parameters_", "_").strip("_")
+
+
+def test_settings_and_passes():
+    assert {"joint_custom_pre_pass", "max_autotune"} <= torch_private.inductor_settings()
+    assert torch_private.joint_passes_of({}) == []
+    assert torch_private.joint_passes_of({"joint_custom_pre_pass": print}) == [print]
+    with torch._inductor.config.patch(joint_custom_pre_pass=repr):
+        assert torch_private.joint_passes_of({}) == [repr]
+
+
+def test_without_dynamo_wrapper(block):
+    assert torch_private.without_dynamo_wrapper(torch.compile(block)) is block
+    assert torch_private.without_dynamo_wrapper(block) is block

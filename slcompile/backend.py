@@ -22,7 +22,7 @@ from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training
 from slcompile.passes import JOINT_PASSES, Decision, PassReport, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse
-from slcompile.weight import SLWeight, base_class
+from slcompile.weight import SLWeight, base_class, dense_names
 
 log = logging.getLogger("slcompile")
 
@@ -86,7 +86,7 @@ class _Graph:
         chosen = {id(each.weight) for each in candidates}
         self.convertible = frozenset(index for index in self.uses if id(example_inputs[index]) in chosen)
         for root in live.roots(example_inputs[index] for index in self.uses):
-            self.config.require_patterns_match(name for name, _ in root.named_parameters())
+            self.config.require_patterns_match(dense_names(root))
             if not chosen and not _composes(self.gm) and root not in _warned:
                 _warned.add(root)
                 log.warning("slcompile: no weight of %s was factorized. %s", base_class(root).__name__, report)

@@ -21,7 +21,17 @@ from slcompile.init import looks_trained, spectral_factors
 from slcompile.owners import LiveObjects, hooks_of, wrapper_of
 from slcompile.passes import Decision, PassReport, find_matmuls, merge_weights, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse, is_weight
-from slcompile.weight import SUFFIX, Factors, SLWeight, base_class, class_with, put_in_place, sl_names, take_out
+from slcompile.weight import (
+    SUFFIX,
+    Factors,
+    SLWeight,
+    base_class,
+    class_with,
+    dense_names,
+    put_in_place,
+    sl_names,
+    take_out,
+)
 
 log = logging.getLogger("slcompile")
 
@@ -83,7 +93,7 @@ def factorize_(
     """
     config = _config(config)
     model = unwrapped(model)
-    config.require_patterns_match(name for name, _ in model.named_parameters())
+    config.require_patterns_match(dense_names(model))
     if example_args is None and example_kwargs is None:
         uses = _uses_by_module_type(model, config)
     else:
@@ -119,7 +129,7 @@ def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
     config = _config(config)
     if not isinstance(gm, fx.GraphModule):
         raise ValueError(f"gm must be a torch.fx.GraphModule, got {type(gm).__name__}")
-    config.require_patterns_match(name for name, _ in gm.named_parameters())
+    config.require_patterns_match(dense_names(gm))
     reads: dict[int, list[fx.Node]] = {}
     uses: dict[int, WeightUse] = {}
     weights: dict[int, nn.Parameter] = {}

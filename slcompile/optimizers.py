@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -100,6 +101,8 @@ def retire(parameter: nn.Parameter, name: str, why: str) -> None:
 
 
 def _refuse_retired(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # Dynamo cannot trace a look into a parameter's attributes
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if _RETIRED in vars(parameter):

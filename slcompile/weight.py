@@ -250,6 +250,17 @@ def sl_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def dense_names(model: nn.Module) -> list[str]:
+    """Names of a model's parameters as they are when all its weights are dense: what patterns are matched with."""
+    names = []
+    for path, module in model.named_modules():
+        if isinstance(module, SLWeight):
+            names.append(path.removesuffix(SUFFIX))
+        else:
+            names += [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+    return names
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before conversion."""
     return getattr(type(module), "sl_base", type(module))

@@ -367,6 +367,16 @@ def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):
     assert slcompile.factors(block)["up.weight"].B.shape == (96, 4)
 
 
+def test_patterns_are_matched_with_the_names_of_dense_weights_also_after_conversion(block, batch, counting):
+    compiled = torch.compile(block, backend=counting, options={**OPTIONS, "include": ("up.weight",)})
+    for _ in range(2):
+        compiled(batch[0]).sum().backward()
+    assert set(slcompile.factors(block)) == {"up.weight"}
+    assert counting.calls == 2
+    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    assert reasons == {"down.weight": "excluded", "mix": "excluded", "head.weight": "excluded"}
+
+
 def test_the_users_own_joint_pass_runs_too(block, batch):
     graphs: list[torch.fx.Graph] = []
     inductor = {"joint_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False}

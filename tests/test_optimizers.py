@@ -201,3 +201,12 @@ def test_an_optimizer_of_stale_parameters_refuses_to_step(block):
     slcompile.merge_(block)
     with pytest.raises(RuntimeError, match="merged into a dense weight"):
         optimizer.step()
+
+
+def test_a_compiled_optimizer_step_still_traces(block, batch):
+    slcompile.factorize_(block, CONFIG)
+    optimizer = torch.optim.AdamW(block.parameters(), lr=torch.tensor(1e-2))
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    before = block.up.weight_sl.values.detach().clone()
+    torch.compile(optimizer.step, backend="eager")()
+    assert not torch.equal(before, block.up.weight_sl.values)

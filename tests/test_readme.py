@@ -1,0 +1,42 @@
+"""README is kept true: its commands are those that CI runs, its example runs, its table is SLConfig's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import slcompile
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_ci_runs_the_test_command():
+    (command,) = re.findall(r"^python3 -m venv .* (pip install .*pytest)$", README, flags=re.MULTILINE)
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"run by tests/test_readme.py -->\n```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "parameterize_weights: 2 rewritten, 0 left" in printed
+    assert "model.onnx: opset" in printed
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_the_options_table_is_the_config():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, flags=re.MULTILINE))
+    assert rows.pop("inductor") == "{}"
+    defaults = {field.name: str(field.default).replace("'", '"') for field in fields(slcompile.SLConfig)}
+    rows = {name: value.strip('"') if value.startswith('"') else value for name, value in rows.items()}
+    assert rows == defaults
+
+
+def test_the_layout_names_every_module():
+    layout = README[README.index("## How it works") : README.index("Imports run one way")]
+    for folder in (ROOT / "slcompile", ROOT / "passes"):
+        for file in folder.glob("*.py"):
+            assert file.name == "__init__.py" or file.name in layout, file.name

@@ -1,7 +1,9 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
 from slcompile.config import SLConfig
+from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
+from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, last_report, merge_, merged_state_dict, rewrite
 from slcompile.passes import Decision, PassReport
 from slcompile.weight import Factors, SLWeight
@@ -19,7 +21,10 @@ __all__ = [
     "factorize_",
     "factors",
     "last_report",
+    "load_factorized",
     "merge_",
     "merged_state_dict",
     "rewrite",
+    "save_factorized",
+    "save_merged",
 ]

@@ -19,6 +19,9 @@ from torch import Tensor
 SEED_LIMIT = 1 << 24
 """Seeds lie below this, so that they survive a round trip through float32 (an EMA over buffers makes one)."""
 
+IMPORTED = -1
+"""In the place of a seed: this support was not drawn here but read from a checkpoint, and is never drawn again."""
+
 _MASK32 = 0xFFFFFFFF
 
 

@@ -64,3 +64,20 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
 def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:
     """The module that torch.compile was given, where this is what it returned."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+
+
+def leaves_with_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """The leaves of nested arguments or outputs in torch.export's order, each with its keys, indices and fields."""
+    from torch.utils._pytree import tree_flatten_with_path
+
+    def key(entry: Any) -> str:
+        return str(next(getattr(entry, field) for field in ("key", "idx", "name") if hasattr(entry, field)))
+
+    return [(tuple(key(entry) for entry in path), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested arguments with each leaf replaced by ``function`` of it."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(function, tree)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from slcompile.config import SLConfig
 from slcompile.ops import compose
-from slcompile.support import draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
+from slcompile.support import IMPORTED, draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
 
 SUFFIX = "_sl"
 """Name of the submodule beside the weight's; not the weight's own, which get_submodule would resolve to a tensor."""
@@ -135,14 +135,18 @@ class SLWeight(nn.Module):
         return Factors(self.B.detach(), self.A.detach(), self.values.detach(), self.drawn_seed, index, self.scale)
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The dense weight, composed in at least float32 and rounded once to the parameters' dtype."""
+    def merged_wide(self) -> Tensor:
+        """The dense weight, composed in at least float32 and left in it."""
         self.check_support()
         wide = torch.promote_types(self.B.dtype, torch.float32)
         B, A, values, where = (
             each.detach().to(wide) if each.is_floating_point() else each for each in self.operands().values()
         )
-        return compose(B, A, values, where, self.scale, self.B.dtype)
+        return compose(B, A, values, where, self.scale)
+
+    def merged(self) -> Tensor:
+        """The dense weight in the parameters' dtype, rounded once."""
+        return self.merged_wide().to(self.B.dtype)
 
     def check_support(self) -> None:
         """Raises RuntimeError where the seed buffer is not the seed that this weight was made or loaded with.
@@ -165,7 +169,7 @@ class SLWeight(nn.Module):
 
     def _restore_support(self) -> None:
         self.seed.fill_(self.drawn_seed)
-        if self.support == "uniform" and not self.index.is_meta:
+        if self.support == "uniform" and not self.index.is_meta and self.drawn_seed != IMPORTED:
             self.index.copy_(uniform_index(self.drawn_seed, self.rows, self.columns, self.density))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

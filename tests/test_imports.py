@@ -17,7 +17,8 @@ ROOT = Path(slcompile.__file__).parent
 def test_public_names():
     assert set(slcompile.__all__) == {
         "Decision", "ExportReport", "Factors", "PassReport", "SLConfig", "SLWeight",
-        "export_onnx", "factorize_", "factors", "last_report", "merge_", "merged_state_dict", "rewrite",
+        "export_onnx", "factorize_", "factors", "last_report", "load_factorized",
+        "merge_", "merged_state_dict", "rewrite", "save_factorized", "save_merged",
     }  # fmt: skip
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
 

@@ -2,77 +2,98 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import os
-import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from slcompile.factorize import factors, merge_, unwrapped
+from slcompile.export import files
+from slcompile.export.compact import compose_in_graph
+from slcompile.export.twin import (
+    MakeTensor,
+    arguments_for,
+    dense_tensors,
+    evaluating,
+    export_dtype,
+    meta_twin,
+    reference,
+    require_finite,
+    state_hash,
+)
+from slcompile.export.verify import (
+    Comparison,
+    another_call,
+    compare_calls,
+    require_close,
+    require_same_weights,
+    worst,
+)
+from slcompile.factorize import factors, unwrapped
+from slcompile.torch_private import leaves_with_paths
 
 INSTALL = 'pip install "slcompile[onnx]"'
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """Difference of one output between the trained model and onnxruntime.
-
-    Attributes:
-        name: Of the ONNX output.
-        max_abs: Largest absolute difference.
-        max_rel: The same, divided by the largest magnitude in the trained model's output.
-    """
-
-    name: str
-    max_abs: float
-    max_rel: float
+INLINE_LIMIT = 256 * 2**20
+"""Weights of more bytes than this go into a file of their own: what is inline is held in memory, twice."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far onnxruntime's outputs are from the trained model's.
+    """What was written, and how far it is from the trained model.
 
     Attributes:
         path: Of the model file.
+        files: All files of the model, with their sizes in bytes.
         opset: Version of the ONNX operator set.
+        dtype: Of the weights in the file.
         merged: Names of the factorized weights that the file holds, dense.
         absent: Names of those that it does not, because the exported graph does not read them.
-        bytes_written: Size of all files.
-        outputs: The difference of each output.
+        comparisons: Each output at each shape, of merged PyTorch and of onnxruntime, with the trained model's.
+        metadata: What the file says of itself.
     """
 
     path: Path
+    files: dict[Path, int]
     opset: int
+    dtype: torch.dtype
     merged: tuple[str, ...]
     absent: tuple[str, ...]
-    bytes_written: int
-    outputs: tuple[OutputError, ...]
+    comparisons: tuple[Comparison, ...]
+    metadata: dict[str, str]
 
     @property
-    def max_abs(self) -> float:
-        """Largest absolute difference over all outputs."""
-        return max(each.max_abs for each in self.outputs)
+    def max_abs(self) -> float | None:
+        """Largest absolute difference of any output in onnxruntime; None if it was not run."""
+        found = worst(self.comparisons, "onnxruntime")
+        return found[0] if found else None
 
     @property
-    def max_rel(self) -> float:
-        """Largest relative difference over all outputs."""
-        return max(each.max_rel for each in self.outputs)
+    def max_rel(self) -> float | None:
+        """Largest relative difference of any output in onnxruntime; None if it was not run."""
+        found = worst(self.comparisons, "onnxruntime")
+        return found[1] if found else None
 
     def __str__(self) -> str:
         absent = f" ({len(self.absent)} not read by the graph)" if self.absent else ""
-        return (
-            f"{self.path.name}: opset {self.opset}, {len(self.merged)} merged weights{absent}, "
-            f"{self.bytes_written / 1e6:.1f} MB; "
-            f"onnxruntime against the trained model: largest difference {self.max_abs:.2e} absolute, "
-            f"{self.max_rel:.2e} relative"
-        )
+        lines = [
+            f"{self.path.name}: opset {self.opset}, {self.metadata['dtype']}, {len(self.merged)} merged weights"
+            f"{absent}, {sum(self.files.values()) / 1e6:.1f} MB in {len(self.files)} file{'s' * (len(self.files) > 1)}"
+        ]
+        for each in self.comparisons:
+            agree = "" if each.same_argmax is None else f", arg-max equal at {each.same_argmax:.2%}"
+            lines.append(
+                f"  {each.against} against the trained model, {each.output} {list(each.shape)}: largest difference "
+                f"{each.max_abs:.2e} absolute, {each.max_rel:.2e} relative{agree}"
+            )
+        if self.max_abs is None:
+            lines.append("  not run in onnxruntime")
+        return "\n".join(lines)
 
 
 def export_onnx(
@@ -84,138 +105,219 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
+    dtype: torch.dtype | None = None,
     opset: int | None = None,
-    tolerance: float = 1e-4,
+    verify: bool = True,
+    compact: bool = False,
+    shard_size: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Writes a model with its factorized weights merged to dense, under their original names, in standard ONNX.
 
-    The model is copied, put into eval mode, merged and exported; the file is checked by onnx, run by onnxruntime on
-    the same arguments, and moved to ``path`` only if its outputs agree with the trained model's. bfloat16 models are
-    exported in float32, since onnxruntime has no bfloat16 arithmetic on the CPU.
+    The graph is exported from a twin on the meta device, and each weight is composed when it is written, so that the
+    memory needed above the model's own is one dense weight. The file is made beside the target, checked by onnx, run
+    by onnxruntime and compared with the trained model, its weights read again and compared with the factors; then it
+    is moved into place. Weights beyond 256 MiB go into ``<stem>-<hash>-<dtype>.data`` beside the model, a name that
+    no other model uses, so that an export which is killed leaves the old one whole.
 
     Args:
         model: Left as it is. A model without factorized weights is exported too.
         args, kwargs: What the model is called with.
-        path: Of the file. Weights beyond 2 GB go into ``<path>.data`` beside it.
-        input_names, output_names, dynamic_shapes: As in ``torch.onnx.export``.
+        path: Of the model file.
+        input_names, output_names: By default the names of the arguments, and the keys of the outputs where those are
+            a mapping (transformers), with ``past_key_values.{i}.key`` and ``present.{i}.key`` for caches.
+        dynamic_shapes: As in ``torch.onnx.export``; then outputs are compared at a second shape, too.
+        dtype: float32, float64, float16 or bfloat16; None is the model's, and float32 for a bfloat16 model, since
+            onnxruntime has no bfloat16 arithmetic on the CPU.
         opset: ONNX operator set; None is torch's default.
-        tolerance: Largest difference that is accepted, relative to the largest magnitude in the output.
+        verify: Whether to run and re-read what was written. The structure is always checked.
+        compact: Keep the factors in the file, composed by standard operators when the runtime folds constants at
+            load: a smaller file, the same speed afterwards.
+        shard_size: Most bytes in one file of weights.
+        metadata: Further entries of the file's ``metadata_props``.
+        progress: Called with (tensors written, tensors in all) where weights go into a file of their own.
 
     Raises:
-        ValueError: ``path`` is a directory or cannot be written, a weight holds NaN or Inf, or the outputs differ by
-            more than the tolerance. There is no new file then.
+        ValueError: ``path`` or an argument is not allowed, a weight holds NaN or Inf, the outputs differ by more than
+            rounding. There is no new file then.
+        OSError: The disk is full, or the files cannot be written. The old file is then as it was.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
-    onnx, onnxruntime = _libraries()
-    path = _writable(path)
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
-    twin = copy.deepcopy(unwrapped(model)).eval()
-    if any(tensor.dtype is torch.bfloat16 for tensor in twin.parameters()):
-        twin.float()
-    with torch.no_grad():
-        expected = [each for each in tree_leaves(twin(*args, **kwargs)) if isinstance(each, Tensor)]
-    names = tuple(factors(twin))
-    merge_(twin)
-    for name, parameter in twin.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"weight {name} contains NaN or Inf; nothing was written")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its pytree, at every export
-        program = torch.onnx.export(
-            twin,
-            args,
-            kwargs=kwargs,
-            input_names=input_names,
-            output_names=output_names,
-            dynamic_shapes=dynamic_shapes,
-            opset_version=opset,
-            dynamo=True,
-            # Optimizing would fold weights into anonymous, transposed copies; the runtime does that when it loads.
-            optimize=False,
-            verbose=False,
-        )
-    assert program is not None
-    _strip_metadata(program.model)
-    _require_standard(program.model)
-    stored = _stored(twin, names, program.model.graph.initializers)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        file = Path(scratch) / path.name
-        program.save(file)
-        onnx.checker.check_model(str(file))
-        session_options = onnxruntime.SessionOptions()
-        session_options.log_severity_level = 3  # errors: at 2 it reports each constant that it does not fold
-        session = onnxruntime.InferenceSession(str(file), session_options, providers=["CPUExecutionProvider"])
-        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        feeds = {
-            node.name: each.detach().cpu().numpy() for node, each in zip(session.get_inputs(), inputs, strict=True)
-        }
-        outputs = [node.name for node in session.get_outputs()]
-        errors = tuple(
-            _difference(name, torch.from_numpy(got), want)
-            for name, got, want in zip(outputs, session.run(outputs, feeds), expected, strict=True)
-        )
-        for error in errors:
-            if not error.max_rel <= tolerance:  # also where it is NaN
-                raise ValueError(
-                    f"output {error.name} differs from the trained model by {error.max_rel:.2e} relative, more than "
-                    f"the tolerance {tolerance:.0e}; nothing was written"
-                )
-        files = sorted(Path(scratch).iterdir(), key=lambda each: each == file)  # the model last: it refers to the data
-        written = sum(each.stat().st_size for each in files)
-        for each in files:
-            os.replace(each, path.parent / each.name)
+    _require_libraries()
+    path = files.writable_file(path)
+    if shard_size is not None and shard_size <= 0:
+        raise ValueError(f"shard_size must be a number of bytes above 0, got {shard_size}")
+    model = unwrapped(model)
+    dtype = export_dtype(model, dtype)
+    require_finite(model)
+    call = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
+    trained = reference(model, dtype)
+    if output_names is None:
+        trained_args, trained_kwargs = arguments_for(trained, call)
+        with evaluating(trained):
+            output_names = _output_names(trained(*trained_args, **trained_kwargs))
+
+    twin = meta_twin(model, dtype)
+    tensors = dense_tensors(model, twin)
+    graph = _dense_graph(
+        twin,
+        *arguments_for(twin, call),
+        input_names=list(input_names or _input_names(model, call)),
+        output_names=list(output_names),
+        dynamic_shapes=dynamic_shapes,
+        opset_version=opset,
+    )
+    names = tuple(factors(model))
+    stored = _stored(twin, names, graph.graph.initializers)
+    _fill(graph, tensors)
+    if compact:
+        compose_in_graph(graph, model, twin)
+    described = {
+        "producer": f"slcompile {version('slcompile')}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "state_sha256": state_hash(model),
+        "factorized_weights": str(len(names)),
+        **(metadata or {}),
+    }
+    with files.beside(path) as scratch:
+        file = scratch / path.name
+        data = f"{path.stem}-{described['state_sha256'][:12]}-{described['dtype']}.data"
+        _save(graph, file, data, shard_size, progress)
+        comparisons = []
+        if verify:
+            require_same_weights(file, {} if compact else {name: tensors[name] for name in _initializers(file, stored)})
+            calls = [call, *another_call(trained, call, dynamic_shapes)]
+            comparisons = compare_calls(trained, calls, dtype, output_names, file)
+            require_close(comparisons, dtype)
+        for against in ("merged", "onnxruntime"):
+            if found := worst(comparisons, against):
+                described |= {f"{against}_max_abs": f"{found[0]:.3e}", f"{against}_max_rel": f"{found[1]:.3e}"}
+        _describe(file, described)
+        sizes = {path.parent / each.name: each.stat().st_size for each in scratch.iterdir()}
+        files.move_into_place(scratch, path.parent, last=path.name, stale=_data_files(path))
     absent = tuple(name for name in names if name not in stored)
-    return ExportReport(path, program.model.opset_imports[""], stored, absent, written, errors)
+    opset = graph.opset_imports[""]
+    return ExportReport(path, sizes, opset, dtype, stored, absent, tuple(comparisons), described)
 
 
-def _difference(name: str, got: Tensor, want: Tensor) -> OutputError:
-    want = want.detach().cpu()
-    if got.shape != want.shape:
-        raise ValueError(f"output {name} has shape {tuple(got.shape)}, the trained model's {tuple(want.shape)}")
-    largest = (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
-    scale = want.double().abs().max().item() if want.numel() else 0.0
-    return OutputError(name, largest, largest / scale if scale else largest)
+def _dense_graph(twin: nn.Module, args: Any, kwargs: Any, **settings: Any) -> Any:
+    """The twin's graph as an ``onnx_ir.Model`` of standard operators; its weights have no values yet."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    with warnings.catch_warnings():
+        # At every export: torch's own use of its pytree, and a remark on arguments that are no tensors.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*different number of inputs")
+        # Optimizing would fold weights into anonymous, transposed copies; the runtime does that when it loads.
+        program = torch.onnx.export(twin, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False, **settings)
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces hold paths of this machine
+    domains = {node.domain for node in program.model.graph.all_nodes()} - {"", "ai.onnx"}
+    if domains or program.model.functions:
+        raise ValueError(f"the model needs operators beyond standard ONNX, of {sorted(domains)}; nothing was written")
+    return program.model
 
 
-def _require_standard(model: Any) -> None:
-    domains = {node.domain for node in model.graph.all_nodes()} - {"", "ai.onnx"}
-    if domains or model.functions:
-        raise ValueError(
-            f"the model needs operators that are not standard ONNX, of {sorted(domains)}; nothing was written"
+def _fill(graph: Any, tensors: Mapping[str, MakeTensor]) -> None:
+    """Gives the initializers, which are on the meta device, values that are made when they are written."""
+    import onnx_ir as ir
+
+    def lazy(name: str, like: Any) -> Any:
+        make = tensors[name]
+        return ir.LazyTensor(
+            lambda: ir.tensor_adapters.TorchTensor(make(), name), dtype=like.dtype, shape=like.shape, name=name
         )
+
+    for name, value in graph.graph.initializers.items():
+        if name in tensors:
+            value.const_value = lazy(name, value.const_value)
+        elif getattr(value.const_value.raw, "is_meta", False):
+            raise ValueError(f"the constant {name} of the graph is no parameter or buffer; register it as a buffer")
+
+
+def _save(
+    graph: Any, file: Path, data: str, shard_size: int | None, progress: Callable[[int, int], None] | None
+) -> None:
+    """Writes model and weights, the latter one at a time where they go into files of their own; checks the model."""
+    import onnx
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    files.require_space(file.parent, size)
+    external: dict[str, Any] = {}
+    if size > INLINE_LIMIT or shard_size is not None:
+        external = {"external_data": data, "max_shard_size_bytes": shard_size}
+        if progress is not None:
+            external["callback"] = lambda tensor, info: progress(info.index + 1, info.total)
+    ir.save(graph, file, **external)
+    onnx.checker.check_model(str(file))
+
+
+def _describe(file: Path, metadata: Mapping[str, str]) -> None:
+    import onnx
+
+    proto = onnx.load(str(file), load_external_data=False)
+    onnx.helper.set_model_props(proto, dict(metadata))
+    onnx.save(proto, str(file))
+
+
+def _data_files(path: Path) -> set[str]:
+    """Names of the files of weights of the model that is at ``path`` now; none where it is no ONNX model."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.exists():
+        return set()
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except DecodeError:
+        return set()
+    entries = [entry for each in proto.graph.initializer for entry in each.external_data]
+    locations = {entry.value for entry in entries if entry.key == "location"}
+    return {name for name in locations if Path(name).name == name and name.startswith(f"{path.stem}-")}
+
+
+def _initializers(file: Path, names: Iterable[str]) -> list[str]:
+    import onnx_ir as ir
+
+    written = ir.load(file).graph.initializers
+    return [name for name in names if name in written]
 
 
 def _stored(twin: nn.Module, names: Sequence[str], initializers: Iterable[str]) -> tuple[str, ...]:
     """Which of these weights the file holds by name: a tied one is stored once, under one of its names."""
-    parameters = {name: id(twin.get_parameter(name)) for name in names}
+    parameters = {name: id(parameter) for name, parameter in twin.named_parameters(remove_duplicate=False)}
     stored = {parameters[name] for name in initializers if name in parameters}
     return tuple(name for name in names if parameters[name] in stored)
 
 
-def _strip_metadata(model: Any) -> None:
-    """Removes stack traces: they hold paths of this machine."""
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-
-    ClearMetadataAndDocStringPass()(model)
-
-
-def _writable(path: str | os.PathLike[str]) -> Path:
-    path = Path(path).absolute()
-    if path.is_dir():
-        raise ValueError(f"path must be a file, got the directory {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"path's directory {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"path's directory {path.parent} cannot be written")
-    return path
+def _input_names(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[str]:
+    arguments = inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
+    leaves = leaves_with_paths(dict(arguments))
+    return [_dotted(path, "past_key_values") for path, leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _libraries() -> tuple[Any, Any]:
+def _output_names(outputs: Any) -> list[str]:
+    names = [_dotted(path, "present") for path, leaf in leaves_with_paths(outputs) if isinstance(leaf, Tensor)]
+    return [f"output_{name}" if name[:1].isdecimal() else name or "output" for name in names]
+
+
+def _dotted(path: Sequence[str], cache: str) -> str:
+    """``past_key_values`` / ``key_cache`` / ``0`` becomes ``<cache>.0.key``, as in Hugging Face's exports."""
+    if path[:1] == ("past_key_values",) and len(path) >= 3:
+        kind = next((kind for kind in ("key", "value") if any(kind in part for part in path[1:])), None)
+        index = next((part for part in path[1:] if part.isdecimal()), None)
+        if kind and index:
+            return f"{cache}.{index}.{kind}"
+    return ".".join(path)
+
+
+def _require_libraries() -> None:
     try:
-        import onnx
-        import onnxruntime
+        import onnx  # noqa: F401, they are only looked for here
+        import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401, torch.onnx.export needs it and says so less clearly
     except ImportError as error:
         raise ImportError(f"exporting needs {error.name}: {INSTALL}") from error
-    return onnx, onnxruntime

@@ -142,7 +142,7 @@ def test_bad_paths_and_weights_are_refused_before_any_work(tmp_path, monkeypatch
             slcompile.export_onnx(model, x, tmp_path / "model.onnx")
     with torch.no_grad():
         model[0].weight_sl.values[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"weight 0\.weight contains NaN or Inf"):
+    with pytest.raises(ValueError, match=r"parameter 0\.weight_sl\.values contains NaN or Inf"):
         slcompile.export_onnx(model, x, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,84 @@
+"""The command line: ``slcompile export CHECKPOINT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slcompile.export.checkpoint import load_factorized
+from slcompile.export.onnx import export_onnx
+from slcompile.export.safetensors import save_merged
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; errors that a user can mend are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="slcompile", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser(
+        "export",
+        help="merge a factorized checkpoint to dense: ONNX, or safetensors for transformers",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    export.add_argument("checkpoint", type=Path, help="directory of save_factorized, or of the paper's code")
+    export.add_argument("--onnx", type=Path, metavar="FILE", help="write this ONNX file")
+    export.add_argument("--merged", type=Path, metavar="DIR", help="write safetensors and config.json here")
+    export.add_argument("--dtype", choices=DTYPES, help="of the weights; the checkpoint's own by default")
+    export.add_argument("--opset", type=int, help="ONNX operator set; torch's default if not given")
+    export.add_argument("--shard-size", type=int, metavar="BYTES", help="most bytes in one file of weights")
+    export.add_argument("--compact", action="store_true", help="keep the factors in the ONNX file")
+    export.add_argument("--no-verify", action="store_true", help="do not run and re-read the ONNX file")
+    args = parser.parse_args(argv)
+    if args.onnx is None and args.merged is None:
+        export.error("give --onnx FILE, --merged DIR, or both")
+    try:
+        _export(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"slcompile: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    model = load_factorized(args.checkpoint)
+    dtype = DTYPES.get(args.dtype)
+    if args.merged is not None:
+        sizes = {} if args.shard_size is None else {"shard_size": args.shard_size}
+        print(f"merged weights in {save_merged(model, args.merged, dtype=dtype, **sizes)}")
+    if args.onnx is not None:
+        kwargs, dynamic_shapes = example_inputs(model)
+        report = export_onnx(
+            model,
+            (),
+            args.onnx,
+            kwargs=kwargs,
+            dynamic_shapes=dynamic_shapes,
+            dtype=dtype,
+            opset=args.opset,
+            verify=not args.no_verify,
+            compact=args.compact,
+            shard_size=args.shard_size,
+        )
+        print(report)
+
+
+def example_inputs(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Keyword arguments for a transformers model, and their dynamic axes: batch and sequence, for text."""
+    main_input = getattr(model, "main_input_name", "input_ids")
+    if main_input != "input_ids":
+        return dict(getattr(model, "dummy_inputs")), None  # noqa: B009, an attribute that nn.Module does not declare
+    ids = torch.arange(32).reshape(2, 16) % int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]  # of transformers
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    axes = {0: "batch_size", 1: "sequence_length"}
+    shapes: dict[str, Any] = dict.fromkeys(inputs, axes)
+    if hasattr(model.config, "use_cache"):
+        inputs["use_cache"], shapes["use_cache"] = False, None
+    return inputs, shapes

@@ -1,0 +1,160 @@
+"""Factorized checkpoints of transformers models: our own, and those of the paper's code.
+
+Ours is what ``model.save_pretrained`` writes and ``slcompile.json`` beside it, with the shape of each weight's factors.
+The paper's (github.com/andyjm3/SLTrain) has ``splora_config.json`` and, for each linear layer, ``lora_A`` [rank, in],
+``lora_B`` [out, rank], ``sparse_index`` (sorted flat positions) and ``sparse_value``; its scale is alpha / rank, or
+``tanh(scaling)`` where that is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slcompile.config import SLConfig
+from slcompile.export import files
+from slcompile.factorize import EXPLICIT, unwrapped
+from slcompile.support import IMPORTED
+from slcompile.weight import SUFFIX, SLWeight, put_in_place
+
+OURS, PAPERS = "slcompile.json", "splora_config.json"
+
+
+def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Writes a factorized transformers model so that ``load_factorized`` can read it; returns the directory.
+
+    Raises:
+        ValueError: The model has no ``save_pretrained``, or no factorized weight.
+    """
+    model = unwrapped(model)
+    save_pretrained: Any = getattr(model, "save_pretrained", None)
+    if save_pretrained is None:
+        raise ValueError(f"model must have save_pretrained, as transformers' models do, got {type(model).__name__}")
+    described = {
+        path.removesuffix(SUFFIX): {
+            "rank": each.rank,
+            "alpha": each.scale * each.rank,
+            "density": each.density,
+            "support": each.support,
+            "input_dim": each.input_dim,
+        }
+        for path, each in model.named_modules()
+        if isinstance(each, SLWeight)
+    }
+    if not described:
+        raise ValueError("model has no factorized weight; use its own save_pretrained")
+    directory = Path(directory).absolute()
+    files.writable_file(directory.parent / OURS)
+    directory.mkdir(exist_ok=True)
+    with files.beside(directory) as scratch:
+        save_pretrained(scratch)
+        (scratch / OURS).write_text(json.dumps({"format": 1, "weights": described}, indent=1))
+        files.move_into_place(scratch, directory, last=OURS)
+    return directory
+
+
+def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
+    """Reads a factorized transformers model that ``save_factorized`` or the paper's code wrote, on the CPU.
+
+    Raises:
+        ValueError: The directory holds no such checkpoint, or it does not fit the model of its ``config.json``.
+        ImportError: transformers or safetensors is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f'reading checkpoints needs {error.name}: pip install "slcompile[examples]"') from error
+    directory = Path(directory)
+    missing = [name for name in ("config.json",) if not (directory / name).is_file()]
+    if missing or not any((directory / name).is_file() for name in (OURS, PAPERS)):
+        raise ValueError(f"{directory} must hold config.json and {OURS} (ours) or {PAPERS} (the paper's)")
+    config = transformers.AutoConfig.from_pretrained(directory)
+    architecture = (config.architectures or ["LlamaForCausalLM"])[0]
+    model = getattr(transformers, architecture)(config)
+    state = _read_state(directory)
+    model.to(next((each.dtype for each in state.values() if each.is_floating_point()), torch.float32))
+    if (directory / OURS).is_file():
+        weights = json.loads((directory / OURS).read_text())["weights"]
+    else:
+        state, weights = _from_paper(state, json.loads((directory / PAPERS).read_text()))
+    for name, described in weights.items():
+        _install(model, name, described)
+    left = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", ()) or ())
+    if left.unexpected_keys or set(left.missing_keys) - tied:
+        raise ValueError(
+            f"{directory} does not fit {architecture}: missing {sorted(set(left.missing_keys) - tied)}, "
+            f"unexpected {left.unexpected_keys}"
+        )
+    model.tie_weights()
+    vars(model)[EXPLICIT] = SLConfig()
+    return model
+
+
+def _install(model: nn.Module, name: str, described: Mapping[str, Any]) -> None:
+    """Puts an empty factorized weight in the place of a dense one, in every module that holds it."""
+    try:
+        dense = model.get_parameter(name)
+    except AttributeError as error:
+        raise ValueError(f"the checkpoint factorizes {name}, which the model does not have") from error
+    rows, columns = dense.shape
+    config = SLConfig(**{key: described[key] for key in ("rank", "alpha", "density", "support")})
+    weight = SLWeight(rows, columns, config, name=name, input_dim=described["input_dim"], dtype=dense.dtype)
+    for module in list(model.modules()):
+        for attribute, parameter in list(module._parameters.items()):
+            if parameter is dense:
+                put_in_place(module, attribute, weight)
+
+
+def _from_paper(
+    state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """A state dict of the paper's code in our keys, and what its weights are."""
+    renamed: dict[str, Tensor] = {}
+    weights: dict[str, dict[str, Any]] = {}
+    scale = settings["lora_alpha"] / settings["r"]
+    for key, value in state.items():
+        owner, _, part = key.rpartition(".")
+        prefix = f"{owner}.weight{SUFFIX}"
+        if part == "lora_A":
+            renamed[f"{prefix}.A"] = value
+        elif part == "lora_B":
+            trained = state.get(f"{owner}.scaling")
+            renamed[f"{prefix}.B"] = value if trained is None else value * (trained.tanh() / scale)
+            weights[f"{owner}.weight"] = {
+                "rank": settings["r"],
+                "alpha": settings["lora_alpha"],
+                "density": settings["sp_ratio"],
+                "support": "uniform",
+                "input_dim": 1,
+            }
+        elif part == "sparse_value":
+            renamed[f"{prefix}.values"] = value
+        elif part == "sparse_index":
+            renamed[f"{prefix}.index"] = value
+            renamed[f"{prefix}.seed"] = torch.tensor([IMPORTED])
+        elif part != "scaling":
+            renamed[key] = value
+    return renamed, weights
+
+
+def _read_state(directory: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    found = sorted(directory.glob("*.safetensors"))
+    if found:
+        from safetensors.torch import load_file
+
+        for file in found:
+            state |= load_file(file)
+    else:
+        for file in sorted(directory.glob("pytorch_model*.bin")):
+            state |= torch.load(file, map_location="cpu", weights_only=True)
+    if not state:
+        raise ValueError(f"{directory} must hold *.safetensors or pytorch_model*.bin")
+    return state

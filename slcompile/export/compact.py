@@ -1,0 +1,70 @@
+"""A small ONNX file: the factors, and standard operators over constants that compose the weights at load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slcompile.support import flat_positions
+from slcompile.weight import SUFFIX, SLWeight
+
+
+def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:
+    """Replaces the dense initializer of each factorized weight by ``s B A`` plus the values at their flat positions.
+
+    The operators are MatMul, Reshape, GatherElements, Add and ScatterElements over constants alone: a runtime that folds constants runs
+    them once, when it loads the file, and afterwards holds dense weights as if they had been stored. The weight keeps
+    its name, as the name of the last operator's output.
+
+    Args:
+        graph: An ``onnx_ir.Model``, changed in place.
+        model: The factorized model.
+        twin: Its dense twin: tells which names stand for one tied weight.
+    """
+    parameters = {name: id(each) for name, each in twin.named_parameters(remove_duplicate=False)}
+    weights = {
+        parameters[path.removesuffix(SUFFIX)]: module
+        for path, module in model.named_modules()
+        if isinstance(module, SLWeight)
+    }
+    first = graph.graph[0]
+    for name in list(graph.graph.initializers):
+        weight = weights.get(parameters.get(name, -1))
+        if weight is not None:
+            graph.graph.insert_before(first, _compose(graph, name, graph.graph.initializers.pop(name), weight))
+
+
+def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
+    """The nodes that compose one weight, with ``dense`` replaced by their result everywhere."""
+    import onnx_ir as ir
+
+    def constant(suffix: str, tensor: Tensor) -> Any:
+        value = ir.Value(name=f"{name}{SUFFIX}.{suffix}")
+        value.const_value = ir.tensor_adapters.TorchTensor(tensor.cpu().contiguous(), value.name)
+        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+        graph.graph.register_initializer(value)
+        return value
+
+    dtype = ir.tensor_adapters.to_torch_dtype(dense.const_value.dtype)
+    parts = weight.factors()
+    positions = flat_positions(parts.values, weight.seed if parts.index is None else parts.index, weight.columns)
+    B = constant("B", (parts.B.float() * parts.scale).to(dtype))
+    A = constant("A", parts.A.to(dtype))
+    values = constant("values", parts.values.flatten().to(dtype))
+    index = constant("index", positions.to(torch.int32 if weight.rows * weight.columns < 2**31 else torch.int64))
+    product = ir.node("MatMul", [B, A])
+    flat = ir.node("Reshape", [product.outputs[0], constant("flat", torch.tensor([-1]))])
+    # Not ScatterElements with reduction="add": onnxruntime's has no float16 on the CPU.
+    there = ir.node("GatherElements", [flat.outputs[0], index], {"axis": 0})
+    summed = ir.node("Add", [there.outputs[0], values])
+    added = ir.node("ScatterElements", [flat.outputs[0], index, summed.outputs[0]], {"axis": 0})
+    shape = constant("shape", torch.tensor([weight.rows, weight.columns]))
+    composed = ir.node("Reshape", [added.outputs[0], shape])
+    output = composed.outputs[0]
+    output.shape, output.type = dense.shape, dense.type
+    dense.replace_all_uses_with(output)
+    dense.name = None
+    output.name = name
+    return [product, flat, there, summed, added, composed]

@@ -1,0 +1,93 @@
+"""Merged dense weights for PyTorch deployments: safetensors that ``from_pretrained`` loads as an ordinary model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slcompile.export import files
+from slcompile.export.twin import dense_tensors, export_dtype, meta_twin, require_finite
+from slcompile.factorize import unwrapped
+from slcompile.weight import base_class
+
+INSTALL = 'pip install "slcompile[safetensors]"'
+INDEX = "model.safetensors.index.json"
+
+
+def save_merged(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: int = 2 * 2**30,
+) -> Path:
+    """Writes a model's weights, merged to dense under their original names, as safetensors.
+
+    One file is in memory at a time. Files are written beside the directory and moved into it, the index last. With
+    ``config.json`` (and ``generation_config.json``) beside them, for a transformers model,
+    ``from_pretrained(directory)`` gives an ordinary dense model. A tied weight is stored once.
+
+    Args:
+        model: Left as it is.
+        directory: Made if it does not exist. Other files in it are left alone.
+        dtype: float32, float64, float16 or bfloat16; None keeps the model's own.
+        shard_size: Most bytes in one file; a larger weight has one of its own.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: An argument is not allowed, or a weight holds NaN or Inf.
+        OSError: The disk is full, or the files cannot be written.
+        ImportError: safetensors or huggingface_hub is missing.
+    """
+    try:
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError(f"writing safetensors needs {error.name}: {INSTALL}") from error
+    if shard_size <= 0:
+        raise ValueError(f"shard_size must be a number of bytes above 0, got {shard_size}")
+    directory = Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"directory must be a directory, got the file {directory}")
+    model = unwrapped(model)
+    require_finite(model)
+    own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    twin = meta_twin(model, export_dtype(model, dtype or own))
+    tensors = dense_tensors(model, twin)
+    unique = {id(tensor): (name, tensor) for name, tensor in reversed(twin.state_dict(keep_vars=True).items())}
+    state = dict(reversed(list(unique.values())))  # of names for one tensor, the first
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
+    files.writable_file(directory.parent / "model.safetensors")
+    files.require_space(directory.parent, sum(tensor.nbytes for tensor in state.values()))
+    directory.mkdir(exist_ok=True)
+    with files.beside(directory) as scratch:
+        for file, names in plan.filename_to_tensors.items():
+            save_file({name: tensors[name]() for name in names}, scratch / file, metadata={"format": "pt"})
+        last = INDEX if plan.is_sharded else "model.safetensors"
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (scratch / INDEX).write_text(json.dumps(index, indent=2))
+        _save_config(model, twin, scratch)
+        old = {each.name for each in directory.glob("model*.safetensors")} | {INDEX}
+        files.move_into_place(scratch, directory, last=last, stale=old)
+    return directory
+
+
+def _save_config(model: nn.Module, twin: nn.Module, directory: Path) -> None:
+    """config.json and generation_config.json, where the model is one of transformers'."""
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    if hasattr(config, "save_pretrained"):
+        config.architectures = [base_class(model).__name__]
+        config.dtype = next(each.dtype for each in twin.parameters() if each.is_floating_point())
+        config.save_pretrained(directory)
+    generation: Any = getattr(model, "generation_config", None)
+    if hasattr(generation, "save_pretrained"):
+        generation.save_pretrained(directory)

@@ -1,0 +1,143 @@
+"""The dense twin of a factorized model: its structure on the meta device, its tensors made one at a time."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slcompile.factorize import merge_
+from slcompile.torch_private import map_leaves
+from slcompile.weight import SUFFIX, SLWeight
+
+MakeTensor = Callable[[], Tensor]
+
+
+def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype to write: the model's own, but float32 for bfloat16 ones, unless one is asked for.
+
+    Raises:
+        ValueError: It is not float32, float64, float16 or bfloat16.
+    """
+    own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    if dtype is None:
+        return torch.float32 if own is torch.bfloat16 else own
+    allowed = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    if dtype not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, allowed))}, got {dtype}")
+    return dtype
+
+
+def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A dense copy of a model on the meta device, in eval mode; nothing of the model's size is allocated.
+
+    Args:
+        model: Left as it is.
+        dtype: Of the copy's floating-point parameters and persistent buffers. Other buffers are computed, not
+            trained (rotary tables), and keep their precision.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    twin = merge_(copy.deepcopy(model, memo)).eval()
+    for module in twin.modules():
+        computed = module._non_persistent_buffers_set
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_floating_point() and name not in computed:
+                tensor.data = tensor.data.to(dtype)
+    return twin
+
+
+def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
+    """Name of every parameter and buffer of the twin -> what makes its values, on the CPU, in the twin's dtype.
+
+    A factorized weight is composed in at least float32 and rounded once. Buffers that are not in the state dict
+    (rotary tables) are among them. Nothing is kept: each call makes the tensor again.
+    """
+    sources: dict[str, MakeTensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SLWeight):
+            sources[path.removesuffix(SUFFIX)] = module.merged_wide
+            continue
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                sources[f"{path}.{name}".lstrip(".")] = tensor.detach
+
+    def cast(source: MakeTensor, dtype: torch.dtype) -> MakeTensor:
+        return lambda: source().to("cpu", dtype).contiguous()
+
+    twins = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
+    return {name: cast(sources[name], meta.dtype) for name, meta in twins}
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, names included: what an exported file was made from."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raises ValueError naming a parameter that holds NaN or Inf."""
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor.detach()).all()):
+            raise ValueError(f"parameter {name} contains NaN or Inf; nothing was written")
+
+
+def reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The trained model; a float32 copy of it, still factorized, where it rounds more than the file does."""
+    rounds_more = any(each.dtype is torch.bfloat16 for each in model.parameters()) and dtype is not torch.bfloat16
+    return copy.deepcopy(model).float() if rounds_more else model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, without gradients; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Lets a model compute with exactly the weights that are written: composed wide, rounded once to ``dtype``."""
+    weights = [module for module in model.modules() if isinstance(module, SLWeight)]
+
+    def composed(weight: SLWeight) -> MakeTensor:
+        return lambda: weight.merged_wide().to(dtype).to(weight.B.dtype)
+
+    for weight in weights:
+        vars(weight)["forward"] = composed(weight)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del vars(weight)["forward"]
+
+
+def arguments_for(model: nn.Module, arguments: Any) -> Any:
+    """Nested arguments on a model's device, floating-point ones in its dtype."""
+    parameter = next((each for each in model.parameters() if each.is_floating_point()), None)
+    if parameter is None:
+        return arguments
+
+    def move(each: Any) -> Any:
+        if not isinstance(each, Tensor):
+            return each
+        return each.to(parameter.device, parameter.dtype if each.is_floating_point() else each.dtype)
+
+    return map_leaves(move, arguments)

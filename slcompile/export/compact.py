@@ -14,9 +14,9 @@ from slcompile.weight import SUFFIX, SLWeight
 def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:
     """Replaces the dense initializer of each factorized weight by ``s B A`` plus the values at their flat positions.
 
-    The operators are MatMul, Reshape, GatherElements, Add and ScatterElements over constants alone: a runtime that folds constants runs
-    them once, when it loads the file, and afterwards holds dense weights as if they had been stored. The weight keeps
-    its name, as the name of the last operator's output.
+    The operators (MatMul, Reshape, GatherElements, Add, ScatterElements) read constants alone: a runtime that folds
+    constants runs them once, when it loads the file, and afterwards holds dense weights as if they had been stored.
+    The weight keeps its name, as the name of the last operator's output.
 
     Args:
         graph: An ``onnx_ir.Model``, changed in place.

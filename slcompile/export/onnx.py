@@ -29,8 +29,10 @@ from slcompile.export.twin import (
 )
 from slcompile.export.verify import (
     Comparison,
+    FileFigures,
     another_call,
     compare_calls,
+    measure,
     require_close,
     require_same_weights,
     worst,
@@ -56,6 +58,8 @@ class ExportReport:
         absent: Names of those that it does not, because the exported graph does not read them.
         comparisons: Each output at each shape, of merged PyTorch and of onnxruntime, with the trained model's.
         metadata: What the file says of itself.
+        compact, merged_file: For ``compact=True``: its figures, and those of the file with merged weights, measured
+            one after the other; else None.
     """
 
     path: Path
@@ -66,6 +70,8 @@ class ExportReport:
     absent: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     metadata: dict[str, str]
+    compact: FileFigures | None = None
+    merged_file: FileFigures | None = None
 
     @property
     def max_abs(self) -> float | None:
@@ -93,6 +99,9 @@ class ExportReport:
             )
         if self.max_abs is None:
             lines.append("  not run in onnxruntime")
+        lines += [
+            f"  {name}: {each}" for name, each in (("compact", self.compact), ("merged", self.merged_file)) if each
+        ]
         return "\n".join(lines)
 
 
@@ -171,7 +180,12 @@ def export_onnx(
     names = tuple(factors(model))
     stored = _stored(twin, names, graph.graph.initializers)
     _fill(graph, tensors)
+    compact_figures = merged_figures = None
     if compact:
+        if verify and dtype is not torch.bfloat16:
+            with files.beside(path) as scratch:
+                _save(graph, scratch / path.name, "merged.data", None, None)
+                merged_figures = measure(scratch / path.name, call, dtype)
         compose_in_graph(graph, model, twin)
     described = {
         "producer": f"slcompile {version('slcompile')}",
@@ -186,10 +200,12 @@ def export_onnx(
         _save(graph, file, data, shard_size, progress)
         comparisons = []
         if verify:
-            require_same_weights(file, {} if compact else {name: tensors[name] for name in _initializers(file, stored)})
+            require_same_weights(file, tensors)
             calls = [call, *another_call(trained, call, dynamic_shapes)]
             comparisons = compare_calls(trained, calls, dtype, output_names, file)
             require_close(comparisons, dtype)
+            if merged_figures is not None:
+                compact_figures = measure(file, call, dtype)
         for against in ("merged", "onnxruntime"):
             if found := worst(comparisons, against):
                 described |= {f"{against}_max_abs": f"{found[0]:.3e}", f"{against}_max_rel": f"{found[1]:.3e}"}
@@ -198,7 +214,18 @@ def export_onnx(
         files.move_into_place(scratch, path.parent, last=path.name, stale=_data_files(path))
     absent = tuple(name for name in names if name not in stored)
     opset = graph.opset_imports[""]
-    return ExportReport(path, sizes, opset, dtype, stored, absent, tuple(comparisons), described)
+    return ExportReport(
+        path,
+        sizes,
+        opset,
+        dtype,
+        stored,
+        absent,
+        tuple(comparisons),
+        described,
+        compact_figures,
+        merged_figures,
+    )
 
 
 def _dense_graph(twin: nn.Module, args: Any, kwargs: Any, **settings: Any) -> Any:
@@ -276,13 +303,6 @@ def _data_files(path: Path) -> set[str]:
     entries = [entry for each in proto.graph.initializer for entry in each.external_data]
     locations = {entry.value for entry in entries if entry.key == "location"}
     return {name for name in locations if Path(name).name == name and name.startswith(f"{path.stem}-")}
-
-
-def _initializers(file: Path, names: Iterable[str]) -> list[str]:
-    import onnx_ir as ir
-
-    written = ir.load(file).graph.initializers
-    return [name for name in names if name in written]
 
 
 def _stored(twin: nn.Module, names: Sequence[str], initializers: Iterable[str]) -> tuple[str, ...]:

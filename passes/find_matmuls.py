@@ -42,16 +42,18 @@ class WeightUse:
     """How a graph uses one weight.
 
     Attributes:
-        matmuls: Nodes that multiply with it, directly or through views and casts.
+        matmuls: Ops that multiply with it, directly or through views and casts.
         others: Names of the ops that read it otherwise; if there are any, the weight must stay dense.
         input_dim: Dimension of the stored weight that the first matmul contracts.
         composed: Whether it is itself an operand of a weight op: a factor, not a dense weight.
+        without_grad: Whether everything that reads it runs under ``torch.no_grad()`` (seen by the capture).
     """
 
-    matmuls: list[fx.Node] = field(default_factory=list)
+    matmuls: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     input_dim: int = 1
     composed: bool = False
+    without_grad: bool = False
 
     def add(self, other: WeightUse) -> None:
         """Adds what another graph does with the same weight."""
@@ -60,6 +62,7 @@ class WeightUse:
         self.matmuls += other.matmuls
         self.others += other.others
         self.composed |= other.composed
+        self.without_grad &= other.without_grad
 
 
 def find_matmuls(weights: Iterable[fx.Node]) -> WeightUse:
@@ -85,7 +88,7 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
         elif name in MATMULS and _is_matrix_operand(user, node, MATMULS[name]):
             if not use.matmuls:
                 use.input_dim = _contracted_dim(weight, user, node, swapped)
-            use.matmuls.append(user)
+            use.matmuls.append(name)
         elif name in VIEWS and user.args[:1] == (node,) and (user.all_input_nodes == [node] or name == "type_as"):
             # In-place and out= variants have other names; another tensor that it reads must be for its dtype alone.
             _follow(weight, user, swapped ^ _swaps(user, name), use, seen)

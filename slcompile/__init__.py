@@ -1,11 +1,13 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
 from slcompile.config import SLConfig
+from slcompile.conversion import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
 from slcompile.export.safetensors import save_merged
-from slcompile.factorize import factorize_, factors, last_report, merge_, merged_state_dict, rewrite
+from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.passes import Decision, PassReport
+from slcompile.rewrite import rewrite
 from slcompile.weight import Factors, SLWeight
 
 __version__ = "0.1.0"

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.weak import WeakIdKeyDictionary
 
-from slcompile import torch_private
+from slcompile import passes, torch_private
 from slcompile.capture import weight_uses
 from slcompile.config import SLConfig, did_you_mean
-from slcompile.factorize import EXPLICIT, Candidate, choose, convert, template
+from slcompile.conversion import EXPLICIT, Candidate, choose, convert, lock, warn_of_held_weights
+from slcompile.eligibility import require_possible_rank, structural_reason
 from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training
 from slcompile.passes import JOINT_PASSES, Decision, PassReport, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse
-from slcompile.weight import SLWeight, base_class, dense_names
+from slcompile.step_hook import successor_of
+from slcompile.weight import SLWeight, dense_names, template
 
 log = logging.getLogger("slcompile")
 
@@ -54,6 +57,7 @@ def sltrain(
     """
     config, settings = SLConfig.from_options(options)
     settings = _inductor_settings(mode, settings)
+    warn_of_held_weights()
     graph = _Graph(gm, config, settings)
     if torch.is_grad_enabled():
         graph.find(example_inputs)
@@ -64,7 +68,11 @@ def sltrain(
 
 @dataclass
 class _Graph:
-    """A captured graph: compiled once for each set of inputs that are to be factorized, in practice one or two."""
+    """A captured graph: compiled once for each set of inputs that are to be factorized, in practice one or two.
+
+    What depends on the graph alone is decided when it is captured (``convertible``). What depends on the model that
+    runs it, its names, owners and modes, is decided anew for each model: one graph serves every instance of a class.
+    """
 
     gm: fx.GraphModule
     config: SLConfig
@@ -73,6 +81,7 @@ class _Graph:
     def __post_init__(self) -> None:
         self.uses: dict[int, WeightUse] = {}  # of each dense weight, by its position among the inputs
         self.convertible: frozenset[int] = frozenset()
+        self.admitted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> may this one be converted?
         self.captured_inputs = torch_private.captured_inputs(self.gm)
         self.context = torch_private.tracing_context()
         self.variants: dict[frozenset[int], Callable[..., Any]] = {}
@@ -80,48 +89,78 @@ class _Graph:
     def find(self, example_inputs: Sequence[Any]) -> None:
         """Finds the weights that may be converted, and says where there are none."""
         self.uses = weight_uses(self.gm, example_inputs)
+        self.convertible = frozenset(
+            index
+            for index, use in self.uses.items()
+            if not structural_reason(example_inputs[index], use, self.config)[0]
+        )
         live = LiveObjects.find()
         candidates, report = self.choose(live, example_inputs)
         log.info("%s", report)
-        chosen = {id(each.weight) for each in candidates}
-        self.convertible = frozenset(index for index in self.uses if id(example_inputs[index]) in chosen)
         for root in live.roots(example_inputs[index] for index in self.uses):
             self.config.require_patterns_match(dense_names(root))
-            if not chosen and not _composes(self.gm) and root not in _warned:
+            is_dense = not any(isinstance(module, SLWeight) for module in root.modules())
+            if candidates or not is_dense:
+                continue
+            require_possible_rank(self._shapes(root, live), self.config)
+            if root not in _warned:
                 _warned.add(root)
-                log.warning("slcompile: no weight of %s was factorized. %s", base_class(root).__name__, report)
+                log.warning("slcompile: no weight of %s was factorized. %s", type(root).__name__, report)
+
+    def _shapes(self, root: nn.Module, live: LiveObjects) -> list[torch.Size]:
+        """Shapes of a model's parameters that are large enough and not excluded."""
+        names = live.names(root)
+        matrices = [each for each in root.parameters() if each.dim() == 2 and min(each.shape) >= self.config.min_dim]
+        return [each.shape for each in matrices if self.config.includes(*names[id(each)])]
 
     def choose(self, live: LiveObjects, inputs: Sequence[Any]) -> tuple[list[Candidate], PassReport]:
         """Applies the policy to the weights among these inputs."""
         owners = live.owners(inputs[index] for index in self.uses)
         weights, explicit = [], []
         for index, use in self.uses.items():
-            held = owners[id(inputs[index])]
-            name = live.name(inputs[index], held[0][0]) if held else None
-            if any(EXPLICIT in vars(ancestor) for module, _ in held for ancestor, _ in live.ancestors(module)):
-                shape, detail = tuple(inputs[index].shape), "left by an explicit factorize_ of the model"
-                explicit.append(Decision(name or "?", "explicit", detail, shape, len(use.matmuls)))
+            parameter, held = inputs[index], owners[id(inputs[index])]
+            names = live.names(live.root(held[0][0])).get(id(parameter), []) if held else []
+            if any(EXPLICIT in vars(ancestor) for module, _ in held for ancestor in live.ancestors(module)):
+                shape, detail = tuple(parameter.shape), "left by an explicit factorize_ of the model"
+                explicit.append(Decision(names[0], "explicit", detail, shape, len(use.matmuls)))
             else:
-                weights.append((name, inputs[index], held, use))
+                weights.append((names, parameter, held, use))
         candidates, report = choose(weights, self.config)
         report.skipped += explicit
+        chosen = {id(each.weight) for each in candidates}
+        for index in self.uses:
+            self.admitted[inputs[index]] = id(inputs[index]) in chosen
         return candidates, report
 
     def wanted(self, args: Sequence[Any]) -> frozenset[int]:
-        """Positions of the inputs to factorize: they can be, and their owners are in training."""
-        return frozenset(index for index in self.convertible if in_training(args[index]))
+        """Positions of the inputs to factorize: they can be, they may be, and their owners are in training."""
+        unknown = [i for i in self.convertible if args[i] not in self.admitted and successor_of(args[i]) is None]
+        if unknown:
+            self.choose(LiveObjects.find(), args)
+        return frozenset(
+            index
+            for index in self.convertible
+            if successor_of(args[index]) is not None or (self.admitted[args[index]] and in_training(args[index]))
+        )
 
     def run(self, *args: Any) -> Any:
         """What Dynamo calls in the place of the graph."""
         wanted = self.wanted(args)
-        if wanted not in self.variants:  # another set of owners is in training than when the graph was captured
+        if not wanted:
+            return self.variant(wanted)(*args)
+        compiled = self.variant(wanted)  # first, so that a failure to compile comes before any conversion
+        with torch_private.no_tracing(), lock:
+            weights = self.convert(args, sorted(wanted))
+        if weights.keys() != wanted:
+            compiled = self.variant(frozenset(weights))
+        return compiled(*_expand(args, {index: list(weight.operands().values()) for index, weight in weights.items()}))
+
+    def variant(self, wanted: frozenset[int]) -> Callable[..., Any]:
+        """The compiled graph; one for other owners in training than when it was captured is compiled when it is due."""
+        if wanted not in self.variants:
             with torch_private.resume(self.context):
                 self.variants[wanted] = self.compile(wanted, self.captured_inputs)
-        compiled = self.variants[wanted]
-        if not wanted:
-            return compiled(*args)
-        weights = self.convert(args, sorted(wanted))
-        return compiled(*_expand(args, {index: list(weight.operands().values()) for index, weight in weights.items()}))
+        return self.variants[wanted]
 
     def compile(self, wanted: frozenset[int], inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles the graph with the inputs at these positions replaced by the operands of weight ops."""
@@ -145,23 +184,31 @@ class _Graph:
         return compiled
 
     def convert(self, args: Sequence[Any], wanted: Sequence[int]) -> dict[int, SLWeight]:
-        """Converts the owners of these inputs; returns the weight module of each."""
+        """Converts the owners of these inputs; returns the weight module of each that is factorized now.
+
+        Another thread may have converted some of them since; a model may have been factorized explicitly.
+        """
+        if torch_private.in_backward():
+            raise RuntimeError(
+                "the first training run of this model is the recomputation of an eager activation checkpoint, in the "
+                "backward pass; call slcompile.factorize_(model) before training"
+            )
+        found = {index: successor for index in wanted if (successor := successor_of(args[index])) is not None}
         live = LiveObjects.find()
         candidates, report = self.choose(live, args)
-        chosen = {id(each.weight): each for each in candidates}
-        left = [index for index in wanted if id(args[index]) not in chosen]
-        if left:
-            names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
-            raise ValueError(
-                f"this graph was compiled to factorize {[names[index] for index in left]}, but these are to stay dense "
-                f"in the model that runs it now. {report}"
-            )
-        table = [chosen[id(args[index])] for index in wanted]
+        due = {id(args[index]): index for index in wanted if index not in found}
+        table = [each for each in candidates if id(each.weight) in due]
+        if not table:
+            return found
         waiting = {each.name for each in candidates} - {each.name for each in table}
-        report.skipped += [replace(each, reason="eval", detail="its module is in .eval()")
-                           for each in report.rewritten if each.name in waiting]  # fmt: skip
+        report.skipped += [
+            replace(each, reason="eval", detail="its module is in .eval()")
+            for each in report.rewritten
+            if each.name in waiting
+        ]
         report.rewritten = [each for each in report.rewritten if each.name not in waiting]
-        return dict(zip(wanted, convert(table, self.config, live, report), strict=True))
+        made = convert(table, self.config, live, report)
+        return found | {due[id(each.weight)]: weight for each, weight in zip(table, made, strict=True)}
 
 
 class JointPasses(CustomGraphPass):
@@ -186,8 +233,14 @@ class JointPasses(CustomGraphPass):
 
 @functools.cache
 def _sources_hash() -> bytes:
-    package = Path(__file__).parent
-    return get_hash_for_files(tuple(str(path) for path in sorted(package.rglob("*.py"))))
+    return get_hash_for_files(tuple(str(path) for path in hashed_files()))
+
+
+def hashed_files() -> list[Path]:
+    """Sources of which a change must invalidate Inductor's caches."""
+    # The passes by their own path: rglob does not follow the link to them.
+    folders = (Path(__file__).parent, Path(passes.__file__).parent)
+    return sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")})
 
 
 def _composes(gm: fx.GraphModule) -> bool:

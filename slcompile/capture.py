@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,24 @@ def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, 
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     assert len(placeholders) == len(example_inputs), (len(placeholders), len(example_inputs))
     uses = {index: find_matmuls([placeholders[index]]) for index in positions}
+    read_with_grad = _read_with_grad(gm)
+    for index, use in uses.items():
+        use.without_grad = index not in read_with_grad
     return {index: use for index, use in uses.items() if not use.composed}
+
+
+def _read_with_grad(gm: fx.GraphModule) -> set[int]:
+    """Positions of the inputs that something reads while gradients are enabled."""
+    enabled, found = True, set()
+    positions: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            positions[node] = len(positions)
+        elif node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif enabled:
+            found |= {positions[each] for each in node.all_input_nodes if each in positions}
+    return found
 
 
 @torch.no_grad()
@@ -37,17 +54,26 @@ def captured_uses(
     """
     found: dict[int, tuple[nn.Parameter, WeightUse]] = {}
 
-    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]):
+    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         for index, use in weight_uses(gm, example_inputs).items():
+            use.without_grad = False  # the whole capture runs without gradients, which tells nothing of training
             parameter = example_inputs[index]
-            found.setdefault(id(parameter), (parameter, WeightUse()))[1].add(use)
+            if id(parameter) in found:
+                found[id(parameter)][1].add(use)
+            else:
+                found[id(parameter)] = (parameter, use)
         return gm.forward
 
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng(enabled=not any(each.is_meta for each in model.parameters())):
+        with (
+            torch.random.fork_rng(enabled=not any(each.is_meta for each in model.parameters())),
+            # Another backend each time, so that it is called and no graph of an earlier capture is reused.
+            torch_private.unlimited_recompiles(),
+        ):
             torch.compile(lambda: model(*args, **kwargs), backend=collect)()
+        return list(found.values())
     finally:
+        found.clear()  # Dynamo's cache holds the backend, which must not hold the dense weights
         for buffer, before in buffers:
             buffer.copy_(before)
-    return list(found.values())

@@ -91,9 +91,11 @@ class SLConfig:
             return self.rank
         return max(1, round(self.rank * min(rows, columns)))
 
-    def includes(self, name: str) -> bool:
-        """Whether the patterns admit the weight of this fully qualified name."""
-        return _matches(name, self.include) and not _matches(name, self.exclude)
+    def includes(self, *names: str) -> bool:
+        """Whether the patterns admit the weight of these fully qualified names; a tied weight has several."""
+        return any(_matches(name, self.include) for name in names) and not any(
+            _matches(name, self.exclude) for name in names
+        )
 
     def require_patterns_match(self, names: Iterable[str]) -> None:
         """Raises ValueError where a pattern that the user gave matches none of ``names``."""

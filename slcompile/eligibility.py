@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -12,31 +14,37 @@ from slcompile.passes.graph import Decision
 from slcompile.weight import values_shape
 
 
-def decide(name: str, weight: Tensor, use: WeightUse, config: SLConfig, owners: list[nn.Module]) -> Decision:
-    """Whether a weight is factorized: ``reason`` is empty, or the code of why it stays dense.
+def decide(
+    names: Sequence[str], weight: Tensor, use: WeightUse, config: SLConfig, owners: Sequence[nn.Module]
+) -> Decision:
+    """Whether a weight is factorized: ``reason`` is empty, or the code of why it stays dense."""
+    reason, detail = structural_reason(weight, use, config)
+    if not reason:
+        reason, detail = nominal_reason(names, owners, config)
+    return Decision(names[0] if names else "?", reason, detail, tuple(weight.shape), len(use.matmuls))
 
-    The reasons, in the order in which they are looked for: ``no_matmul``, ``tied``, ``other_use``, ``not_2d``,
-    ``dtype``, ``frozen``, ``excluded``, ``too_small``, ``no_saving``.
+
+def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple[str, str]:
+    """Why no weight of this shape, dtype and use is factorized: a code and a sentence, or two empty strings.
+
+    This much is the same for every model that runs a graph: Dynamo guards on it. The codes, in the order in which
+    they are looked for: ``no_matmul``, ``other_use`` (``tied`` to an embedding), ``no_grad``, ``not_2d``, ``dtype``,
+    ``frozen``, ``too_small``, ``no_saving``.
     """
-    reason, detail = _reason(name, weight, use, config, owners)
-    return Decision(name, reason, detail, tuple(weight.shape), len(use.matmuls))
-
-
-def _reason(name: str, weight: Tensor, use: WeightUse, config: SLConfig, owners: list[nn.Module]) -> tuple[str, str]:
     if not use.matmuls:
         return "no_matmul", f"read by {', '.join(sorted(set(use.others))) or 'nothing'}, not by a matmul"
-    if "embedding" in use.others or any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in owners):
+    if "embedding" in use.others:
         return "tied", "also the table of an embedding"
     if use.others:
         return "other_use", f"also read by {', '.join(sorted(set(use.others)))}"
+    if use.without_grad:
+        return "no_grad", "read under torch.no_grad() alone"
     if weight.dim() != 2:
         return "not_2d", f"has {weight.dim()} dimensions"
     if not weight.is_floating_point():
         return "dtype", f"{weight.dtype} is not a floating-point type"
     if not weight.requires_grad:
         return "frozen", "requires_grad is False"
-    if not config.includes(name):
-        return "excluded", "by the include and exclude patterns"
     rows, columns = weight.shape
     if min(rows, columns) < config.min_dim:
         return "too_small", f"has fewer than {config.min_dim} rows or columns (min_dim)"
@@ -47,12 +55,30 @@ def _reason(name: str, weight: Tensor, use: WeightUse, config: SLConfig, owners:
     return "", ""
 
 
-def require_possible_rank(decisions: list[Decision], config: SLConfig) -> None:
-    """Raises ValueError where the rank alone, an int, leaves every weight dense that could else be factorized."""
-    blocked = [each for each in decisions if each.reason == "no_saving"]
-    if isinstance(config.rank, int) and blocked and all(each.reason for each in decisions):
-        largest = max(min(each.shape) for each in blocked)
-        if config.rank > largest:
-            raise ValueError(
-                f"rank must be at most {largest}, the smaller side of the largest eligible weight, got {config.rank}"
-            )
+def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SLConfig) -> tuple[str, str]:
+    """Why this one weight is not factorized: ``not_owned``, ``tied`` or ``excluded``.
+
+    Args:
+        names: All its fully qualified names; a tied weight has several.
+        owners: The modules that hold it as a parameter.
+        config: Include and exclude patterns.
+    """
+    if not owners or not names:
+        return "not_owned", "no module holds it as a parameter (a list, a global, flat weights)" + (
+            "; gc.freeze() hides modules" if gc.get_freeze_count() else ""
+        )
+    if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in owners):
+        return "tied", "also the table of an embedding"
+    if not config.includes(*names):
+        return "excluded", "by the include and exclude patterns"
+    return "", ""
+
+
+def require_possible_rank(shapes: Iterable[Sequence[int]], config: SLConfig) -> None:
+    """Raises ValueError where the rank, an int, is more than the smaller side of every one of these weights."""
+    smaller_sides = [min(shape) for shape in shapes]
+    if isinstance(config.rank, int) and smaller_sides and config.rank > max(smaller_sides):
+        raise ValueError(
+            f"rank must be at most {max(smaller_sides)}, the smaller side of the largest eligible weight, got "
+            f"{config.rank}"
+        )

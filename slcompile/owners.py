@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-_TRANSPARENT = ("_orig_mod",)  # torch.compile's wrapper: its child is the model itself
+WRAPPED = "_orig_mod"
+"""Name of the model inside torch.compile's wrapper: the wrapper is no part of a weight's name."""
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without the wrappers of torch.compile."""
+    return name.replace(f"{WRAPPED}.", "")
 
 
 @dataclass
@@ -21,8 +27,8 @@ class LiveObjects:
 
     modules: list[nn.Module] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
-    parents: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
-    names: dict[int, dict[int, str]] = field(default_factory=dict)
+    parents: dict[int, list[nn.Module]] = field(default_factory=dict)
+    _names: dict[int, dict[int, list[str]]] = field(default_factory=dict)
 
     @classmethod
     def find(cls) -> LiveObjects:
@@ -34,74 +40,93 @@ class LiveObjects:
             elif issubclass(kind, Optimizer) and "param_groups" in thing.__dict__:
                 live.optimizers.append(thing)
         for module in live.modules:
-            for name, child in module._modules.items():
-                if child is not None and name not in _TRANSPARENT:
-                    live.parents.setdefault(id(child), (module, name))
+            for child in module._modules.values():
+                if child is not None:
+                    live.parents.setdefault(id(child), []).append(module)
         return live
 
     def owners(self, parameters: Iterable[Tensor]) -> dict[int, list[tuple[nn.Module, str]]]:
         """id of a parameter -> the (module, attribute) pairs that hold it in ``_parameters``."""
-        wanted: dict[int, list[tuple[nn.Module, str]]] = {id(parameter): [] for parameter in parameters}
-        for module in self.modules:
-            for name, parameter in module._parameters.items():
-                if id(parameter) in wanted:
-                    wanted[id(parameter)].append((module, name))
-        return wanted
+        return owners_among(self.modules, parameters)
 
-    def ancestors(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
-        """From the module itself up to its outermost container: (module, its name in the next one)."""
-        chain, seen = [], set()
-        while id(module) not in seen:
-            seen.add(id(module))
-            parent, name = self.parents.get(id(module), (None, ""))
-            chain.append((module, name))
-            if parent is None:
-                break
-            module = parent
-        return chain
+    def ancestors(self, module: nn.Module) -> list[nn.Module]:
+        """The module itself and everything that contains it."""
+        found, waiting = {id(module): module}, [module]
+        while waiting:
+            for parent in self.parents.get(id(waiting.pop()), []):
+                if id(parent) not in found:
+                    found[id(parent)] = parent
+                    waiting.append(parent)
+        return list(found.values())
 
     def root(self, module: nn.Module) -> nn.Module:
-        """The outermost container of a module."""
-        return self.ancestors(module)[-1][0]
+        """The outermost container of a module, without torch.compile's wrapper.
+
+        Of several (a list of layers made for convenience, beside the model) it is the one with the most parameters,
+        then the one in which the module's own come first by name: whatever order they were made in.
+        """
+        tops = [each for each in self.ancestors(module) if not self.parents.get(id(each))]
+        tops = [each._modules[WRAPPED] or each if WRAPPED in each._modules else each for each in tops]
+        inside = [id(each) for each in module.parameters()]
+
+        def preference(top: nn.Module) -> tuple[int, list[str]]:
+            names = self.names(top)
+            return -len(names), [min(names[each]) for each in inside if each in names]
+
+        return min(tops, key=preference) if tops else module
 
     def roots(self, parameters: Iterable[Tensor]) -> list[nn.Module]:
         """The outermost containers of the modules that own these parameters."""
         pairs = [pair for owners in self.owners(parameters).values() for pair in owners]
         return list({id(root): root for module, _ in pairs for root in [self.root(module)]}.values())
 
-    def name(self, parameter: Tensor, owner: nn.Module) -> str:
-        """A parameter's name in ``named_parameters()`` of its owner's outermost container."""
-        root = self.root(owner)
-        if id(root) not in self.names:
-            self.names[id(root)] = {id(value): name for name, value in root.named_parameters()}
-        return self.names[id(root)][id(parameter)]
+    def names(self, root: nn.Module) -> dict[int, list[str]]:
+        """id of each parameter of a container -> its names there, the usual one first."""
+        if id(root) not in self._names:
+            names: dict[int, list[str]] = {}
+            for name, parameter in root.named_parameters(remove_duplicate=False):
+                names.setdefault(id(parameter), []).append(plain_name(name))
+            self._names[id(root)] = names
+        return self._names[id(root)]
+
+
+def owners_among(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a parameter -> the (module, attribute) pairs among these modules that hold it in ``_parameters``."""
+    wanted: dict[int, list[tuple[nn.Module, str]]] = {id(parameter): [] for parameter in parameters}
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if id(parameter) in wanted:
+                wanted[id(parameter)].append((module, name))
+    return wanted
 
 
 _known_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def remember_owners(parameter: Tensor, owners: list[tuple[nn.Module, str]]) -> None:
-    """Keeps a parameter's owners for ``in_training``, which runs at every call of a graph."""
-    _known_owners[parameter] = [(weakref.ref(module), name) for module, name in owners]
-
-
 def in_training(parameter: Tensor) -> bool:
-    """Whether a parameter is owned by modules of which none is in ``.eval()``."""
-    known = _known_owners.get(parameter)
-    alive = [(reference(), name) for reference, name in known or ()]
-    if not alive or any(module is None or module._parameters.get(name) is not parameter for module, name in alive):
-        remember_owners(parameter, LiveObjects.find().owners([parameter])[id(parameter)])
-        alive = [(reference(), name) for reference, name in _known_owners[parameter]]
-    return bool(alive) and all(module.training for module, _ in alive)
+    """Whether a parameter is owned by modules of which none is in ``.eval()``; runs at every call of a graph."""
+    alive = _alive_owners(parameter)
+    if not alive:
+        found = LiveObjects.find().owners([parameter])[id(parameter)]
+        _known_owners[parameter] = [(weakref.ref(module), name) for module, name in found]
+        alive = _alive_owners(parameter)
+    return bool(alive) and all(module.training for module in alive)
 
 
-def wrapper_of(module: nn.Module, parameter: Tensor, live: LiveObjects) -> str | None:
+def _alive_owners(parameter: Tensor) -> list[nn.Module]:
+    """The owners found before; none where one of them is gone or owns it no more."""
+    found = [(reference(), name) for reference, name in _known_owners.get(parameter, ())]
+    modules = [module for module, name in found if module is not None and module._parameters.get(name) is parameter]
+    return modules if len(modules) == len(found) else []
+
+
+def wrapper_of(ancestors: Iterable[nn.Module], parameter: Tensor) -> str | None:
     """Name of the DDP or FSDP wrapper that already holds a parameter, if there is one."""
-    for ancestor, _ in live.ancestors(module):
+    for ancestor in ancestors:
         for base in type(ancestor).__mro__:
             if base.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
                 return base.__name__
-    return "DTensor" if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "device_mesh") else None
+    return type(parameter.data).__name__ if type(parameter.data) is not Tensor else None
 
 
 def hooks_of(parameter: torch.Tensor) -> str | None:

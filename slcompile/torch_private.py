@@ -61,6 +61,21 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=settings))
 
 
+def unlimited_recompiles() -> contextlib.AbstractContextManager[Any]:
+    """While it is entered, Dynamo captures a function however often it was captured before."""
+    return torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
+
+
+def no_tracing() -> contextlib.AbstractContextManager[Any]:
+    """Keeps Dynamo from tracing in other threads: it would meet modules that change under its hands."""
+    return torch._dynamo.convert_frame.compile_lock
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, as it does when it recomputes a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:
     """The module that torch.compile was given, where this is what it returned."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module

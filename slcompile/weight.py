@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import types
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,12 @@ from torch import Tensor, fx, nn
 
 from slcompile.config import SLConfig
 from slcompile.ops import compose
+from slcompile.owners import plain_name
+from slcompile.step_hook import mark_values
 from slcompile.support import IMPORTED, draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
+
+_ORDER = "_slcompile_order"
+"""Attribute of a converted module: name of each factorized weight -> the order of ``_parameters`` with it."""
 
 SUFFIX = "_sl"
 """Name of the submodule beside the weight's; not the weight's own, which get_submodule would resolve to a tensor."""
@@ -82,6 +88,7 @@ class SLWeight(nn.Module):
         self.B = nn.Parameter(new(rows, self.rank))
         self.A = nn.Parameter(new(self.rank, columns))
         self.values = nn.Parameter(new(values_shape(rows, columns, config)))
+        mark_values(self.values)
         self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device))
         if self.support == "uniform":
             index_dtype = uniform_dtype(rows, columns)
@@ -93,6 +100,10 @@ class SLWeight(nn.Module):
         """alpha / rank. Kept as a ratio of integers: with dynamic shapes, Dynamo makes floats of modules symbolic."""
         numerator, denominator = self._scale_ratio
         return numerator / denominator
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        mark_values(self.values)  # copies of a parameter do not carry its marks
 
     def operands(self) -> dict[str, Tensor]:
         """The tensors that ``op`` takes, in its order, by the names they have in this module."""
@@ -220,8 +231,8 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             getattr(self, name + SUFFIX).reset_parameters()
 
     def __reduce_ex__(self, protocol):
-        _, (_, *args), *rest = cast(tuple, base.__reduce_ex__(self, max(protocol, 2)))
-        return (_new, (base, names, *args), *rest)
+        make, args, *rest = cast(tuple, base.__reduce_ex__(self, max(protocol, 2)))
+        return (_remake, (base, names, make, tuple(base if each is type(self) else each for each in args)), *rest)
 
     def compose_property(name: str) -> property:
         submodule = name + SUFFIX
@@ -244,8 +255,11 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     return types.new_class(f"SL{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(members))
 
 
-def _new(base: Any, names: tuple[str, ...], *args: Any) -> nn.Module:
-    return cast(nn.Module, base.__new__(sl_class(base, names), *args))
+def _remake(base: Any, names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+    """What pickle and deepcopy call: makes the module as its own class would, and gives it the subclass."""
+    module = make(*args)
+    module.__class__ = sl_class(base, names)
+    return module
 
 
 def sl_names(module: nn.Module) -> tuple[str, ...]:
@@ -262,12 +276,18 @@ def dense_names(model: nn.Module) -> list[str]:
             names.append(path.removesuffix(SUFFIX))
         else:
             names += [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
-    return names
+    return [plain_name(name) for name in names]
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before conversion."""
     return getattr(type(module), "sl_base", type(module))
+
+
+def template(weight: Tensor, config: SLConfig, input_dim: int) -> SLWeight:
+    """A weight module on the meta device: the shapes of the factors of ``weight``, for a graph that is to be built."""
+    rows, columns = weight.shape
+    return SLWeight(rows, columns, replace(config, seed=0), input_dim=input_dim, device="meta", dtype=weight.dtype)
 
 
 def class_with(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
@@ -284,14 +304,26 @@ def class_with(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
 
 def put_in_place(module: nn.Module, name: str, weight: SLWeight) -> None:
     """Replaces the dense parameter ``name`` by ``weight``: afterwards ``module.<name>`` is the composed tensor."""
-    module.__class__ = class_with(module, tuple(sorted({*sl_names(module), name})))  # first: it is what can fail
-    # The key stays, as None, so that merging restores the parameter's position among the others.
-    module._parameters[name] = None
-    module.add_module(name + SUFFIX, weight)
+    cls = class_with(module, tuple(sorted({*sl_names(module), name})))
+    order = list(module._parameters)
+    module.add_module(name + SUFFIX, weight)  # raises where the name is taken
+    try:
+        module.__class__ = cls
+    except BaseException:
+        delattr(module, name + SUFFIX)
+        raise
+    vars(module).setdefault(_ORDER, {})[name] = order
+    del module._parameters[name]
 
 
 def take_out(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """The inverse of ``put_in_place``; leaves nothing of it behind."""
+    """The inverse of ``put_in_place``; leaves nothing of it behind, the order of the parameters included."""
     delattr(module, name + SUFFIX)
     module.__class__ = class_with(module, sl_names(module))
     module._parameters[name] = parameter
+    orders = vars(module)[_ORDER]
+    order = orders.pop(name)
+    for each in [each for each in order if each in module._parameters]:
+        module._parameters[each] = module._parameters.pop(each)
+    if not orders:
+        del vars(module)[_ORDER]

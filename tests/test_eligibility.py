@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from slcompile.config import SLConfig
 from slcompile.eligibility import decide, require_possible_rank
@@ -12,11 +12,11 @@ from slcompile.passes import Decision
 from slcompile.passes.find_matmuls import WeightUse
 
 CONFIG = SLConfig()
+LINEAR = nn.Linear(1, 1)
 
 
 def used_by(matmuls: int = 1, others: tuple[str, ...] = ()) -> WeightUse:
-    graph = fx.Graph()
-    return WeightUse([graph.placeholder(f"matmul_{index}") for index in range(matmuls)], list(others))
+    return WeightUse(["mm"] * matmuls, list(others))
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> nn.Parameter:
@@ -27,10 +27,10 @@ def decision_on(
     weight: Tensor,
     use: WeightUse | None = None,
     config: SLConfig = CONFIG,
-    owners: tuple[nn.Module, ...] = (),
-    name: str = "fc.weight",
+    owners: tuple[nn.Module, ...] = (LINEAR,),
+    names: tuple[str, ...] = ("fc.weight",),
 ) -> Decision:
-    return decide(name, weight, used_by() if use is None else use, config, list(owners))
+    return decide(names, weight, used_by() if use is None else use, config, owners)
 
 
 def test_eligible_weight_has_no_reason() -> None:
@@ -50,7 +50,9 @@ LEFT: dict[str, tuple[Tensor, dict[str, Any], str]] = {
     "not_2d": (parameter(4, 64, 64), {}, "3 dimensions"),
     "dtype": (parameter(64, 64, dtype=torch.int8, requires_grad=False), {}, "torch.int8"),
     "frozen": (parameter(64, 64, requires_grad=False), {}, "requires_grad is False"),
-    "excluded": (parameter(64, 64), {"name": "lm_head.weight"}, "patterns"),
+    "no_grad": (parameter(64, 64), {"use": WeightUse(["mm"], without_grad=True)}, "no_grad"),
+    "not_owned": (parameter(64, 64), {"owners": ()}, "no module holds it"),
+    "excluded": (parameter(64, 64), {"names": ("lm_head.weight",)}, "patterns"),
     "too_small": (parameter(31, 512), {}, "fewer than 32"),
     "no_saving": (parameter(64, 64), {"config": SLConfig(rank=32)}, "rank 32 and its non-zeros take 4224"),
 }  # fmt: skip
@@ -129,15 +131,22 @@ def test_factors_must_be_fewer_than_the_dense_weight(config: SLConfig, reason: s
 )
 def test_the_first_reason_is_given(arguments: dict[str, Any], first: str) -> None:
     worst = parameter(2, 2, 2, dtype=torch.int8, requires_grad=False)
-    assert decision_on(worst, name="lm_head.weight", **arguments).reason == first
+    assert decision_on(worst, names=("lm_head.weight",), **arguments).reason == first
 
 
 def test_reasons_that_concern_the_weight_come_in_their_order() -> None:
-    assert decision_on(parameter(2, 2, dtype=torch.int8, requires_grad=False), name="lm_head").reason == "dtype"
-    assert decision_on(parameter(2, 2, requires_grad=False), name="lm_head").reason == "frozen"
-    assert decision_on(parameter(2, 2), name="lm_head").reason == "excluded"
-    assert decision_on(parameter(2, 2)).reason == "too_small"
-    assert decision_on(parameter(2, 2), config=SLConfig(min_dim=1, rank=2)).reason == "no_saving"
+    assert decision_on(parameter(2, 2, dtype=torch.int8, requires_grad=False), names=("lm_head",)).reason == "dtype"
+    assert decision_on(parameter(2, 2, requires_grad=False), names=("lm_head",)).reason == "frozen"
+    assert decision_on(parameter(2, 2), names=("lm_head",)).reason == "too_small"
+    assert decision_on(parameter(2, 2), names=("lm_head",), config=SLConfig(min_dim=1, rank=2)).reason == "no_saving"
+    assert decision_on(parameter(64, 64), names=("lm_head",), owners=()).reason == "not_owned"
+    assert decision_on(parameter(64, 64), names=("lm_head",), owners=(nn.Embedding(1, 1),)).reason == "tied"
+
+
+def test_all_names_of_a_tied_weight_count() -> None:
+    names = ("0.weight", "1.weight")
+    assert decision_on(parameter(64, 64), names=names, config=SLConfig(exclude=("1.*",))).reason == "excluded"
+    assert decision_on(parameter(64, 64), names=names, config=SLConfig(include=("1.*",))).reason == ""
 
 
 def test_a_weight_on_meta_is_decided_by_its_shape() -> None:
@@ -146,34 +155,12 @@ def test_a_weight_on_meta_is_decided_by_its_shape() -> None:
 
 
 class TestRequirePossibleRank:
-    CONFIG = SLConfig(rank=100)
-
-    def decisions(self, *shapes: tuple[int, int], config: SLConfig = CONFIG) -> list[Decision]:
-        return [decision_on(parameter(*shape), config=config) for shape in shapes]
-
     def test_rank_above_every_weight_raises_and_says_what_is_possible(self) -> None:
         with pytest.raises(ValueError, match=r"^rank must be at most 64, .* got 100$"):
-            require_possible_rank(self.decisions((48, 48), (64, 96)), self.CONFIG)
+            require_possible_rank([(48, 48), (64, 96)], SLConfig(rank=100))
 
-    def test_rank_that_fits_one_weight_is_accepted(self) -> None:
-        decisions = self.decisions((48, 48), (512, 512))
-        assert [each.reason for each in decisions] == ["no_saving", ""]
-        require_possible_rank(decisions, self.CONFIG)
-
-    def test_weights_that_are_left_for_other_reasons_are_not_the_ranks_fault(self) -> None:
-        decisions = self.decisions((8, 8))
-        assert [each.reason for each in decisions] == ["too_small"]
-        require_possible_rank(decisions, self.CONFIG)
-        require_possible_rank([], self.CONFIG)
-
-    def test_fraction_is_always_possible(self) -> None:
-        config = SLConfig(rank=0.9)
-        decisions = self.decisions((64, 64), config=config)
-        assert [each.reason for each in decisions] == ["no_saving"]
-        require_possible_rank(decisions, config)
-
-    def test_rank_within_the_weight_that_saves_nothing_does_not_raise(self) -> None:
-        config = SLConfig(rank=40)
-        decisions = self.decisions((64, 64), config=config)
-        assert [each.reason for each in decisions] == ["no_saving"]
-        require_possible_rank(decisions, config)
+    @pytest.mark.parametrize(
+        ("shapes", "rank"), [([(48, 48), (512, 512)], 100), ([], 100), ([(64, 64)], 0.9), ([(64, 64)], 64)]
+    )
+    def test_rank_that_fits_a_weight_is_accepted(self, shapes: list[tuple[int, int]], rank: float) -> None:
+        require_possible_rank(shapes, SLConfig(rank=rank))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import slcompile
 
@@ -249,8 +250,10 @@ def test_rewrite_of_a_symbolic_trace(block, batch):
     code = gm.code
     assert code.count("torch.ops.slcompile.compose.default") == 3
     assert re.search(r"linear\(x, \w+, up_bias\)", code)
-    randomize(block)  # they share the modules
-    torch.testing.assert_close(gm(batch[0]), block(batch[0]))
+    randomize(gm)
+    dense = type(block)()
+    dense.load_state_dict(slcompile.merged_state_dict(gm))
+    torch.testing.assert_close(gm(batch[0]), dense(batch[0]))
     gm(batch[0]).sum().backward()
     assert block.up.weight_sl.values.grad is not None
     assert slcompile.rewrite(gm, CONFIG).rewritten == []  # twice changes nothing
@@ -261,10 +264,11 @@ def test_rewrite_of_a_symbolic_trace(block, batch):
     torch.testing.assert_close(gm(batch[0]), want, rtol=1e-5, atol=1e-6)
 
 
-def test_rewrite_of_an_exported_program(block, batch):
+def test_rewrite_of_an_exported_program_leaves_the_exported_model_alone(block, batch):
     gm = torch.export.export(block, (batch[0],)).module()
     report = slcompile.rewrite(gm, CONFIG)
     assert {each.name for each in report.rewritten} == {"up.weight", "down.weight", "mix"}
+    assert type(block.up) is nn.Linear
     output = randomize(gm)(batch[0])
     output.sum().backward()
     assert all(p.grad is not None for p in gm.parameters())
@@ -274,7 +278,76 @@ def test_rewrite_of_an_exported_program(block, batch):
     torch.testing.assert_close(gm(batch[0]), output, rtol=1e-5, atol=1e-6)
 
 
+def test_rewrite_needs_weights_that_are_attributes():
+    gm = make_fx(lambda x, w: x @ w)(torch.randn(2, 64), torch.randn(64, 64))
+    with pytest.raises(ValueError, match="gm reads no weight as an attribute"):
+        slcompile.rewrite(gm, CONFIG)
+
+
+def test_a_graph_module_keeps_the_weights_that_it_reads_itself(block, batch):
+    gm = fx.symbolic_trace(block)
+    compiled = torch.compile(gm, backend="sltrain", options={"rank": 8})
+    for _ in range(2):
+        compiled(batch[0]).sum().backward()
+    assert set(slcompile.factors(gm)) == {"up.weight", "down.weight"}
+    assert {each.name: each.reason for each in slcompile.last_report().skipped}["mix"] == "graph_module"
+
+
+def test_capturing_works_however_often_it_is_done(block_class, batch):
+    for _ in range(10):
+        model = slcompile.factorize_(block_class(), CONFIG, example_args=(batch[0],))
+        assert len(slcompile.factors(model)) == 3
+
+
+def test_a_module_that_reduces_itself_is_copied_as_it_wants_to_be():
+    model = nn.Sequential(Reduced(64, 64))
+    slcompile.factorize_(model, CONFIG)
+    twin = copy.deepcopy(model)
+    assert twin[0].built
+    assert type(twin[0]) is type(model[0])
+    assert torch.equal(twin[0].weight, model[0].weight)
+
+
+class Reduced(nn.Linear):
+    built = False
+
+    def __reduce__(self):
+        return build_reduced, (self.in_features, self.out_features), self.__dict__
+
+
+def build_reduced(inputs: int, outputs: int) -> Reduced:
+    module = Reduced(inputs, outputs)
+    module.built = True
+    return module
+
+
+def test_several_weights_of_one_module_come_and_go_in_any_order():
+    attention = nn.MultiheadAttention(64, 4, kdim=96, vdim=96)
+    keys = list(attention.state_dict())
+    x, y = torch.randn(5, 2, 64), torch.randn(7, 2, 96)
+    slcompile.factorize_(attention, CONFIG, example_args=(x, y, y))
+    assert set(slcompile.factors(attention)) == {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"}
+    assert type(copy.deepcopy(attention)) is type(attention)
+    output = attention(x, y, y)[0]
+    slcompile.merge_(attention)
+    assert list(attention.state_dict()) == keys
+    assert type(attention) is nn.MultiheadAttention
+    torch.testing.assert_close(attention(x, y, y)[0], output, rtol=1e-5, atol=1e-6)
+
+
+def test_functional_call_with_a_dense_weight_is_an_error(block, batch):
+    slcompile.factorize_(block, CONFIG)
+    with pytest.raises(AttributeError, match=r"slcompile\.merge_"):
+        torch.func.functional_call(block, {"up.weight": torch.zeros(96, 64)}, (batch[0],))
+
+
 class TestBadInput:
+    def test_a_name_that_is_taken(self, block):
+        block.up.weight_sl = 3
+        with pytest.raises(ValueError, match=r"up\.weight cannot be factorized: its owner Linear already has"):
+            slcompile.factorize_(block, CONFIG)
+        assert type(block.up) is nn.Linear
+
     def test_not_a_module_or_config(self, block):
         with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got dict"):
             slcompile.factorize_({}, CONFIG)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import slcompile
+import slcompile.conversion
 
 OPTIONS = {"rank": 8, "density": 0.05}
 CONFIG = slcompile.SLConfig(rank=8, density=0.05)
@@ -172,7 +173,7 @@ def test_what_cannot_be_converted_is_refused_and_the_model_left_as_it_was(block,
 def test_an_exception_half_way_leaves_everything_as_it_was(block, monkeypatch):
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     before, groups = {name: id(p) for name, p in block.named_parameters()}, held(optimizer)
-    swap = slcompile.factorize_.__globals__["put_in_place"]
+    swap = slcompile.conversion.put_in_place
     swapped = []
 
     def failing(module, name, weight):
@@ -181,7 +182,7 @@ def test_an_exception_half_way_leaves_everything_as_it_was(block, monkeypatch):
         swapped.append(name)
         swap(module, name, weight)
 
-    monkeypatch.setitem(slcompile.factorize_.__globals__, "put_in_place", failing)
+    monkeypatch.setattr(slcompile.conversion, "put_in_place", failing)
     with pytest.raises(MemoryError):
         slcompile.factorize_(block, CONFIG)
     assert swapped
@@ -210,3 +211,41 @@ def test_a_compiled_optimizer_step_still_traces(block, batch):
     before = block.up.weight_sl.values.detach().clone()
     torch.compile(optimizer.step, backend="eager")()
     assert not torch.equal(before, block.up.weight_sl.values)
+
+
+def test_a_failure_to_mend_leaves_every_optimizer_as_it_was(block, monkeypatch):
+    first, second = (torch.optim.SGD(block.named_parameters(), lr=0.1) for _ in range(2))
+    before = held(first), held(second)
+    monkeypatch.setattr(slcompile.conversion, "require_mendable", lambda *args: None)
+    second.param_groups[0]["param_names"].pop()
+    with pytest.raises(ValueError, match="zip"):
+        slcompile.factorize_(block, CONFIG)
+    assert (held(first), held(second)) == before
+    assert type(block.up) is nn.Linear
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="not as many param_names as params"):
+        slcompile.factorize_(block, CONFIG)
+
+
+def test_a_matrix_only_optimizer_of_a_converted_model_refuses_values(block, batch):
+    slcompile.factorize_(block, CONFIG)
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    matrices = [p for p in block.parameters() if p.dim() == 2]
+    with pytest.raises(RuntimeError, match="Muon orthogonalises matrices"):
+        torch.optim.Muon(matrices).step()
+    torch.optim.Muon([block.up.weight_sl.B, block.up.weight_sl.A]).step()
+
+
+def test_a_closure_that_converts(block, batch):
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, fused=True)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(compiled(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert block.up.weight_sl.B in optimizer.state

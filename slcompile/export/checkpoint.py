@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.config import SLConfig
+from slcompile.conversion import EXPLICIT
 from slcompile.export import files
-from slcompile.factorize import EXPLICIT, unwrapped
+from slcompile.factorize import unwrapped
 from slcompile.support import IMPORTED
 from slcompile.weight import SUFFIX, SLWeight, put_in_place
 

@@ -38,7 +38,7 @@ def use_of(function: Callable[..., object], level: str, *args: Tensor) -> Weight
 
 
 def matmul_ops(use: WeightUse) -> list[str]:
-    return [str(getattr(node.target, "__name__", node.target)).split(".")[0] for node in use.matmuls]
+    return use.matmuls
 
 
 # name: (function, x, weight, dimension of the stored weight that is summed over)

@@ -1,0 +1,264 @@
+"""The transaction that turns dense weights into factors: everything is checked and made first, or nothing changes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from slcompile.config import SLConfig
+from slcompile.eligibility import decide
+from slcompile.init import looks_trained, spectral_factors
+from slcompile.optimizers import mend, positions, require_mendable
+from slcompile.owners import LiveObjects, hooks_of, plain_name, wrapper_of
+from slcompile.passes import Decision, PassReport
+from slcompile.passes.find_matmuls import WeightUse
+from slcompile.step_hook import retire
+from slcompile.weight import SUFFIX, SLWeight, base_class, class_with, put_in_place, sl_names, take_out
+
+log = logging.getLogger("slcompile")
+
+EXPLICIT = "_slcompile_config"
+"""Attribute of a model on which ``factorize_`` was called: the backend then converts nothing more below it."""
+
+lock = threading.RLock()
+"""Held from choosing what to convert until it is converted."""
+
+
+@dataclass
+class Candidate:
+    """A dense weight that is to be converted.
+
+    Attributes:
+        name: Fully qualified name.
+        weight: The dense parameter, [rows, columns].
+        owners: Every (module, attribute) that holds it.
+        input_dim: Dimension of the weight that its matmul contracts.
+    """
+
+    name: str
+    weight: nn.Parameter
+    owners: list[tuple[nn.Module, str]]
+    input_dim: int
+
+
+@dataclass
+class _ModelState:
+    """What is decided once for a whole model, however many graphs it is captured in."""
+
+    method: str
+    report: PassReport = field(default_factory=lambda: PassReport("parameterize_weights"))
+
+
+_states: weakref.WeakKeyDictionary[nn.Module, _ModelState] = weakref.WeakKeyDictionary()
+_converted: list[weakref.ref[nn.Parameter]] = []
+_newest: PassReport | None = None
+
+
+def last_report() -> PassReport | None:
+    """What the conversion of the newest model replaced and left, with a reason for each; None before the first."""
+    return _newest
+
+
+def choose(
+    weights: Iterable[tuple[Sequence[str], nn.Parameter, list[tuple[nn.Module, str]], WeightUse]],
+    config: SLConfig,
+    *,
+    rewriting: bool = False,
+) -> tuple[list[Candidate], PassReport]:
+    """Splits weights (names, parameter, owners, use) into those to convert and those left, with reasons.
+
+    A weight that a GraphModule owns is converted by ``rewrite`` alone, which edits the graph that reads it.
+    """
+    candidates, report = [], PassReport("parameterize_weights")
+    for names, weight, owners, use in weights:
+        decision = decide(names, weight, use, config, [owner for owner, _ in owners])
+        if not decision.reason and not rewriting and any(isinstance(owner, fx.GraphModule) for owner, _ in owners):
+            detail = "a GraphModule owns it and reads it itself; use slcompile.rewrite"
+            decision = Decision(decision.name, "graph_module", detail, decision.shape, decision.matmuls)
+        (report.skipped if decision.reason else report.rewritten).append(decision)
+        if not decision.reason:
+            candidates.append(Candidate(decision.name, weight, owners, use.input_dim))
+    return candidates, report
+
+
+def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects, report: PassReport) -> list[SLWeight]:
+    """Converts weights in one transaction; the caller holds ``lock``.
+
+    Returns:
+        The weight module of each candidate, in order.
+
+    Raises:
+        ValueError: A weight, its module or an optimizer does not allow it; nothing is changed then.
+    """
+    global _newest
+    roots = live.roots(each.weight for each in candidates)
+    # With the first weights of a model, also those that will come: a refusal must not come half-way.
+    coming = [each for root in roots if root not in _states for each in _linear_candidates(root, config, live)]
+    checked = list({id(each.weight): each for each in [*coming, *candidates]}.values())
+    for each in checked:
+        _require_convertible(each, live)
+    require_mendable(live.optimizers, {id(each.weight): each.name for each in checked})
+    state = next((_states[root] for root in roots if root in _states), None)
+    is_first = state is None
+    if state is None:
+        state = _ModelState(_init_method(checked, config))
+    weights = [_make_weight(each, config, state.method) for each in candidates]
+    before = positions(roots)
+    done: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for each, weight in zip(candidates, weights, strict=True):
+            for module, name in each.owners:
+                put_in_place(module, name, weight)
+                done.append((module, name, each.weight))
+        made = {id(each.weight): weight for each, weight in zip(candidates, weights, strict=True)}
+        mend(live.optimizers, made, before, positions(roots))
+    except BaseException:
+        for module, name, dense in reversed(done):
+            take_out(module, name, dense)
+        raise
+    for each, weight in zip(candidates, weights, strict=True):
+        retire(each.weight, f"{each.name} was converted to sparse-plus-low-rank factors", weight)
+        _converted.append(weakref.ref(each.weight))
+    state.report.rewritten += report.rewritten
+    kept = {each.name: each for each in [*state.report.skipped, *report.skipped]}
+    state.report.skipped = [kept[name] for name in kept if name not in {each.name for each in state.report.rewritten}]
+    _newest = state.report
+    _states.update(dict.fromkeys(roots, state))
+    _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, state)
+    return weights
+
+
+def forget(model: nn.Module) -> None:
+    """Lets the next conversion of a model, or of what contains it or is part of it, be a first one again."""
+    inside = set(model.modules())
+    for root in list(_states):
+        if root in inside or not inside.isdisjoint(root.modules()):
+            del _states[root]
+
+
+def warn_of_held_weights() -> None:
+    """Warns once of converted dense weights that something still holds, such as a list made before conversion."""
+    if any(reference() is not None for reference in _converted):
+        gc.collect()
+    held = [parameter for parameter in (reference() for reference in _converted) if parameter is not None]
+    _converted.clear()
+    if held:
+        log.warning(
+            "slcompile: %d converted dense weights (%s bytes) are still held by something that is no module and no "
+            "optimizer, such as a list of parameters made before: they take memory, and clipping or averaging that "
+            "list misses the factors",
+            len(held),
+            f"{sum(each.nbytes for each in held):,}",
+        )
+
+
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Path, module and input dimension of every nn.Linear and transformers' Conv1D."""
+    for path, module in model.named_modules():
+        is_conv1d = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+        if isinstance(module, nn.Linear) or is_conv1d:
+            yield plain_name(path), module, 0 if is_conv1d else 1
+
+
+def _linear_candidates(root: nn.Module, config: SLConfig, live: LiveObjects) -> list[Candidate]:
+    """The linear layers' weights of a model that are likely to be converted sooner or later."""
+    linears = {
+        id(weight): (weight, input_dim)
+        for _, module, input_dim in linear_modules(root)
+        if (weight := module._parameters.get("weight")) is not None and module.training
+    }
+    owners = live.owners(weight for weight, _ in linears.values())
+    names = live.names(root)
+    use = {id(weight): WeightUse(matmuls=["linear"], input_dim=input_dim) for weight, input_dim in linears.values()}
+    weights = [(names[key], weight, owners[key], use[key]) for key, (weight, _) in linears.items()]
+    return choose(weights, config)[0]
+
+
+def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
+    name, weight = candidate.name, candidate.weight
+    for module, attribute in candidate.owners:
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{name} cannot be factorized: its owner is a scripted module; exclude it")
+        if module._parameters.get(attribute) is not weight:
+            raise ValueError(f"{name} is no longer the parameter that its owner {kind} holds")
+        if hasattr(module, attribute + SUFFIX):
+            raise ValueError(
+                f"{name} cannot be factorized: its owner {kind} already has an attribute {attribute}{SUFFIX}"
+            )
+        try:
+            class_with(module, tuple(sorted({*sl_names(module), attribute})))
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be factorized: its class {kind} cannot be subclassed ({error})") from error
+        wrapper = wrapper_of(live.ancestors(module), weight)
+        if wrapper is not None:
+            raise ValueError(
+                f"{name} is already held by {wrapper}; factorize the model first (slcompile.factorize_), then wrap it"
+            )
+    hook = hooks_of(weight)
+    if hook is not None:
+        raise ValueError(f"{name} carries {hook}, which would be lost; register it after conversion, on the factors")
+    if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
+        raise ValueError(f"{name} contains NaN or Inf")
+    if weight.grad is not None and bool(weight.grad.count_nonzero()):
+        raise ValueError(f"{name} has a gradient that conversion would lose; call zero_grad() before")
+
+
+def _init_method(candidates: Sequence[Candidate], config: SLConfig) -> str:
+    if config.init != "auto":
+        return config.init
+    trained = any(not each.weight.is_meta and looks_trained(each.weight.detach()) for each in candidates)
+    return "spectral" if trained else "kaiming"
+
+
+def _make_weight(candidate: Candidate, config: SLConfig, method: str) -> SLWeight:
+    dense = candidate.weight.detach()
+    rows, columns = dense.shape
+    weight = SLWeight(
+        rows,
+        columns,
+        config,
+        name=candidate.name,
+        input_dim=candidate.input_dim,
+        device=dense.device,
+        dtype=dense.dtype,
+    )
+    if dense.is_meta:
+        return weight
+    if method == "spectral":
+        support = list(weight.operands().values())[-1]
+        weight.set_factors(*spectral_factors(dense, weight.rank, weight.scale, weight.values, support))
+    else:
+        weight.reset_parameters()
+    return weight
+
+
+def _announce(
+    level: int,
+    roots: Sequence[nn.Module],
+    candidates: Sequence[Candidate],
+    weights: Sequence[SLWeight],
+    state: _ModelState,
+) -> None:
+    dense = sum(each.weight.numel() for each in candidates)
+    sparse_low_rank = sum(p.numel() for weight in weights for p in weight.parameters())
+    log.log(
+        level,
+        "slcompile: factorized %d weights of %s (%d left dense): %s -> %s parameters in them, init %s, which replaces "
+        "the weights%s",
+        len(candidates),
+        ", ".join(sorted({base_class(root).__name__ for root in roots})),
+        len(state.report.skipped),
+        f"{dense:,}",
+        f"{sparse_low_rank:,}",
+        state.method,
+        "" if state.method == "kaiming" else " by their best approximation",
+    )
+    log.debug("%s", state.report)

@@ -1,0 +1,85 @@
+"""The passes on any torch.fx graph that reads its parameters as attributes."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from slcompile.config import SLConfig
+from slcompile.conversion import choose, convert, lock
+from slcompile.eligibility import require_possible_rank
+from slcompile.factorize import checked_config
+from slcompile.owners import LiveObjects, owners_among
+from slcompile.passes import PassReport, find_matmuls, parameterize_weights, run
+from slcompile.passes.find_matmuls import WeightUse, is_weight
+from slcompile.weight import SLWeight, dense_names
+
+
+def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
+    """Replaces the trained weights of a torch.fx graph by weight ops, in place.
+
+    Works on graphs that read parameters as attributes: ``torch.fx.symbolic_trace(model)`` (whose modules are the
+    model's own, and are converted with it) and ``ExportedProgram.module()`` (the exported model is left alone). Leaf
+    ``nn.Linear`` modules that are chosen are inlined, so that the graph shows the weight op.
+
+    Returns:
+        The report, with a reason for each weight that stays dense.
+
+    Raises:
+        ValueError: ``gm`` reads no parameter as an attribute; or as ``factorize_``. The graph and its modules are then
+            as they were.
+    """
+    config = checked_config(config)
+    if not isinstance(gm, fx.GraphModule):
+        raise ValueError(f"gm must be a torch.fx.GraphModule, got {type(gm).__name__}")
+    config.require_patterns_match(dense_names(gm))
+    reads: dict[int, list[fx.Node]] = {}
+    uses: dict[int, WeightUse] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for node in gm.graph.nodes:
+        is_linear = node.op == "call_module" and isinstance(gm.get_submodule(node.target), nn.Linear)
+        if node.op != "get_attr" and not is_linear:
+            continue
+        path, _, name = f"{node.target}.weight".rpartition(".") if is_linear else str(node.target).rpartition(".")
+        weight = gm.get_submodule(path)._parameters.get(name)
+        if weight is None or not is_weight(weight):
+            continue
+        weights[id(weight)] = weight
+        use = WeightUse(matmuls=["linear"]) if is_linear else find_matmuls([node])
+        uses.setdefault(id(weight), WeightUse()).add(use)
+        reads.setdefault(id(weight), []).append(node)
+    if not weights and not any(isinstance(module, SLWeight) for module in gm.modules()):
+        raise ValueError("gm reads no weight as an attribute; graphs whose parameters are inputs cannot be rewritten")
+    with lock:
+        owners = owners_among(gm.modules(), weights.values())
+        live = LiveObjects.find()
+        names = live.names(gm)
+        dense = [(names[key], weights[key], owners[key], uses[key]) for key in weights if not uses[key].composed]
+        candidates, report = choose(dense, config, rewriting=True)
+        if not candidates:
+            require_possible_rank([each.shape for each in report.skipped if each.reason == "no_saving"], config)
+            return report
+        made = dict(
+            zip((id(each.weight) for each in candidates), convert(candidates, config, live, report), strict=True)
+        )
+    table = {}
+    for key, module in made.items():
+        for node in reads[key]:
+            node = _inline_linear(gm, node) if node.op == "call_module" else node
+            table[node.name] = (names[key][0], module)
+    run([lambda graph_module: parameterize_weights(graph_module, table)], gm)
+    return report
+
+
+def _inline_linear(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Replaces a call of a leaf nn.Linear by F.linear over its attributes; returns the weight's node."""
+    with gm.graph.inserting_before(node):
+        # Not graph.get_attr: until parameterize_weights has run, the attribute is composed, no parameter.
+        weight = gm.graph.create_node("get_attr", f"{node.target}.weight")
+        has_bias = gm.get_submodule(str(node.target)).bias is not None
+        bias = gm.graph.get_attr(f"{node.target}.bias") if has_bias else None
+        arguments = {**dict(zip(("input",), node.args, strict=False)), **node.kwargs}
+        linear = gm.graph.call_function(nn.functional.linear, (arguments["input"], weight, bias))
+    linear.meta = dict(node.meta)
+    node.replace_all_uses_with(linear, propagate_meta=False)
+    gm.graph.erase_node(node)
+    return weight

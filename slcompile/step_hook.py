@@ -1,0 +1,66 @@
+"""Marks on parameters that an optimizer may not step, and the one global hook that refuses to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from slcompile.weight import SLWeight
+
+_RETIRED, _SUCCESSOR, _VALUES = "_slcompile_retired", "_slcompile_successor", "_slcompile_values"
+_hook: Any = None
+
+
+def retire(parameter: nn.Parameter, why: str, successor: SLWeight | None = None) -> None:
+    """Marks a parameter that no module holds any more; ``successor`` is what took its place."""
+    _watch()
+    setattr(parameter, _RETIRED, why)
+    setattr(parameter, _SUCCESSOR, successor)
+
+
+def successor_of(parameter: torch.Tensor) -> SLWeight | None:
+    """What took a retired dense weight's place; None for any other tensor."""
+    return getattr(parameter, _SUCCESSOR, None)
+
+
+def mark_values(parameter: nn.Parameter) -> None:
+    """Marks a weight's ``values``, which have the shape of a matrix and are none: not for matrix-only optimizers."""
+    _watch()
+    setattr(parameter, _VALUES, True)
+
+
+def is_matrix_only(optimizer: Optimizer) -> bool:
+    """Whether an optimizer treats each parameter as a matrix (Muon, and those that are named after it)."""
+    return "Muon" in type(optimizer).__name__
+
+
+MATRIX_ONLY = (
+    "{} orthogonalises matrices and would do so to `values`, which is not one; give it the factors B and A after "
+    "slcompile.factorize_, and `values` to another optimizer"
+)
+
+
+def _watch() -> None:
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_refuse)
+
+
+def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # Dynamo cannot trace a look into a parameter's attributes
+    kind = type(optimizer).__name__
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        marks = vars(parameter)
+        if _RETIRED in marks:
+            raise RuntimeError(
+                f"{kind} holds a parameter that no longer trains: {marks[_RETIRED]}. Make the optimizer again from "
+                "model.parameters()"
+            )
+        if _VALUES in marks and is_matrix_only(optimizer):
+            raise RuntimeError(MATRIX_ONLY.format(kind))

@@ -94,8 +94,9 @@ def _backward_vjp(ctx, u, v, w):
     # dgrad = scale * (u A + B v) + scatter(w), dB = scale * grad v^T, dA = scale * u^T grad.
     grad, B, A, support = ctx.saved_tensors
     grad_grad = compose(torch.cat([u, B], 1), torch.cat([A, v], 0), w, support, ctx.scale, grad.dtype)
-    cast = grad.to(B.dtype)
-    return grad_grad, ctx.scale * (cast @ v.t()), ctx.scale * (u.t() @ cast), None, None, None
+    with torch.autocast(B.device.type, enabled=False):
+        cast = grad.to(B.dtype)
+        return grad_grad, ctx.scale * (cast @ v.t()), ctx.scale * (u.t() @ cast), None, None, None
 
 
 compose.register_autograd(_compose_vjp, setup_context=_setup_compose)

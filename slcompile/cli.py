@@ -64,8 +64,13 @@ def _export(args: argparse.Namespace) -> None:
             verify=not args.no_verify,
             compact=args.compact,
             shard_size=args.shard_size,
+            progress=_show_progress if sys.stderr.isatty() else None,
         )
         print(report)
+
+
+def _show_progress(done: int, total: int) -> None:
+    print(f"\rwriting weights: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def example_inputs(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ from slcompile.export.verify import (
 )
 from slcompile.factorize import factors, unwrapped
 from slcompile.torch_private import leaves_with_paths
+from slcompile.weight import SLWeight
 
 INSTALL = 'pip install "slcompile[onnx]"'
 INLINE_LIMIT = 256 * 2**20
@@ -192,6 +194,7 @@ def export_onnx(
         "dtype": str(dtype).removeprefix("torch."),
         "state_sha256": state_hash(model),
         "factorized_weights": str(len(names)),
+        "factorization": _factorization(model),
         **(metadata or {}),
     }
     with files.beside(path) as scratch:
@@ -225,6 +228,15 @@ def export_onnx(
         described,
         compact_figures,
         merged_figures,
+    )
+
+
+def _factorization(model: nn.Module) -> str:
+    """The distinct settings of a model's factorized weights, as JSON."""
+    weights = [each for each in model.modules() if isinstance(each, SLWeight)]
+    settings = {(each.rank, each.density, each.support, each.scale) for each in weights}
+    return json.dumps(
+        [dict(zip(("rank", "density", "support", "scale"), each, strict=True)) for each in sorted(settings)]
     )
 
 

@@ -75,15 +75,20 @@ def _show_progress(done: int, total: int) -> None:
 
 def example_inputs(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Keyword arguments for a transformers model, and their dynamic axes: batch and sequence, for text."""
+    config: Any = model.config
     main_input = getattr(model, "main_input_name", "input_ids")
+    if main_input == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        image = torch.rand(2, config.num_channels, size, size)
+        return {"pixel_values": image}, {"pixel_values": {0: "batch_size"}}
     if main_input != "input_ids":
-        return dict(getattr(model, "dummy_inputs")), None  # noqa: B009, an attribute that nn.Module does not declare
-    ids = torch.arange(32).reshape(2, 16) % int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]  # of transformers
+        raise ValueError(f"models that read {main_input} are exported from Python: slcompile.export_onnx(model, ...)")
+    ids = torch.arange(32).reshape(2, 16) % config.get_text_config().vocab_size
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     axes = {0: "batch_size", 1: "sequence_length"}
     shapes: dict[str, Any] = dict.fromkeys(inputs, axes)
-    if hasattr(model.config, "use_cache"):
+    if hasattr(config, "use_cache"):
         inputs["use_cache"], shapes["use_cache"] = False, None
     return inputs, shapes

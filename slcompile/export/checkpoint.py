@@ -56,7 +56,8 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     with files.beside(directory) as scratch:
         save_pretrained(scratch)
         (scratch / OURS).write_text(json.dumps({"format": 1, "weights": described}, indent=1))
-        files.move_into_place(scratch, directory, last=OURS)
+        stale = {each.name for each in directory.glob("model*.safetensors*")}
+        files.move_into_place(scratch, directory, last=OURS, stale=stale)
     return directory
 
 
@@ -72,21 +73,26 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
     except ImportError as error:
         raise ImportError(f'reading checkpoints needs {error.name}: pip install "slcompile[examples]"') from error
     directory = Path(directory)
-    missing = [name for name in ("config.json",) if not (directory / name).is_file()]
-    if missing or not any((directory / name).is_file() for name in (OURS, PAPERS)):
+    if not (directory / "config.json").is_file() or not any((directory / name).is_file() for name in (OURS, PAPERS)):
         raise ValueError(f"{directory} must hold config.json and {OURS} (ours) or {PAPERS} (the paper's)")
     config = transformers.AutoConfig.from_pretrained(directory)
     architecture = (config.architectures or ["LlamaForCausalLM"])[0]
-    model = getattr(transformers, architecture)(config)
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"config.json names the architecture {architecture}, which transformers does not have")
     state = _read_state(directory)
-    model.to(next((each.dtype for each in state.values() if each.is_floating_point()), torch.float32))
     if (directory / OURS).is_file():
-        weights = json.loads((directory / OURS).read_text())["weights"]
+        weights = _settings(directory / OURS, ("weights",))["weights"]
     else:
-        state, weights = _from_paper(state, json.loads((directory / PAPERS).read_text()))
+        state, weights = _from_paper(state, _settings(directory / PAPERS, ("r", "lora_alpha", "sp_ratio")))
+    model = model_class(config)
+    model.to(next((each.dtype for each in state.values() if each.is_floating_point()), torch.float32))
     for name, described in weights.items():
         _install(model, name, described)
-    left = model.load_state_dict(state, strict=False)
+    try:
+        left = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{directory} does not fit {architecture}: {error}") from error
     tied = set(getattr(model, "all_tied_weights_keys", ()) or ())
     if left.unexpected_keys or set(left.missing_keys) - tied:
         raise ValueError(
@@ -94,8 +100,27 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
             f"unexpected {left.unexpected_keys}"
         )
     model.tie_weights()
+    _require_positions_inside(model)
     vars(model)[EXPLICIT] = SLConfig()
     return model
+
+
+def _settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(settings, dict) or any(key not in settings for key in needed):
+        raise ValueError(f"{file} must be an object with {', '.join(needed)}")
+    return settings
+
+
+def _require_positions_inside(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, SLWeight) and module.support == "uniform":
+            low, high, size = int(module.index.min()), int(module.index.max()), module.rows * module.columns
+            if low < 0 or high >= size:
+                raise ValueError(f"{path}.index must lie in [0, {size}), got {low} to {high}")
 
 
 def _install(model: nn.Module, name: str, described: Mapping[str, Any]) -> None:
@@ -127,7 +152,8 @@ def _from_paper(
             renamed[f"{prefix}.A"] = value
         elif part == "lora_B":
             trained = state.get(f"{owner}.scaling")
-            renamed[f"{prefix}.B"] = value if trained is None else value * (trained.tanh() / scale)
+            factor = 1.0 if trained is None else trained.double().tanh() / scale
+            renamed[f"{prefix}.B"] = (value.double() * factor).to(value.dtype)
             weights[f"{owner}.weight"] = {
                 "rank": settings["r"],
                 "alpha": settings["lora_alpha"],
@@ -149,10 +175,14 @@ def _read_state(directory: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     found = sorted(directory.glob("*.safetensors"))
     if found:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        for file in found:
-            state |= load_file(file)
+        try:
+            for file in found:
+                state |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
     else:
         for file in sorted(directory.glob("pytorch_model*.bin")):
             state |= torch.load(file, map_location="cpu", weights_only=True)

@@ -14,9 +14,9 @@ from slcompile.weight import SUFFIX, SLWeight
 def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:
     """Replaces the dense initializer of each factorized weight by ``s B A`` plus the values at their flat positions.
 
-    The operators (MatMul, Reshape, GatherElements, Add, ScatterElements) read constants alone: a runtime that folds
-    constants runs them once, when it loads the file, and afterwards holds dense weights as if they had been stored.
-    The weight keeps its name, as the name of the last operator's output.
+    The operators (MatMul, Reshape, ScatterElements, Cast) read constants alone: a runtime that folds constants runs
+    them once, when it loads the file, and afterwards holds dense weights as if they had been stored. The weight keeps
+    its name, as the name of the last operator's output.
 
     Args:
         graph: An ``onnx_ir.Model``, changed in place.
@@ -47,24 +47,29 @@ def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
         graph.graph.register_initializer(value)
         return value
 
+    def node(operator: str, inputs: list[Any], attributes: dict[str, Any] | None = None) -> Any:
+        nodes.append(ir.node(operator, inputs, attributes))
+        return nodes[-1].outputs[0]
+
+    def wide(value: Any) -> Any:
+        # In float32, as merged weights are composed; onnxruntime folds no float16 ScatterElements on the CPU.
+        return value if dtype in (torch.float32, torch.float64) else node("Cast", [value], {"to": ir.DataType.FLOAT})
+
+    nodes: list[Any] = []
     dtype = ir.tensor_adapters.to_torch_dtype(dense.const_value.dtype)
     parts = weight.factors()
     positions = flat_positions(parts.values, weight.seed if parts.index is None else parts.index, weight.columns)
-    B = constant("B", (parts.B.float() * parts.scale).to(dtype))
-    A = constant("A", parts.A.to(dtype))
-    values = constant("values", parts.values.flatten().to(dtype))
     index = constant("index", positions.to(torch.int32 if weight.rows * weight.columns < 2**31 else torch.int64))
-    product = ir.node("MatMul", [B, A])
-    flat = ir.node("Reshape", [product.outputs[0], constant("flat", torch.tensor([-1]))])
-    # Not ScatterElements with reduction="add": onnxruntime's has no float16 on the CPU.
-    there = ir.node("GatherElements", [flat.outputs[0], index], {"axis": 0})
-    summed = ir.node("Add", [there.outputs[0], values])
-    added = ir.node("ScatterElements", [flat.outputs[0], index, summed.outputs[0]], {"axis": 0})
-    shape = constant("shape", torch.tensor([weight.rows, weight.columns]))
-    composed = ir.node("Reshape", [added.outputs[0], shape])
-    output = composed.outputs[0]
+    B = wide(constant("B", (parts.B.float() * parts.scale).to(dtype)))
+    A = wide(constant("A", parts.A.to(dtype)))
+    values = wide(constant("values", parts.values.flatten().to(dtype)))
+    flat = node("Reshape", [node("MatMul", [B, A]), constant("flat", torch.tensor([-1]))])
+    added = node("ScatterElements", [flat, index, values], {"axis": 0, "reduction": "add"})
+    output = node("Reshape", [added, constant("shape", torch.tensor([weight.rows, weight.columns]))])
+    if dtype not in (torch.float32, torch.float64):
+        output = node("Cast", [output], {"to": dense.const_value.dtype})
     output.shape, output.type = dense.shape, dense.type
     dense.replace_all_uses_with(output)
     dense.name = None
     output.name = name
-    return [product, flat, there, summed, added, composed]
+    return nodes

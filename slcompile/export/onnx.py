@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,13 @@ from slcompile.export.verify import (
     Comparison,
     FileFigures,
     another_call,
+    axis_names,
+    bind,
     compare_calls,
     measure,
     require_close,
     require_same_weights,
+    tensors_of,
     worst,
 )
 from slcompile.factorize import factors, unwrapped
@@ -129,8 +133,8 @@ def export_onnx(
     The graph is exported from a twin on the meta device, and each weight is composed when it is written, so that the
     memory needed above the model's own is one dense weight. The file is made beside the target, checked by onnx, run
     by onnxruntime and compared with the trained model, its weights read again and compared with the factors; then it
-    is moved into place. Weights beyond 256 MiB go into ``<stem>-<hash>-<dtype>.data`` beside the model, a name that
-    no other model uses, so that an export which is killed leaves the old one whole.
+    is moved into place. Weights beyond 256 MiB go into ``<stem>-<random>.data`` beside the model: never a name that the
+    old model uses, so that an export which is killed leaves the old one whole.
 
     Args:
         model: Left as it is. A model without factorized weights is exported too.
@@ -162,21 +166,30 @@ def export_onnx(
     model = unwrapped(model)
     dtype = export_dtype(model, dtype)
     require_finite(model)
-    call = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    call, shapes = bind(model, args, dict(kwargs or {}), dynamic_shapes)
+    _require_names("input_names", input_names, len(tensors_of(call)))
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"metadata must map strings to strings, got {key!r}: {value!r}")
     trained = reference(model, dtype)
-    if output_names is None:
-        trained_args, trained_kwargs = arguments_for(trained, call)
-        with evaluating(trained):
-            output_names = _output_names(trained(*trained_args, **trained_kwargs))
+    trained_args, trained_kwargs = arguments_for(trained, call)
+    with evaluating(trained):
+        found_names = _output_names(trained(*trained_args, **trained_kwargs))
+    _require_names("output_names", output_names, len(found_names))
+    output_names = list(output_names or found_names)
 
     twin = meta_twin(model, dtype)
     tensors = dense_tensors(model, twin)
+    twin_args, twin_kwargs = arguments_for(twin, call)
     graph = _dense_graph(
         twin,
-        *arguments_for(twin, call),
+        twin_args,
+        twin_kwargs,
+        axis_names(model, call, shapes),
         input_names=list(input_names or _input_names(model, call)),
-        output_names=list(output_names),
-        dynamic_shapes=dynamic_shapes,
+        output_names=output_names,
+        dynamic_shapes=shapes,
         opset_version=opset,
     )
     names = tuple(factors(model))
@@ -199,12 +212,12 @@ def export_onnx(
     }
     with files.beside(path) as scratch:
         file = scratch / path.name
-        data = f"{path.stem}-{described['state_sha256'][:12]}-{described['dtype']}.data"
+        data = f"{path.stem}-{secrets.token_hex(6)}.data"
         _save(graph, file, data, shard_size, progress)
         comparisons = []
         if verify:
             require_same_weights(file, tensors)
-            calls = [call, *another_call(trained, call, dynamic_shapes)]
+            calls = [call, *another_call(trained, call, shapes)]
             comparisons = compare_calls(trained, calls, dtype, output_names, file)
             require_close(comparisons, dtype)
             if merged_figures is not None:
@@ -240,7 +253,7 @@ def _factorization(model: nn.Module) -> str:
     )
 
 
-def _dense_graph(twin: nn.Module, args: Any, kwargs: Any, **settings: Any) -> Any:
+def _dense_graph(twin: nn.Module, args: Any, kwargs: Any, axes: Sequence[Mapping[int, str]], **settings: Any) -> Any:
     """The twin's graph as an ``onnx_ir.Model`` of standard operators; its weights have no values yet."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -251,6 +264,12 @@ def _dense_graph(twin: nn.Module, args: Any, kwargs: Any, **settings: Any) -> An
         # Optimizing would fold weights into anonymous, transposed copies; the runtime does that when it loads.
         program = torch.onnx.export(twin, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False, **settings)
     assert program is not None
+    # torch names the axes itself only where every argument is a tensor.
+    renamed: dict[Any, str] = {}
+    for value, names in zip(program.model.graph.inputs, axes, strict=True):
+        assert value.shape is not None
+        renamed |= {value.shape[dim]: name for dim, name in names.items()}
+    program.rename_axes(renamed)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces hold paths of this machine
     domains = {node.domain for node in program.model.graph.all_nodes()} - {"", "ai.onnx"}
     if domains or program.model.functions:
@@ -322,6 +341,11 @@ def _stored(twin: nn.Module, names: Sequence[str], initializers: Iterable[str]) 
     parameters = {name: id(parameter) for name, parameter in twin.named_parameters(remove_duplicate=False)}
     stored = {parameters[name] for name in initializers if name in parameters}
     return tuple(name for name in names if parameters[name] in stored)
+
+
+def _require_names(argument: str, names: Sequence[str] | None, count: int) -> None:
+    if names is not None and len(names) != count:
+        raise ValueError(f"{argument} must have {count} names, one for each tensor, got {len(names)}")
 
 
 def _input_names(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[str]:

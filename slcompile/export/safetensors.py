@@ -76,7 +76,7 @@ def save_merged(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (scratch / INDEX).write_text(json.dumps(index, indent=2))
         _save_config(model, twin, scratch)
-        old = {each.name for each in directory.glob("model*.safetensors")} | {INDEX}
+        old = {each.name for each in directory.glob("model*.safetensors")} | {INDEX, "slcompile.json"}
         files.move_into_place(scratch, directory, last=last, stale=old)
     return directory
 

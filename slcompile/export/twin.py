@@ -59,7 +59,8 @@ def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
     """Name of every parameter and buffer of the twin -> what makes its values, on the CPU, in the twin's dtype.
 
     A factorized weight is composed in at least float32 and rounded once. Buffers that are not in the state dict
-    (rotary tables) are among them. Nothing is kept: each call makes the tensor again.
+    (rotary tables) are among them. Nothing is kept: each call makes the tensor again. A call raises ValueError where
+    a weight does not fit the dtype.
     """
     sources: dict[str, MakeTensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -70,11 +71,19 @@ def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
             if tensor is not None:
                 sources[f"{path}.{name}".lstrip(".")] = tensor.detach
 
-    def cast(source: MakeTensor, dtype: torch.dtype) -> MakeTensor:
-        return lambda: source().to("cpu", dtype).contiguous()
+    trained = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
+
+    def cast(name: str, dtype: torch.dtype) -> MakeTensor:
+        def make() -> Tensor:
+            tensor = sources[name]().to("cpu", dtype).contiguous()
+            if name in trained and not bool(torch.isfinite(tensor).all()):  # a buffer may be a mask of -inf
+                raise ValueError(f"weight {name} has values beyond the range of {dtype}; nothing was written")
+            return tensor
+
+        return make
 
     twins = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
-    return {name: cast(sources[name], meta.dtype) for name, meta in twins}
+    return {name: cast(name, meta.dtype) for name, meta in twins}
 
 
 def state_hash(model: nn.Module) -> str:

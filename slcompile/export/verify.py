@@ -160,21 +160,44 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [each for _, each in leaves_with_paths(tree) if isinstance(each, Tensor)]
 
 
-def another_call(trained: nn.Module, call: Call, dynamic_shapes: Any) -> list[Call]:
+def bind(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> tuple[Call, dict[str, Any] | None]:
+    """Arguments in the order of the model's signature, and the dynamic shapes of each by its name.
+
+    The order is what torch.export flattens, and so that of the graph's inputs, whatever order ``kwargs`` had.
+    """
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    if isinstance(dynamic_shapes, (tuple, list)):
+        dynamic_shapes = dict(zip(bound.arguments, dynamic_shapes, strict=False))
+    shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in bound.arguments}
+    return (bound.args, bound.kwargs), shapes
+
+
+def axis_names(model: nn.Module, call: Call, shapes: Mapping[str, Any] | None) -> list[dict[int, str]]:
+    """For each tensor among the arguments, in order: dimension -> the name that its dynamic shape gives it."""
+    arguments = inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
+    names = []
+    for spec in _leaf_specs(dict(arguments), shapes or {}):
+        dims = spec.items() if isinstance(spec, Mapping) else enumerate(spec or ())
+        named = {dim: each if isinstance(each, str) else getattr(each, "__name__", None) for dim, each in dims}
+        names.append({dim: name for dim, name in named.items() if name})
+    return names
+
+
+def another_call(trained: nn.Module, call: Call, shapes: Mapping[str, Any] | None) -> list[Call]:
     """The same content with every dynamic dimension half as long, or twice: the first that the model accepts.
 
     Args:
-        dynamic_shapes: As in torch.export: by argument name, or in the order of the arguments; None: no call.
+        shapes: From ``bind``; None: no call.
     """
-    if dynamic_shapes is None:
+    if shapes is None:
         return []
     bound = inspect.signature(trained.forward).bind(*call[0], **call[1])
-    if isinstance(dynamic_shapes, (tuple, list)):
-        dynamic_shapes = dict(zip(bound.arguments, dynamic_shapes, strict=False))
     original = dict(bound.arguments)
     for resize in (_half, _twice):
         for name, value in original.items():
-            bound.arguments[name] = _resized(value, dynamic_shapes.get(name), resize)
+            bound.arguments[name] = _resized(value, shapes[name], resize)
         args, kwargs = arguments_for(trained, (bound.args, bound.kwargs))
         with evaluating(trained), contextlib.suppress(RuntimeError, ValueError, IndexError):
             trained(*args, **kwargs)
@@ -200,6 +223,17 @@ def _runner(file: Path, dtype: torch.dtype) -> Callable[[Any], list[Tensor]] | N
         return [torch.from_numpy(each) for each in session.run(None, feeds)]
 
     return run
+
+
+def _leaf_specs(value: Any, spec: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return [spec]
+    if isinstance(value, Mapping):
+        return [leaf for key, each in value.items() for leaf in _leaf_specs(each, spec.get(key) if spec else None)]
+    if isinstance(value, (list, tuple)):
+        specs = spec if spec else [None] * len(value)
+        return [leaf for each, inner in zip(value, specs, strict=True) for leaf in _leaf_specs(each, inner)]
+    return []
 
 
 def _resized(value: Any, shapes: Any, resize: Callable[[Tensor, int], Tensor]) -> Any:

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import slcompile
+from slcompile.export.checkpoint import load_factorized, save_factorized
+
+IDS = torch.arange(34).reshape(2, 17)
+RANK, ALPHA, DENSITY = 8, 12, 0.05
+
+
+def llama_config(tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4, vocab_size=128,
+        tie_word_embeddings=tied, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, bos_token_id=0, eos_token_id=0)
+    )
+
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(llama_config()),
+    "tied": lambda: LlamaForCausalLM(llama_config(tied=True)),
+    "gpt2": gpt2,
+}
+
+
+def factorized(model: nn.Module, **options) -> nn.Module:
+    """With every factor random."""
+    slcompile.factorize_(model, slcompile.SLConfig(rank=RANK, density=DENSITY, alpha=ALPHA, **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_sl." in name:
+                parameter.normal_(std=0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_round_trip(make, support, tmp_path):
+    model = factorized(make(), support=support)
+    assert save_factorized(model, tmp_path / "saved") == tmp_path / "saved"
+    assert [each.name for each in tmp_path.iterdir()] == ["saved"]
+    loaded = load_factorized(tmp_path / "saved").eval()
+    assert type(loaded) is type(model)
+    state, wanted = loaded.state_dict(), model.state_dict()
+    assert list(state) == list(wanted)
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert {each.dtype for each in loaded.parameters()} == {torch.float32}
+    want = slcompile.factors(model)
+    for name, got in slcompile.factors(loaded).items():
+        assert (got.seed, got.scale) == (want[name].seed, want[name].scale), name
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    if make is MODELS["tied"]:
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_loaded_model_trains_on(tmp_path):
+    save_factorized(factorized(LlamaForCausalLM(llama_config())), tmp_path)
+    loaded = load_factorized(tmp_path)
+    before = slcompile.factors(loaded)["model.layers.0.mlp.up_proj.weight"].B.clone()
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=1.0)
+    loaded(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert not torch.equal(slcompile.factors(loaded)["model.layers.0.mlp.up_proj.weight"].B, before)
+
+
+def test_dtype_and_shape_of_each_weight_are_kept(tmp_path):
+    model = factorized(gpt2(), include="*mlp*").bfloat16()
+    save_factorized(model, tmp_path)
+    loaded = load_factorized(tmp_path)
+    assert {each.dtype for each in loaded.parameters()} == {torch.bfloat16}
+    assert set(slcompile.factors(loaded)) == {f"transformer.h.0.mlp.{name}.weight" for name in ("c_fc", "c_proj")}
+    assert loaded.transformer.h[0].mlp.c_fc.weight_sl.input_dim == 0  # Conv1D stores [in, out]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_saving_over_an_old_one(tmp_path):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = factorized(LlamaForCausalLM(llama_config()))
+        save_factorized(model, tmp_path)
+        state = load_factorized(tmp_path).state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_models_that_cannot_be_saved_are_named(tmp_path):
+    with pytest.raises(ValueError, match="model must have save_pretrained, as transformers' models do, got Linear"):
+        save_factorized(nn.Linear(64, 64), tmp_path)
+    with pytest.raises(ValueError, match="model has no factorized weight"):
+        save_factorized(gpt2(), tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        save_factorized(factorized(gpt2()), tmp_path / "missing" / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def papers(directory: Path, dtype: torch.dtype, scaling: float | None = None, file: str = "pytorch_model.bin"):
+    """A checkpoint as the paper's code writes it, and what each of its weights is, with the sum of the magnitudes."""
+    config = llama_config()
+    config.save_pretrained(directory)
+    settings = {
+        "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "sp_ratio": DENSITY, "target_modules": ["attn", "mlp"],
+        "trainable_scaling": scaling is not None,
+    }  # fmt: skip
+    (directory / "splora_config.json").write_text(json.dumps(settings))
+    state: dict[str, Tensor] = {}
+    weights: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, value in LlamaForCausalLM(config).to(dtype).state_dict().items():
+        owner = name.removesuffix(".weight")
+        if not owner.endswith("_proj"):
+            state[name] = value.clone()
+            continue
+        rows, columns = value.shape
+        count = int(DENSITY * rows * columns)
+        A, B = torch.randn(RANK, columns, dtype=dtype) / 8, torch.randn(rows, RANK, dtype=dtype) / 8
+        index, values = torch.randperm(rows * columns)[:count].sort().values, torch.randn(count, dtype=dtype) / 8
+        state |= {f"{owner}.lora_A": A, f"{owner}.lora_B": B}
+        state |= {f"{owner}.sparse_index": index, f"{owner}.sparse_value": values}
+        scale = ALPHA / RANK
+        if scaling is not None:
+            state[f"{owner}.scaling"] = torch.tensor([scaling], dtype=dtype)
+            scale = state[f"{owner}.scaling"].double().tanh().item()
+        S = torch.zeros(rows * columns, dtype=torch.float64).scatter(0, index, values.double()).view(rows, columns)
+        magnitude = abs(scale) * B.double().abs() @ A.double().abs() + S.abs()
+        weights[name] = scale * B.double() @ A.double() + S, magnitude
+    if file.endswith(".bin"):
+        torch.save(state, directory / file)
+    else:
+        save_file(state, directory / file)
+    return state, weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaling", [None, 0.7, -0.3])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_the_papers_checkpoint(file, scaling, dtype, tmp_path):
+    state, weights = papers(tmp_path, dtype, scaling, file)
+    model = load_factorized(tmp_path)
+    assert set(slcompile.factors(model)) == set(weights)
+    assert {each.dtype for each in model.parameters()} == {dtype}
+    merged = slcompile.merged_state_dict(model)
+    # Composed in float32: RANK products and their sums, the scale, the sparse value. Rounded to the dtype at the end
+    # and, where the scale is trained, three times before: tanh, the quotient of the scales, and B by their product.
+    unit = {torch.float32: 2**-24, torch.bfloat16: 2**-8}[dtype]
+    roundings = 1 if scaling is None else 4
+    for name, (wanted, magnitude) in weights.items():
+        bound = ((RANK + 3) * 2**-24 + roundings * unit) * magnitude
+        assert ((merged[name].double() - wanted).abs() <= bound).all(), name
+    assert all(torch.equal(merged[name], value) for name, value in state.items() if name in merged)
+    for name, each in slcompile.factors(model).items():
+        assert each.index is not None
+        assert torch.equal(each.index.long(), state[name.replace("weight", "sparse_index")])
+
+
+def test_the_papers_checkpoint_exports_and_is_saved_as_ours(tmp_path):
+    (tmp_path / "papers").mkdir()
+    _, weights = papers(tmp_path / "papers", torch.float32)
+    model = load_factorized(tmp_path / "papers")
+    report = slcompile.export_onnx(model, (IDS,), tmp_path / "model.onnx", kwargs={"use_cache": False})
+    stored = {each.name: numpy_helper.to_array(each) for each in onnx.load(report.path).graph.initializer}
+    for name, (wanted, magnitude) in weights.items():
+        assert (np.abs(stored[name] - wanted.numpy()) <= (RANK + 4) * 2**-24 * magnitude.numpy()).all(), name
+    save_factorized(model, tmp_path / "ours")
+    again = load_factorized(tmp_path / "ours")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    papers(tmp_path, torch.float32, file="model.safetensors")
+    return tmp_path
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path):
+    for directory in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=rf"{directory} must hold config\.json and slcompile\.json .* or splora"):
+            load_factorized(directory)
+
+
+def test_missing_weights_are_named(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"must hold \*\.safetensors or pytorch_model\*\.bin"):
+        load_factorized(checkpoint)
+
+
+def rewrite(checkpoint: Path, change) -> None:
+    state = load_file(checkpoint / "model.safetensors")
+    change(state)
+    save_file(state, checkpoint / "model.safetensors")
+
+
+def test_keys_that_do_not_fit_are_named(checkpoint):
+    key = "model.layers.0.mlp.up_proj."
+    rewrite(checkpoint, lambda state: state.update(spare=torch.ones(1), gone=state.pop(key + "sparse_value")))
+    with pytest.raises(ValueError, match=r"does not fit LlamaForCausalLM: missing .*up_proj\.weight_sl\.values.*spare"):
+        load_factorized(checkpoint)
+
+
+def test_a_weight_that_the_model_lacks_is_named(checkpoint):
+    rewrite(checkpoint, lambda state: state.update({"model.layers.7.mlp.up_proj.lora_B": torch.ones(4, RANK)}))
+    with pytest.raises(
+        ValueError, match=r"factorizes model\.layers\.7\.mlp\.up_proj\.weight, which the model does not"
+    ):
+        load_factorized(checkpoint)
+
+
+def test_shapes_that_do_not_fit_are_an_error(checkpoint):
+    key = "model.layers.0.mlp.up_proj.lora_A"
+    rewrite(checkpoint, lambda state: state.update({key: state[key][:4].clone()}))
+    with pytest.raises(ValueError, match=r"up_proj\.weight_sl\.A"):
+        load_factorized(checkpoint)
+
+
+def test_positions_outside_the_weight_are_an_error(checkpoint):
+    key = "model.layers.0.mlp.up_proj.sparse_index"
+    rewrite(checkpoint, lambda state: state.update({key: state[key] + 172 * 64}))
+    with pytest.raises(ValueError, match="up_proj"):
+        load_factorized(checkpoint)
+
+
+def test_a_truncated_file_is_an_error(checkpoint):
+    content = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_factorized(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"r": 8', "[]"])
+def test_settings_that_are_not_complete_are_an_error(content, checkpoint):
+    (checkpoint / "splora_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"splora_config\.json"):
+        load_factorized(checkpoint)
+
+
+def test_an_unknown_architecture_is_named(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    with pytest.raises(ValueError, match="NoSuchModel"):
+        load_factorized(checkpoint)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import builtins
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import slcompile
+
+CONFIG = slcompile.SLConfig(rank=8, density=0.05)
+IDS = torch.arange(34).reshape(2, 17)
+
+
+def llama(tied: bool = False) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
+            tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def factorized(model: nn.Module) -> nn.Module:
+    """With every factor random."""
+    slcompile.factorize_(model, CONFIG)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_sl." in name:
+                parameter.normal_(std=0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_an_ordinary_class_loads_it(make, tmp_path):
+    model = factorized(make())
+    assert slcompile.save_merged(model, tmp_path / "merged") == tmp_path / "merged"
+    assert [each.name for each in tmp_path.iterdir()] == ["merged"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(loaded) is type(make())
+    assert loaded.config.architectures == [type(loaded).__name__]
+    state = slcompile.merged_state_dict(model)
+    assert set(loaded.state_dict()) == set(state)
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    with torch.no_grad():
+        # The same weights and the same operators: not one bit differs.
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert slcompile.factors(model)  # left as it was
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_stored_once(tied, tmp_path):
+    model = factorized(llama(tied))
+    slcompile.save_merged(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert len({"model.embed_tokens.weight", "lm_head.weight"} & set(stored)) == (1 if tied else 2)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtype(dtype, tmp_path):
+    model = factorized(llama())
+    slcompile.save_merged(model, tmp_path, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {each.dtype for each in loaded.parameters()} == {dtype}
+    merged = slcompile.merged_state_dict(model)
+    assert all(torch.equal(value, merged[name].to(dtype)) for name, value in loaded.state_dict().items())
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+
+
+def test_bfloat16_weights_are_composed_in_float32_and_rounded_once(tmp_path):
+    model = factorized(llama()).bfloat16()
+    slcompile.save_merged(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    wide = slcompile.merged_state_dict(factorized_copy_in_float32(model))
+    assert {each.dtype for each in stored.values()} == {torch.bfloat16}
+    assert all(torch.equal(value, wide[name].bfloat16()) for name, value in stored.items())
+
+
+def factorized_copy_in_float32(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model)).float()
+
+
+def test_shards_and_their_index(tmp_path):
+    model = factorized(llama())
+    slcompile.save_merged(model, tmp_path, shard_size=100_000)
+    files = sorted(each.name for each in tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(files) > 2
+    assert sorted(set(index["weight_map"].values())) == files
+    merged = slcompile.merged_state_dict(model)
+    assert index["metadata"]["total_size"] == sum(each.nbytes for each in merged.values())
+    for file in files:
+        with safe_open(tmp_path / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert {name: index["weight_map"][name] for name in opened.keys()} == dict.fromkeys(opened.keys(), file)  # noqa: SIM118, no dict
+            assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) <= 100_000  # noqa: SIM118
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(value, merged[name]) for name, value in loaded.state_dict().items())
+
+
+def test_saving_over_removes_stale_weights_and_nothing_else(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for seed, sizes in enumerate(({"shard_size": 50_000}, {"shard_size": 100_000}, {}, {"shard_size": 100_000})):
+        torch.manual_seed(seed)
+        model = factorized(llama())
+        slcompile.save_merged(model, tmp_path, **sizes)
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+        merged = slcompile.merged_state_dict(model)
+        assert all(torch.equal(value, merged[name]) for name, value in loaded.state_dict().items())
+        stored = [each.name for each in tmp_path.glob("model*")]
+        assert ("model.safetensors" in stored) == (len(stored) == 1)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values(), "model.safetensors.index.json"} == set(stored)
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    model = factorized(llama())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight_sl.A[0, 0] = value
+    with pytest.raises(ValueError, match=r"parameter model\.layers\.1\.mlp\.up_proj\.weight_sl\.A contains NaN or Inf"):
+        slcompile.save_merged(model, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_beyond_the_range_of_float16_are_refused(tmp_path):
+    model = factorized(llama())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight_sl.values[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        slcompile.save_merged(model, tmp_path / "merged", dtype=torch.float16)
+
+
+def test_a_model_that_is_not_of_transformers(tmp_path):
+    model = factorized(nn.Sequential(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.Linear(96, 64)))
+    slcompile.save_merged(model, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+    dense = nn.Sequential(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.Linear(96, 64)).eval()
+    dense.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    x = torch.randn(4, 64)
+    assert torch.equal(dense(x), model(x))
+
+
+def test_bad_arguments_are_named(tmp_path):
+    model = factorized(nn.Sequential(nn.Linear(64, 64)))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="directory must be a directory, got the file"):
+        slcompile.save_merged(model, tmp_path / "file")
+    with pytest.raises(ValueError, match="does not exist"):
+        slcompile.save_merged(model, tmp_path / "missing" / "merged")
+    with pytest.raises(ValueError, match="shard_size must be a number of bytes above 0, got 0"):
+        slcompile.save_merged(model, tmp_path / "merged", shard_size=0)
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got torch\.int8"):
+        slcompile.save_merged(model, tmp_path / "merged", dtype=torch.int8)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda directory: usage)
+    with pytest.raises(OSError, match="1,000 are free"):
+        slcompile.save_merged(factorized(nn.Sequential(nn.Linear(64, 64))), tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["safetensors.torch", "huggingface_hub"])
+def test_missing_libraries_are_named_with_the_command(missing, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == missing:
+            raise ImportError("no module", name=name)
+        return real(name, *args, **kwargs)
+
+    model = factorized(nn.Sequential(nn.Linear(64, 64)))
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=rf'needs {missing}: pip install "slcompile\[safetensors\]"'):
+        slcompile.save_merged(model, tmp_path / "merged")

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import slcompile
+from slcompile.cli import example_inputs, main
+from slcompile.export.checkpoint import load_factorized, save_factorized
+
+# As in tests/export/test_architectures.py: at most 100 operators in sequence, sums of at most 256 terms.
+BOUND = {torch.float32: 160 * 2**-24, torch.float16: 10 * 2**-11}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4, vocab_size=128,
+        )
+    )  # fmt: skip
+    slcompile.factorize_(model, slcompile.SLConfig(rank=8, density=0.05))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_sl." in name:
+                parameter.normal_(std=0.05)
+    return save_factorized(model, tmp_path_factory.mktemp("checkpoint"))
+
+
+def onnx_logits(path: Path) -> np.ndarray:
+    ids = np.arange(33).reshape(3, 11)  # neither the batch nor the length that it was exported with
+    return onnxruntime.InferenceSession(path).run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+
+
+def torch_logits(model: nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.arange(33).reshape(3, 11)).logits.numpy()
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: torch.dtype) -> None:
+    assert np.abs(got - wanted).max() < BOUND[dtype] * np.abs(wanted).max()
+
+
+def test_onnx_and_merged(checkpoint, tmp_path, capsys):
+    file, directory = tmp_path / "model.onnx", tmp_path / "merged"
+    assert main(["export", str(checkpoint), "--onnx", str(file), "--merged", str(directory)]) == 0
+    out, _ = capsys.readouterr()
+    assert f"merged weights in {directory}" in out
+    assert "model.onnx: opset " in out
+    assert "onnxruntime against the trained model, logits [2, 16, 128]: largest difference" in out
+    assert "onnxruntime against the trained model, logits [1, 8, 128]: largest difference" in out
+    wanted = torch_logits(load_factorized(checkpoint))
+    assert_close(onnx_logits(file), wanted, torch.float32)
+    np.testing.assert_array_equal(torch_logits(AutoModelForCausalLM.from_pretrained(directory)), wanted)
+
+
+def test_dtype_compact_and_no_verify(checkpoint, tmp_path, capsys):
+    file = tmp_path / "model.onnx"
+    options = ["--dtype", "float16", "--compact", "--no-verify", "--opset", "19"]
+    assert main(["export", str(checkpoint), "--onnx", str(file), *options]) == 0
+    out, _ = capsys.readouterr()
+    assert "opset 19, float16" in out
+    assert "not run in onnxruntime" in out
+    assert "largest difference" not in out
+    stored = {each.name: each.data_type for each in onnx.load(file).graph.initializer}
+    assert stored["lm_head.weight"] == TensorProto.FLOAT16
+    assert "model.layers.0.mlp.up_proj.weight" not in stored  # its factors are
+    assert_close(onnx_logits(file), torch_logits(load_factorized(checkpoint)), torch.float16)
+
+
+def test_merged_in_shards_of_a_dtype(checkpoint, tmp_path):
+    options = ["--merged", str(tmp_path), "--dtype", "bfloat16", "--shard-size", "50000"]
+    assert main(["export", str(checkpoint), *options]) == 0
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {each.dtype for each in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_the_console_script(checkpoint, tmp_path):
+    script = Path(sys.executable).parent / "slcompile"
+    command = [script, "export", checkpoint, "--onnx", tmp_path / "model.onnx", "--no-verify"]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert "model.onnx: opset " in child.stdout
+    assert_close(onnx_logits(tmp_path / "model.onnx"), torch_logits(load_factorized(checkpoint)), torch.float32)
+
+
+def test_a_target_is_required(checkpoint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(checkpoint)])
+    assert caught.value.code == 2
+    assert "give --onnx FILE, --merged DIR, or both" in capsys.readouterr().err
+
+
+def test_bad_arguments_are_one_line_and_exit_code_2(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command, message in (
+        ([str(tmp_path), "--onnx", "model.onnx"], f"{tmp_path} must hold config.json"),
+        ([str(tmp_path / "missing"), "--merged", "merged"], "must hold config.json"),
+        ([str(checkpoint), "--onnx", str(tmp_path)], "path must be a file, got the directory"),
+        ([str(checkpoint), "--merged", str(tmp_path / "file")], "directory must be a directory, got the file"),
+        ([str(checkpoint), "--merged", str(tmp_path / "merged"), "--shard-size", "0"], "shard_size must be"),
+    ):
+        assert main(["export", *command]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("slcompile: ")
+        assert message in err
+        assert err.count("\n") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(checkpoint, tmp_path, capsys):
+    for file in checkpoint.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    assert main(["export", str(tmp_path), "--merged", str(tmp_path / "merged")]) == 2
+    assert capsys.readouterr().err.startswith("slcompile: ")
+
+
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LlamaForCausalLM(LlamaConfig(vocab_size=20, **SMALL)),
+        lambda: BertForSequenceClassification(BertConfig(vocab_size=128, **SMALL)),
+        lambda: T5ForConditionalGeneration(T5Config(d_model=64, d_ff=128, num_layers=1, vocab_size=128)),
+        lambda: ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **SMALL)),
+    ],
+    ids=["llama", "bert", "t5", "vit"],
+)
+def test_example_inputs_fit_the_model(make):
+    model = make().eval()
+    inputs, dynamic_shapes = example_inputs(model)
+    assert model.main_input_name in inputs
+    assert model(**inputs).logits.shape[0] == inputs[model.main_input_name].shape[0]
+    text = {0: "batch_size", 1: "sequence_length"}
+    expected = {"use_cache": None, "pixel_values": {0: "batch_size"}}
+    assert dynamic_shapes == {name: expected.get(name, text) for name in inputs}

@@ -189,6 +189,7 @@ class SLWeight(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        mark_values(self.values)  # load_state_dict(assign=True) brings another parameter
         if not self.seed.is_meta:
             self.drawn_seed = int(self.seed)
 

@@ -166,6 +166,16 @@ def test_training_resumes_bit_equal_from_a_checkpoint(block_class, batch, suppor
     assert slcompile.factors(resumed)["up.weight"].seed == slcompile.factors(model)["up.weight"].seed
 
 
+def test_a_state_dict_can_be_assigned(block, block_class, batch):
+    slcompile.factorize_(block, CONFIG)
+    twin = slcompile.factorize_(block_class(), CONFIG)
+    twin.load_state_dict(randomize(block).state_dict(), assign=True)
+    assert torch.equal(twin(batch[0]), block(batch[0]))
+    twin(batch[0]).sum().backward()
+    with pytest.raises(RuntimeError, match="Muon orthogonalises"):
+        torch.optim.Muon([twin.up.weight_sl.values]).step()
+
+
 def test_the_contract_of_a_converted_weight(block):
     slcompile.factorize_(block, CONFIG)
     assert torch.equal(block.up.weight, block.up.weight_sl())

@@ -360,8 +360,8 @@ def _output_names(outputs: Any) -> list[str]:
 
 
 def _dotted(path: Sequence[str], cache: str) -> str:
-    """``past_key_values`` / ``key_cache`` / ``0`` becomes ``<cache>.0.key``, as in Hugging Face's exports."""
-    if path[:1] == ("past_key_values",) and len(path) >= 3:
+    """``cache`` (or ``past_key_values``) / ``key_cache`` / ``0`` becomes ``<cache>.0.key``, Hugging Face's name."""
+    if path[:1] in (("past_key_values",), ("cache",)) and len(path) >= 3:
         kind = next((kind for kind in ("key", "value") if any(kind in part for part in path[1:])), None)
         index = next((part for part in path[1:] if part.isdecimal()), None)
         if kind and index:

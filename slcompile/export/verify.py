@@ -171,6 +171,10 @@ def bind(
     if isinstance(dynamic_shapes, (tuple, list)):
         dynamic_shapes = dict(zip(bound.arguments, dynamic_shapes, strict=False))
     shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in bound.arguments}
+    if bound.args and isinstance(bound.args[-1], Mapping):
+        # torch.onnx.export takes a dict at the end of the arguments for keyword arguments.
+        names = list(bound.arguments)[: len(bound.args)]
+        return ((), {**dict(zip(names, bound.args, strict=True)), **bound.kwargs}), shapes
     return (bound.args, bound.kwargs), shapes
 
 

@@ -26,6 +26,30 @@ def test_dynamic_axes_run_at_other_shapes(tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), layer(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_caches_have_the_names_of_hugging_face(tmp_path, name):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, input_ids, past_key_values=None, cache=None):
+            old = past_key_values or cache
+            new = self.layer(input_ids)
+            key, value = (torch.cat([old[part][0], new], 1) for part in ("key_cache", "value_cache"))
+            return {"logits": new, name: {"key_cache": [key], "value_cache": [value]}}
+
+    old = {"key_cache": [torch.randn(2, 3, 64)], "value_cache": [torch.randn(2, 3, 64)]}
+    model = slcompile.factorize_(Cached(), CONFIG)
+    # The order of keyword arguments is not that of the signature: names must follow the tensors all the same.
+    kwargs = {name: old, "input_ids": torch.randn(2, 5, 64)}
+    report = slcompile.export_onnx(model, (), tmp_path / "model.onnx", kwargs=kwargs)
+    graph = onnx.load(report.path).graph
+    shapes = {each.name: each.type.tensor_type.shape.dim[1].dim_value for each in graph.input}
+    assert shapes == {"input_ids": 5, "past_key_values.0.key": 3, "past_key_values.0.value": 3}
+    assert [each.name for each in graph.output] == ["logits", "present.0.key", "present.0.value"]
+
+
 def test_bfloat16_is_exported_in_float32(tmp_path):
     layer = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)).bfloat16(), CONFIG)
     report = slcompile.export_onnx(layer, torch.randn(4, 64), tmp_path / "layer.onnx")

@@ -52,7 +52,7 @@ class Candidate:
 class _ModelState:
     """What is decided once for a whole model, however many graphs it is captured in."""
 
-    method: str
+    init: str | None = None  # what init="auto" came to, once it was asked
     report: PassReport = field(default_factory=lambda: PassReport("parameterize_weights"))
 
 
@@ -99,17 +99,21 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     """
     global _newest
     roots = live.roots(each.weight for each in candidates)
+    state = next((_states[root] for root in roots if root in _states), None)
+    is_first = state is None
+    state = state or _ModelState()
     # With the first weights of a model, also those that will come: a refusal must not come half-way.
-    coming = [each for root in roots if root not in _states for each in _linear_candidates(root, config, live)]
+    coming = [each for root in roots if is_first for each in _linear_candidates(root, config, live)]
     checked = list({id(each.weight): each for each in [*coming, *candidates]}.values())
     for each in checked:
         _require_convertible(each, live)
     require_mendable(live.optimizers, {id(each.weight): each.name for each in checked})
-    state = next((_states[root] for root in roots if root in _states), None)
-    is_first = state is None
-    if state is None:
-        state = _ModelState(_init_method(checked, config))
-    weights = [_make_weight(each, config, state.method) for each in candidates]
+    if config.init == "auto" and state.init is None:
+        trained = any(not each.weight.is_meta and looks_trained(each.weight.detach()) for each in checked)
+        state.init = "spectral" if trained else "kaiming"
+    init = state.init if config.init == "auto" else config.init
+    assert init is not None
+    weights = [_make_weight(each, config, init) for each in candidates]
     before = positions(roots)
     done: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -131,7 +135,7 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     state.report.skipped = [kept[name] for name in kept if name not in {each.name for each in state.report.rewritten}]
     _newest = state.report
     _states.update(dict.fromkeys(roots, state))
-    _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, state)
+    _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, init, state.report)
     return weights
 
 
@@ -211,14 +215,7 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
         raise ValueError(f"{name} has a gradient that conversion would lose; call zero_grad() before")
 
 
-def _init_method(candidates: Sequence[Candidate], config: SLConfig) -> str:
-    if config.init != "auto":
-        return config.init
-    trained = any(not each.weight.is_meta and looks_trained(each.weight.detach()) for each in candidates)
-    return "spectral" if trained else "kaiming"
-
-
-def _make_weight(candidate: Candidate, config: SLConfig, method: str) -> SLWeight:
+def _make_weight(candidate: Candidate, config: SLConfig, init: str) -> SLWeight:
     dense = candidate.weight.detach()
     rows, columns = dense.shape
     weight = SLWeight(
@@ -232,7 +229,7 @@ def _make_weight(candidate: Candidate, config: SLConfig, method: str) -> SLWeigh
     )
     if dense.is_meta:
         return weight
-    if method == "spectral":
+    if init == "spectral":
         support = list(weight.operands().values())[-1]
         weight.set_factors(*spectral_factors(dense, weight.rank, weight.scale, weight.values, support))
     else:
@@ -245,7 +242,8 @@ def _announce(
     roots: Sequence[nn.Module],
     candidates: Sequence[Candidate],
     weights: Sequence[SLWeight],
-    state: _ModelState,
+    init: str,
+    report: PassReport,
 ) -> None:
     dense = sum(each.weight.numel() for each in candidates)
     sparse_low_rank = sum(p.numel() for weight in weights for p in weight.parameters())
@@ -255,10 +253,10 @@ def _announce(
         "the weights%s",
         len(candidates),
         ", ".join(sorted({base_class(root).__name__ for root in roots})),
-        len(state.report.skipped),
+        len(report.skipped),
         f"{dense:,}",
         f"{sparse_low_rank:,}",
-        state.method,
-        "" if state.method == "kaiming" else " by their best approximation",
+        init,
+        "" if init == "kaiming" else " by their best approximation",
     )
-    log.debug("%s", state.report)
+    log.debug("%s", report)

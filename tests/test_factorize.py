@@ -238,6 +238,18 @@ def test_auto_init_keeps_what_was_learned(block_class, batch):
     assert fresh.up.weight_sl.B.count_nonzero() == 0
 
 
+def test_an_explicit_init_holds_whatever_the_model_was_given_before():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[2].weight += torch.randn(64, 2) @ torch.randn(2, 64)
+    dense = [layer.weight.detach().clone() for layer in model]
+    for init, include in (("kaiming", "0.*"), ("spectral", "1.*"), ("auto", "2.*")):
+        slcompile.factorize_(model, slcompile.SLConfig(rank=16, init=init, include=(include,)))
+    assert model[0].weight_sl.B.count_nonzero() == 0
+    for index in (1, 2):  # 16 of 64 singular directions of a random matrix hold more than a third of its squares
+        assert (model[index].weight - dense[index]).norm() < 0.8 * dense[index].norm()
+
+
 def test_seeds_are_drawn_like_any_initialiser_or_fixed_by_name(block_class):
     def seeds(seed):
         model = slcompile.factorize_(block_class(), slcompile.SLConfig(rank=8, seed=seed))

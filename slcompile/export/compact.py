@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slcompile.owners import plain_name
 from slcompile.support import flat_positions
 from slcompile.weight import SUFFIX, SLWeight
 
@@ -25,7 +26,7 @@ def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:
     """
     parameters = {name: id(each) for name, each in twin.named_parameters(remove_duplicate=False)}
     weights = {
-        parameters[path.removesuffix(SUFFIX)]: module
+        parameters[plain_name(path).removesuffix(SUFFIX)]: module
         for path, module in model.named_modules()
         if isinstance(module, SLWeight)
     }

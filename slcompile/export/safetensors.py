@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slcompile.export import files
-from slcompile.export.twin import dense_tensors, export_dtype, meta_twin, require_finite
+from slcompile.export.twin import dense_tensors, export_dtype, floating_dtype, meta_twin, require_finite
 from slcompile.factorize import unwrapped
 from slcompile.weight import base_class
 
@@ -59,8 +59,7 @@ def save_merged(
         raise ValueError(f"directory must be a directory, got the file {directory}")
     model = unwrapped(model)
     require_finite(model)
-    own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    twin = meta_twin(model, export_dtype(model, dtype or own))
+    twin = meta_twin(model, export_dtype(model, dtype or floating_dtype(model)))
     tensors = dense_tensors(model, twin)
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(twin.state_dict(keep_vars=True).items())}
     state = dict(reversed(list(unique.values())))  # of names for one tensor, the first
@@ -86,7 +85,7 @@ def _save_config(model: nn.Module, twin: nn.Module, directory: Path) -> None:
     config: Any = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
         config.architectures = [base_class(model).__name__]
-        config.dtype = next(each.dtype for each in twin.parameters() if each.is_floating_point())
+        config.dtype = floating_dtype(twin)
         config.save_pretrained(directory)
     generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "save_pretrained"):

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.factorize import merge_
-from slcompile.torch_private import map_leaves
+from slcompile.owners import plain_name
+from slcompile.torch_private import map_leaves, without_dynamo_wrapper
 from slcompile.weight import SUFFIX, SLWeight
 
 MakeTensor = Callable[[], Tensor]
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter; float32 for a model without one."""
+    return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
 
 
 def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
@@ -24,7 +30,7 @@ def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     Raises:
         ValueError: It is not float32, float64, float16 or bfloat16.
     """
-    own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    own = floating_dtype(model)
     if dtype is None:
         return torch.float32 if own is torch.bfloat16 else own
     allowed = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -35,6 +41,8 @@ def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
 
 def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A dense copy of a model on the meta device, in eval mode; nothing of the model's size is allocated.
+
+    Modules that torch.compile wrapped stand in it without their wrapper, so that names are those of the dense model.
 
     Args:
         model: Left as it is.
@@ -47,6 +55,9 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
     twin = merge_(copy.deepcopy(model, memo)).eval()
+    for module in list(twin.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = None if child is None else without_dynamo_wrapper(child)
     for module in twin.modules():
         computed = module._non_persistent_buffers_set
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -65,11 +76,11 @@ def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
     sources: dict[str, MakeTensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SLWeight):
-            sources[path.removesuffix(SUFFIX)] = module.merged_wide
+            sources[plain_name(path).removesuffix(SUFFIX)] = module.merged_wide
             continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                sources[f"{path}.{name}".lstrip(".")] = tensor.detach
+                sources[plain_name(f"{path}.{name}".lstrip("."))] = tensor.detach
 
     trained = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
 
@@ -110,11 +121,14 @@ def reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, without gradients; afterwards each module is in the mode that it was in."""
+    """Puts a model into eval mode, without gradients; afterwards each module is in the mode that it was in.
+
+    Compiled parts run eagerly: their graphs would not see what ``merged_weights`` changes.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes:

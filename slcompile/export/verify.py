@@ -206,6 +206,10 @@ def another_call(trained: nn.Module, call: Call, shapes: Mapping[str, Any] | Non
         with evaluating(trained), contextlib.suppress(RuntimeError, ValueError, IndexError):
             trained(*args, **kwargs)
             return [(bound.args, bound.kwargs)]
+    log.warning(
+        "slcompile: outputs are compared at one shape only: the model accepts neither half nor twice the sizes of its "
+        "dynamic dimensions"
+    )
     return []
 
 

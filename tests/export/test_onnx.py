@@ -5,6 +5,7 @@ import logging
 
 import onnx
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -48,6 +49,50 @@ def test_caches_have_the_names_of_hugging_face(tmp_path, name):
     shapes = {each.name: each.type.tensor_type.shape.dim[1].dim_value for each in graph.input}
     assert shapes == {"input_ids": 5, "past_key_values.0.key": 3, "past_key_values.0.value": 3}
     assert [each.name for each in graph.output] == ["logits", "present.0.key", "present.0.value"]
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["layers wrapped", "compiled in place"])
+def test_a_compiled_model_is_exported_under_its_names_and_really_compared(tmp_path, wrapped):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.down(self.up(x))
+
+    model, x = Two(), torch.randn(4, 64)
+    if wrapped:
+        for name, layer in list(model.named_children()):
+            setattr(model, name, torch.compile(layer, backend="sltrain", options={"rank": 8}))
+    else:
+        model.compile(backend="sltrain", options={"rank": 8})
+    model(x).sum().backward()
+    report = slcompile.export_onnx(model, x, tmp_path / "model.onnx", dtype=torch.float16)
+    assert set(report.merged) == {"up.weight", "down.weight"}
+    assert {"up.bias", "down.bias"} <= {each.name for each in onnx.load(report.path).graph.initializer}
+    (merged,) = [each for each in report.comparisons if each.against == "merged"]
+    # float16 weights cannot give the same: zero would mean that the trained model was compared with itself.
+    assert 0 < merged.max_rel < 64 * 2**-11
+    directory = slcompile.save_merged(model, tmp_path / "dense")
+    saved = safetensors.torch.load_file(directory / "model.safetensors")
+    assert set(saved) == {"up.weight", "up.bias", "down.weight", "down.bias"}
+
+
+def test_a_second_shape_that_the_model_refuses_is_said(tmp_path, caplog):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(x) if torch.compiler.is_exporting() else self.layer(x.view(4, 64))
+
+    model = slcompile.factorize_(Fixed(), CONFIG)
+    with caplog.at_level(logging.WARNING, "slcompile"):
+        report = slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "m.onnx", dynamic_shapes=({0: "batch"},))
+    assert "compared at one shape only" in caplog.text
+    assert {each.shape for each in report.comparisons} == {(4, 64)}
 
 
 def test_bfloat16_is_exported_in_float32(tmp_path):

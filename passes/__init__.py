@@ -8,33 +8,60 @@
    ``slcompile.rewrite`` runs the two on any torch.fx graph, the backend on a model that is still dense. After that
    the modules themselves compose their weights, and Dynamo captures graphs that already hold ``compose``.
 
-2. On the joint graph of forward and backward (Inductor's ``joint_custom_pre_pass``), in the order of JOINT_PASSES:
+2. On the joint graph of forward and backward (Inductor's ``joint_custom_pre_pass``), in the order of ``joint_passes``:
 
-   recompute_weights       composed weights are recomputed in the backward pass, never kept
+   fuse_weight_grads       a weight's gradient and its projection on the factors become one op, weight_grads
+   choose_lowering         each matmul: compose the weight, or multiply with the factors? the cheaper of the two
+   recompute_weights       composed weights are recomputed in the backward pass, or kept if the user asks for speed
 
-3. When weights are merged to dense again:
+3. On the forward and the backward graph, after they were partitioned (``post_grad_custom_pre_pass``):
+
+   lower_ops               our ops become ATen on CPU and Triton launches on GPUs; Inductor compiles them with the rest
+
+4. When weights are merged to dense again:
 
    merge_weights           compose(...) becomes the dense parameter, in graphs that read attributes
 
 A pass is a function ``verb_noun(gm, ...) -> PassReport`` in a file of its name. To add one to the joint graph, write
-the function and put it into JOINT_PASSES. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike.
+the function and put it into ``joint_passes``. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike; only for
+``compose`` they know lowerings.
 """
 
 from __future__ import annotations
 
+import functools
+
+from slcompile.config import SLConfig
+from slcompile.passes.choose_lowering import choose_lowering
 from slcompile.passes.find_matmuls import find_matmuls
-from slcompile.passes.graph import Decision, PassReport, run
+from slcompile.passes.fuse_weight_grads import fuse_weight_grads
+from slcompile.passes.graph import Decision, GraphPass, PassReport, run
+from slcompile.passes.lower_ops import lower_ops
 from slcompile.passes.merge_weights import merge_weights
 from slcompile.passes.parameterize_weights import parameterize_weights
 from slcompile.passes.recompute_weights import recompute_weights
 
-JOINT_PASSES = (recompute_weights,)
+
+def joint_passes(config: SLConfig) -> tuple[GraphPass, ...]:
+    """The passes on the joint graph, in order."""
+    return (
+        fuse_weight_grads,
+        functools.partial(choose_lowering, lowering=config.lowering),
+        functools.partial(recompute_weights, keep=config.keep_weights),
+    )
+
+
+POST_PASSES = (lower_ops,)
 
 __all__ = [
-    "JOINT_PASSES",
+    "POST_PASSES",
     "Decision",
     "PassReport",
+    "choose_lowering",
     "find_matmuls",
+    "fuse_weight_grads",
+    "joint_passes",
+    "lower_ops",
     "merge_weights",
     "parameterize_weights",
     "recompute_weights",

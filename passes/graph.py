@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate, map_arg
+
+from slcompile import torch_private
 
 log = logging.getLogger("slcompile.passes")
 
@@ -23,6 +27,8 @@ class Decision:
         detail: The same as a sentence.
         shape: Of the weight.
         matmuls: How many matmuls read it.
+        lowering: ``"composed"`` or ``"factored"``, where the pass chooses one.
+        costs: Predicted seconds of each lowering.
     """
 
     name: str
@@ -30,6 +36,8 @@ class Decision:
     detail: str = ""
     shape: tuple[int, ...] = ()
     matmuls: int = 0
+    lowering: str = ""
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,6 +48,10 @@ class PassReport:
     rewritten: list[Decision] = field(default_factory=list)
     skipped: list[Decision] = field(default_factory=list)
     seconds: float = 0.0
+
+    def add(self, decision: Decision, is_rewritten: bool) -> None:
+        """Records what was decided on one candidate."""
+        (self.rewritten if is_rewritten else self.skipped).append(decision)
 
     def __str__(self) -> str:
         lines = [f"{self.pass_name}: {len(self.rewritten)} rewritten, {len(self.skipped)} left"]
@@ -68,6 +80,11 @@ def run(passes: Iterable[GraphPass], gm: fx.GraphModule) -> list[PassReport]:
     return reports
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a node, whose type depends on its op."""
+    return node.args
+
+
 def op_name(node: fx.Node) -> str:
     """The bare name of what a node calls: ``aten.mm.default``, ``torch.mm`` and ``.mm()`` are all ``mm``."""
     if node.op == "call_method":
@@ -77,3 +94,101 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[-1]
     return getattr(node.target, "__name__", str(node.target))
+
+
+# What shows the same matrix transposed, in another dtype or as it is, by op_name.
+_TRANSPOSES = frozenset(("t", "permute", "transpose"))
+# Where a node comes from, and its checkpointed region.
+_INHERITED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "recompute", "ac_graph_id", "partitioner_tag")
+_SAME = frozenset(("alias", "clone", "convert_element_type", "detach", "_to_copy"))
+
+
+def trunk(node: fx.Node) -> tuple[fx.Node, bool, bool]:
+    """Goes up from a matrix through transposes, casts and copies.
+
+    Returns:
+        What they start from, whether ``node`` is its transpose, and whether nothing else reads anything between.
+    """
+    swapped, exclusive = False, True
+    while node.op == "call_function" and (transposes(node) or op_name(node) in _SAME):
+        swapped ^= transposes(node)
+        node = node.all_input_nodes[0]
+        exclusive &= len(node.users) == 1
+    return node, swapped, exclusive
+
+
+def transposes(node: fx.Node) -> bool:
+    """Whether a node is the transpose of a matrix."""
+    is_identity = arguments(node)[1:] in (([0, 1],), (0, 0))
+    return op_name(node) in _TRANSPOSES and node.meta["val"].dim() == 2 and not is_identity
+
+
+class Inserter:
+    """Inserts nodes into a graph whose nodes have ``meta["val"]``; what is there already is not computed twice.
+
+    Everything inserted must be pure. Nodes take over what the node that they stand in for says of itself: its source
+    line, its module, its checkpointed region.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._seen: dict[Any, fx.Node] = {}
+        self._traced: dict[Any, fx.GraphModule] = {}
+
+    def call(self, before: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """A call of an op."""
+        values = map_arg(args, lambda node: node.meta["val"])
+        return self._insert(before, target, args, {}, torch_private.run_fake(target, values))
+
+    def inline(self, before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
+        """The ops of a function, traced: nodes in the structure of its result, for nodes in that of its arguments."""
+        inputs = list(dict.fromkeys(_nodes(args)))
+        key = (function, map_aggregate(args, lambda arg: _description(arg, inputs)))
+        if str(key) not in self._traced:
+
+            def traced(*tensors: Tensor) -> Any:
+                return function(*map_arg(args, lambda node: tensors[inputs.index(node)]))
+
+            self._traced[str(key)] = torch_private.trace(
+                traced, [node.meta["val"] for node in inputs], for_inductor=True
+            )
+        table: dict[fx.Node, fx.Node] = {}
+        waiting = iter(inputs)
+        for node in self._traced[str(key)].graph.nodes:
+            if node.op == "placeholder":
+                table[node] = next(waiting)
+            elif node.op == "output":
+                return map_arg(node.args[0], table.__getitem__)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), table.__getitem__)
+                table[node] = self._insert(before, node.target, args, kwargs, node.meta.get("val"))
+        raise AssertionError("a graph without an output")
+
+    def transpose(self, before: fx.Node, matrix: fx.Node) -> fx.Node:
+        """The transpose of a matrix; of a transpose, the matrix itself."""
+        if transposes(matrix):
+            return matrix.all_input_nodes[0]
+        return self.call(before, torch.ops.aten.permute.default, matrix, [1, 0])
+
+    def _insert(self, before: fx.Node, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        key = str((target, args, kwargs))
+        if key not in self._seen:
+            with self.graph.inserting_before(before):
+                self._seen[key] = self.graph.create_node("call_function", target, args, kwargs)
+            inherited = {name: before.meta[name] for name in _INHERITED if name in before.meta}
+            self._seen[key].meta = {**inherited, "val": value}
+        return self._seen[key]
+
+
+def _nodes(args: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg(args, found.append)
+    return found
+
+
+def _description(arg: Any, inputs: list[fx.Node]) -> Any:
+    """What tracing depends on: a tensor's position among the inputs and its description, or a constant."""
+    if not isinstance(arg, fx.Node):
+        return repr(arg)
+    value = arg.meta["val"]
+    return (inputs.index(arg), str(value.shape), str(value.stride()), str(value.dtype), str(value.device))

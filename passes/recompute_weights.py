@@ -1,4 +1,4 @@
-"""Marks composed weights to be recomputed in the backward pass instead of being kept."""
+"""Marks composed weights to be recomputed in the backward pass, or to be kept for it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import Decision, PassReport
 
 
-def recompute_weights(gm: fx.GraphModule) -> PassReport:
+def recompute_weights(gm: fx.GraphModule, keep: bool = False) -> PassReport:
     """Tags every weight op, and what is computed from composed weights alone, as MUST_RECOMPUTE.
 
     The partitioner would otherwise save each composed weight for the backward pass, where the input's gradient
     needs it: more memory than dense training. Legal because the ops are pure. Views and dtype casts are tagged too
     (a bfloat16 copy made by autocast is as large), and so is any other node that reads nothing but tagged ones,
     such as a concatenation of weights. A node that reads an activation is left alone.
+
+    Args:
+        gm: Only the nodes' meta changes.
+        keep: Whether the user wants speed rather than memory: then those of these nodes that an activation meets are
+            MUST_SAVE, and only what leads to them is recomputed.
     """
     report = PassReport("recompute_weights")
     tagged: set[fx.Node] = set()
@@ -30,4 +35,7 @@ def recompute_weights(gm: fx.GraphModule) -> PassReport:
         node.meta.pop("ac_graph_id", None)
         if is_weight:
             report.rewritten.append(Decision(node.name, shape=tuple(node.meta["val"].shape)))
+    for node in tagged if keep else ():
+        if any(user not in tagged for user in node.users):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return report

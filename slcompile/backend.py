@@ -22,12 +22,16 @@ from slcompile.conversion import EXPLICIT, Candidate, choose, convert, lock, war
 from slcompile.eligibility import require_possible_rank, structural_reason
 from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training
-from slcompile.passes import JOINT_PASSES, Decision, PassReport, parameterize_weights, run
+from slcompile.passes import POST_PASSES, Decision, PassReport, joint_passes, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse
+from slcompile.passes.graph import GraphPass
 from slcompile.step_hook import successor_of
 from slcompile.weight import SLWeight, dense_names, template
 
 log = logging.getLogger("slcompile")
+
+JOINT_HOOK = "joint_custom_pre_pass"
+POST_HOOK = "post_grad_custom_pre_pass"
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -176,12 +180,17 @@ class _Graph:
                     for index, each in weights.items()
                 }
             inputs = _expand(inputs, operands)
-        joint = JointPasses(self.config, torch_private.joint_passes_of(self.settings))
+        joint = self.passes(JOINT_HOOK, joint_passes(self.config))
+        hooks = {JOINT_HOOK: joint, POST_HOOK: self.passes(POST_HOOK, POST_PASSES)}
         composes = _composes(gm)
-        compiled = torch_private.inductor(gm, inputs, {**self.settings, "joint_custom_pre_pass": joint})
+        compiled = torch_private.inductor(gm, inputs, {**self.settings, **hooks})
         if composes and joint.calls and not joint.seen:
             raise RuntimeError("the graph composes weights, but no joint graph held a weight op: nothing was rewritten")
         return compiled
+
+    def passes(self, hook: str, ours: Sequence[GraphPass]) -> GraphPasses:
+        """What to set for one of Inductor's hooks."""
+        return GraphPasses(ours, self.config, torch_private.passes_of(self.settings, hook))
 
     def convert(self, args: Sequence[Any], wanted: Sequence[int]) -> dict[int, SLWeight]:
         """Converts the owners of these inputs; returns the weight module of each that is factorized now.
@@ -211,11 +220,11 @@ class _Graph:
         return found | {due[id(each.weight)]: weight for each, weight in zip(table, made, strict=True)}
 
 
-class JointPasses(CustomGraphPass):
-    """JOINT_PASSES as Inductor's ``joint_custom_pre_pass``, after the user's own."""
+class GraphPasses(CustomGraphPass):
+    """Our passes at one of Inductor's hooks, after the user's own."""
 
-    def __init__(self, config: SLConfig, before: Sequence[Any]) -> None:
-        self.config, self.before = config, list(before)
+    def __init__(self, passes: Sequence[GraphPass], config: SLConfig, before: Sequence[Any]) -> None:
+        self.passes, self.config, self.before = passes, config, list(before)
         self.calls = self.seen = 0
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -224,7 +233,7 @@ class JointPasses(CustomGraphPass):
         self.calls += 1
         self.seen += sum(node.target in WEIGHT_OPS for node in graph.nodes)
         assert graph.owning_module is not None
-        run(JOINT_PASSES, graph.owning_module)
+        run(self.passes, graph.owning_module)
 
     def uuid(self) -> Any:
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]

@@ -11,6 +11,7 @@ from typing import Any
 
 SUPPORTS = ("stratified", "uniform")
 INITS = ("auto", "kaiming", "spectral")
+LOWERINGS = ("auto", "composed", "factored")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,11 @@ class SLConfig:
         include: fnmatch patterns on fully qualified names; a weight must match one of them ...
         exclude: ... and none of these.
         min_dim: Weights with fewer rows or columns than this stay dense (classifier heads, gates).
+        lowering: How matmuls with factorized weights run: ``"composed"`` writes W and multiplies with it,
+            ``"factored"`` multiplies with the factors and never forms W, ``"auto"`` takes for each matmul what
+            ``slcompile.cost`` predicts to be faster.
+        keep_weights: Whether composed weights are kept for the backward pass, at the memory of the dense weights,
+            and not composed again there.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names it.
@@ -43,6 +49,8 @@ class SLConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ("*lm_head*", "*embed*")
     min_dim: int = 32
+    lowering: str = "auto"
+    keep_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -67,6 +75,8 @@ class SLConfig:
             "None or an int in [0, 2**63)",
         )
         _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
+        _require_choice("lowering", self.lowering, LOWERINGS)
+        _require(isinstance(self.keep_weights, bool), "keep_weights", self.keep_weights, "True or False")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[SLConfig, dict[str, Any]]:

@@ -27,10 +27,7 @@ def fake_mode() -> Any:
 
 def lower_to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Traces a graph to ATen on fake inputs, checkpointed regions inlined; placeholders keep their order."""
-    # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
-    modes = [each.fake_mode for each in inputs if isinstance(each, torch._subclasses.FakeTensor)]
-    with torch._guards.tracing(None), modes[0], torch.no_grad():
-        return make_fx(gm)(*inputs)
+    return trace(gm, inputs)
 
 
 def tracing_context() -> Any:
@@ -48,9 +45,9 @@ def inductor_settings() -> set[str]:
     return set(torch._inductor.config.get_config_copy())
 
 
-def joint_passes_of(settings: dict[str, Any]) -> list[Any]:
-    """The joint pre-passes that a user has set, in these settings or globally."""
-    passes = settings.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+def passes_of(settings: dict[str, Any], hook: str) -> list[Any]:
+    """The passes that a user has set at one of Inductor's hooks, in these settings or globally."""
+    passes = settings.get(hook, getattr(torch._inductor.config, hook))
     return list(passes) if isinstance(passes, (list, tuple)) else [passes] if passes is not None else []
 
 
@@ -59,6 +56,45 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     from torch._inductor.compile_fx import compile_fx
 
     return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=settings))
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in AMX tiles."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size, or the one that a symbolic size had when it was captured; 1 where there was none (data-dependent)."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 1
+
+
+def run_fake(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What a function returns for fake tensors, as fake tensors; shapes may be symbolic."""
+    from torch.utils._pytree import tree_leaves
+
+    with _mode_of(tree_leaves(args)), torch.no_grad():
+        return function(*args)
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any], *, for_inductor: bool = False) -> fx.GraphModule:
+    """Traces a function to ATen on the fake inputs of a graph that is being compiled.
+
+    With ``for_inductor`` the ops are those that AOTAutograd would hand to Inductor; it accepts no others.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = select_decomp_table() if for_inductor else None
+    # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
+    with torch._guards.tracing(None), _mode_of(inputs), torch.no_grad():
+        return make_fx(function, decomposition_table=table)(*inputs)
+
+
+def _mode_of(values: Sequence[Any]) -> Any:
+    """The fake mode of the fake tensors among these."""
+    modes = (each.fake_mode for each in values if isinstance(each, torch._subclasses.FakeTensor))
+    return next(modes, contextlib.nullcontext())
 
 
 def unlimited_recompiles() -> contextlib.AbstractContextManager[Any]:

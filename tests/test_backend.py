@@ -175,7 +175,7 @@ def composed_like(model: nn.Module) -> set[tuple[int, ...]]:
 def test_no_composed_weight_is_saved_for_backward(request, batch, autocast, checkpointed):
     model = request.getfixturevalue("checkpointed_block" if checkpointed else "block")
     graphs: list[torch.fx.Graph] = []
-    options = {**OPTIONS, "inductor": {"post_grad_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False}}
+    options = {**OPTIONS, "lowering": "composed", "inductor": {"post_grad_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False}}
     compiled = torch.compile(model, backend="sltrain", options=options)
 
     def run() -> Tensor:

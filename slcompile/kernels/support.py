@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slcompile.kernels.build import on_device_of
+
 BLOCK = 256
 
 
@@ -55,7 +57,6 @@ def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, fi
     """Arguments and result of ``slcompile.support.stratified_columns``, for a seed on a GPU."""
     result = torch.empty(rows, groups, dtype=torch.int64, device=seed.device)
     grid = (triton.cdiv(result.numel(), BLOCK),)
-    # Triton launches on the current device, whatever device the arguments are on.
-    with torch.cuda.device_of(seed):
+    with on_device_of(seed):
         stratified_columns_kernel[grid](seed, result, first_row, result.numel(), columns, groups, BLOCK)
     return result

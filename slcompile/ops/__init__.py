@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 
 from slcompile.ops.compose import compose, compose_backward, compose_reference
+from slcompile.ops.linear_factored import linear_factored
+from slcompile.ops.values_grad import values_grad
+from slcompile.ops.weight_grads import weight_grads
 
 WEIGHT_OPS = (torch.ops.slcompile.compose.default,)
 """Ops that make a dense weight from trained parameters. Passes treat them alike and know nothing else of them."""
 
-__all__ = ["WEIGHT_OPS", "compose", "compose_backward", "compose_reference"]
+__all__ = [
+    "WEIGHT_OPS",
+    "compose",
+    "compose_backward",
+    "compose_reference",
+    "linear_factored",
+    "values_grad",
+    "weight_grads",
+]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -74,25 +72,6 @@ SIGNATURES = {
 }  # fmt: skip
 
 
-def compile_kernel(signature: str, backend: str, arch: int | str, warp_size: int) -> Any:
-    from triton.backends.compiler import GPUTarget
-
-    from slcompile.kernels.support import BLOCK, stratified_columns_kernel
-
-    types, constants = SIGNATURES[signature]
-    types = {"p_seed": "*i64", "p_columns": "*i64", **types, "BLOCK": "constexpr"}
-    source = triton.compiler.ASTSource(stratified_columns_kernel, types, {**constants, "BLOCK": BLOCK})
-    return triton.compile(source, target=GPUTarget(backend, arch, warp_size))
-
-
-def resource_usage(cubin: bytes, path: Path) -> dict[str, int]:
-    """Registers and bytes of stack and local memory of a kernel; spilled registers are counted in the last two."""
-    path.write_bytes(cubin)
-    tool = triton.knobs.nvidia.cuobjdump.path
-    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-
-
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh cache, so that the test compiles."""
@@ -102,23 +81,22 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.usefixtures("compiler")
-def test_compiles_for_cuda_without_spills(arch: int, signature: str, tmp_path: Path) -> None:
-    kernel = compile_kernel(signature, "cuda", arch, 32)
-    assert f".target sm_{arch}" in kernel.asm["ptx"]
-    usage = resource_usage(kernel.asm["cubin"], tmp_path / "kernel.cubin")
-    assert usage["STACK"] == usage["LOCAL"] == 0
+def test_compiles_without_spills(target: str, signature: str) -> None:
+    from slcompile.kernels.build import compile_for, resources
+    from slcompile.kernels.support import BLOCK, stratified_columns_kernel
+
+    types, constants = SIGNATURES[signature]
+    types = {"p_seed": "*i64", "p_columns": "*i64", **types, "BLOCK": "constexpr"}
+    compiled = compile_for(stratified_columns_kernel, types, {**constants, "BLOCK": BLOCK}, target)
+    if target != "gfx942":
+        assert f".target {target}" in compiled.asm["ptx"]
+    usage = resources(compiled)
+    assert usage.spilled == 0
     # 64 registers a thread keep 32 warps on a multiprocessor, half of what it holds.
-    assert 0 < usage["REG"] <= 64
-
-
-@pytest.mark.parametrize("signature", SIGNATURES)
-@pytest.mark.usefixtures("compiler")
-def test_compiles_for_rocm_without_spills(signature: str) -> None:
-    kernel = compile_kernel(signature, "hip", "gfx942", 64)
-    assert kernel.asm["hsaco"]
-    assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", kernel.asm["amdgcn"]) == ["0", "0"]
+    assert 0 < usage.registers <= 64
+    assert not usage.has_mma
 
 
 @pytest.mark.gpu

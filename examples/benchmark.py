@@ -1,0 +1,336 @@
+"""Times slcompile against dense training, side by side in one run: interleaved runs, medians and their ratios.
+
+    python examples/benchmark.py
+    python examples/benchmark.py --only train decode --dtype bfloat16 --device cuda --hidden 2048 --intermediate 5461
+
+Needs ``pip install "slcompile[examples]"``. About six minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import slcompile
+from slcompile.ops import compose
+from slcompile.ops.linear_factored import linear_factored, project
+
+PARTS = ("train", "decode", "matmul", "compile", "memory")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+console = Console(highlight=False, width=120 if not sys.stdout.isatty() else None)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the flags, and refuses bad ones before any work is done."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and activations")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--hidden", type=int, default=512, help="width of the LLaMA that is trained")
+    parser.add_argument("--intermediate", type=int, default=1376, help="width of its MLP")
+    parser.add_argument("--layers", type=int, default=4, help="its layers")
+    parser.add_argument("--vocab", type=int, default=8000, help="its vocabulary")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--rank", type=int, default=128, help="of its factors")
+    parser.add_argument("--density", type=float, default=0.03, help="share of non-zeros")
+    parser.add_argument("--support", choices=["stratified", "uniform"], default="stratified", help="of the non-zeros")
+    parser.add_argument(
+        "--lowering", choices=["auto", "composed", "factored"], default="auto", help="of the train step"
+    )
+    parser.add_argument("--runs", type=int, default=15, help="timed runs of each variant")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.runs < 3:
+        parser.error(f"--runs must be at least 3, got {args.runs}")
+    if args.hidden % 64:
+        parser.error(f"--hidden must be a multiple of 64, the size of a head, got {args.hidden}")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device must be cpu here, got {args.device}")
+    return args
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], runs: int, device: str) -> dict[str, float]:
+    """Median milliseconds of each variant; they take turns, so that all of them see the same disturbances."""
+    for run in variants.values():
+        for _ in range(3):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, run in variants.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def show(title: str, rows: Mapping[str, Mapping[str, float]], unit: str, base: str) -> None:
+    """A table of medians and their ratios to the variant ``base``."""
+    variants = list(next(iter(rows.values())))
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in variants:
+        table.add_column(f"{name} ({unit})", justify="right")
+    for name in variants:
+        if name != base:
+            table.add_column(f"{name} ÷ {base}", justify="right")
+    for label, each in rows.items():
+        numbers = [f"{each[name]:.4g}" for name in variants]
+        ratios = [f"{each[name] / each[base]:.2f}" for name in variants if name != base]
+        table.add_row(label, *numbers, *ratios)
+    console.print(table)
+
+
+def make_model(args: argparse.Namespace, dtype: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        vocab_size=args.vocab,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(args.device, DTYPES[dtype])
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"rank": args.rank, "density": args.density, "support": args.support}
+
+
+def training_step(model: nn.Module, run: Callable[..., Any], args: argparse.Namespace) -> Callable[[], object]:
+    """A whole step: forward, backward and a fused AdamW."""
+    ids = torch.randint(args.vocab, (args.batch, args.seq_len), device=args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        run(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def variants_of(args: argparse.Namespace, dtype: str, lowerings: tuple[str, ...]) -> dict[str, Callable[[], object]]:
+    """Training steps of the dense model under Inductor and of factorized copies of it."""
+    dense = make_model(args, dtype)
+    steps = {"dense Inductor": training_step(dense, torch.compile(dense), args)}
+    for name in lowerings:
+        model = slcompile.factorize_(make_model(args, dtype), slcompile.SLConfig(**options(args)))
+        if name == "eager":
+            steps["sltrain eager"] = training_step(model, model, args)
+        else:
+            compiled = torch.compile(model, backend="sltrain", options={**options(args), "lowering": name})
+            steps[f"sltrain {name}"] = training_step(model, compiled, args)
+    return steps
+
+
+def train(args: argparse.Namespace) -> None:
+    rows = {}
+    for dtype in args.dtype:
+        lowerings = (args.lowering, "composed", "eager") if args.lowering == "auto" else (args.lowering, "eager")
+        rows[dtype] = interleaved(variants_of(args, dtype, lowerings), args.runs, args.device)
+        torch._dynamo.reset()
+    shape = f"{args.layers} layers of {args.hidden}/{args.intermediate}, batch {args.batch}x{args.seq_len}"
+    show(f"Train step (LLaMA, {shape}, rank {args.rank}, density {args.density})", rows, "ms", "dense Inductor")
+
+
+def decode(args: argparse.Namespace) -> None:
+    """One token through the linear layers of a block of the paper's 1B model: memory-bound."""
+    rows = {}
+    for dtype in args.dtype:
+        torch.manual_seed(0)
+        shapes = [(2048, 2048)] * 4 + [(2048, 5461)] * 2 + [(5461, 2048)]
+        layers = [nn.Linear(*shape, bias=False, device=args.device, dtype=DTYPES[dtype]) for shape in shapes]
+        dense = Stack(layers)
+        model = slcompile.factorize_(copy.deepcopy(dense), slcompile.SLConfig(rank=512, density=0.03))
+        x = torch.randn(1, 2048, device=args.device, dtype=DTYPES[dtype])
+        mode = {"inductor": {"triton.cudagraphs": True}} if args.device != "cpu" else {}
+        runs = {
+            "sltrain": torch.compile(model, backend="sltrain", options=mode),
+            "sltrain composed": torch.compile(model, backend="sltrain", options={**mode, "lowering": "composed"}),
+            "dense Inductor": torch.compile(dense, options=mode.get("inductor")),
+        }
+
+        def once(run: Callable[[Tensor], Tensor], x: Tensor = x) -> None:
+            with torch.no_grad():
+                run(x)
+
+        variants = {name: lambda run=run: once(run) for name, run in runs.items()}
+        rows[dtype] = interleaved(variants, 3 * args.runs, args.device)
+        torch._dynamo.reset()
+    show("Decode (1 token, q k v o gate up down of 2048/5461, rank 512, density 0.03)", rows, "ms", "sltrain")
+
+
+class Stack(nn.Module):
+    """The linear layers of a LLaMA block, without what lies between."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.o(self.q(x) * self.k(x) + self.v(x))
+        return self.down(self.gate(x) * self.up(x))
+
+
+def matmul(args: argparse.Namespace) -> None:
+    """One product with a weight of the trained model, forward only, by lowering and number of tokens."""
+    rows = {}
+    for dtype in args.dtype:
+        for rows_, columns in ((args.hidden, args.hidden), (args.intermediate, args.hidden)):
+            weight = slcompile.SLWeight(rows_, columns, slcompile.SLConfig(**options(args)), device=args.device)
+            weight.reset_parameters()
+            weight.to(DTYPES[dtype])
+            B, A, values, support = (each.detach() for each in weight.operands().values())
+            dense = weight.merged()
+
+            def composed(x: Tensor, B=B, A=A, values=values, support=support, scale=weight.scale) -> Tensor:
+                return x @ compose(B, A, values, support, scale).t()
+
+            def factored(x: Tensor, B=B, A=A, values=values, support=support, scale=weight.scale) -> Tensor:
+                return linear_factored(x, [project(x, A, scale)], [B], [values], [support], [None], False)[0]
+
+            for tokens in (1, 16, 256, 2048, 8192):
+                x = torch.randn(tokens, columns, device=args.device, dtype=DTYPES[dtype])
+                runs = {
+                    "dense": lambda x=x, dense=dense: x @ dense.t(),
+                    "composed": lambda x=x, composed=composed: composed(x),
+                    "factored": lambda x=x, factored=factored: factored(x),
+                }
+                check(runs, dtype)
+                label = f"{dtype} {rows_}x{columns}, {tokens} tokens"
+                rows[label] = interleaved(runs, args.runs, args.device)
+    show(f"One matmul, forward, eager (rank {args.rank}, density {args.density})", rows, "ms", "dense")
+
+
+def check(runs: Mapping[str, Callable[[], Tensor]], dtype: str) -> None:
+    """A variant that computes something else is not timed."""
+    results = {name: run() for name, run in runs.items()}
+    limit = 8 * torch.finfo(DTYPES[dtype]).eps * float(results["dense"].float().norm())
+    for name, result in results.items():
+        if not float((result.float() - results["dense"].float()).norm()) <= limit:
+            raise RuntimeError(f"{name} does not compute the product")
+
+
+def in_children(args: argparse.Namespace, dtype: str, kinds: tuple[str, ...], runs: int) -> dict[str, float]:
+    """Medians of what fresh processes with empty caches print; the kinds take turns."""
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    own = {name: value for name, value in vars(args).items() if name not in ("only", "dtype", "child")}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
+    for _ in range(runs):
+        for kind in kinds:
+            with tempfile.TemporaryDirectory() as cache:
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+                command = [sys.executable, __file__, "--dtype", dtype, "--child", kind, *flags]
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    sys.exit(f"the process that measured {kind!r} failed")
+                found[kind].append(json.loads(done.stdout.splitlines()[-1]))
+    return {kind: statistics.median(each) for kind, each in found.items()}
+
+
+def compile_time(args: argparse.Namespace) -> None:
+    """Seconds until the step that compiles nothing more: one step, or two where the first one converts."""
+    kinds = ("dense Inductor", "factorized before", "sltrain string")
+    rows = {dtype: in_children(args, dtype, kinds, 3) for dtype in args.dtype}
+    show("First training steps, empty caches", rows, "s", "dense Inductor")
+
+
+def memory(args: argparse.Namespace) -> None:
+    """The largest sum of allocated bytes in a training step after the first two, parameters and optimizer included."""
+    kinds = ("dense Inductor memory", "sltrain memory", "sltrain composed memory", "sltrain eager memory")
+    rows = {}
+    for dtype in args.dtype:
+        measured = in_children(args, dtype, kinds, 1)
+        rows[dtype] = {kind.removesuffix(" memory"): value for kind, value in measured.items()}
+    show("Peak memory of a train step", rows, "MB", "dense Inductor")
+
+
+def child(args: argparse.Namespace) -> None:
+    """What a fresh process measures: prints one number."""
+    (dtype,) = args.dtype
+    kind = args.child.removesuffix(" memory")
+    model = make_model(args, dtype)
+    lowering = "composed" if kind == "sltrain composed" else args.lowering
+    if kind == "dense Inductor":
+        run: Callable[..., Any] = torch.compile(model)
+    else:
+        if kind != "sltrain string":
+            slcompile.factorize_(model, slcompile.SLConfig(**options(args)))
+        compiled = torch.compile(model, backend="sltrain", options={**options(args), "lowering": lowering})
+        run = model if kind == "sltrain eager" else compiled
+    step = training_step(model, run, args)
+    begin = time.perf_counter()
+    step()
+    if kind == "sltrain string":
+        step()
+    seconds = time.perf_counter() - begin
+    if args.child == kind:
+        print(json.dumps(seconds))
+        return
+    step()
+    held = sum(each.nbytes for each in model.parameters()) * 3 + sum(each.nbytes for each in model.buffers())
+    print(json.dumps((held + peak_above(step, args.device)) / 1e6))
+
+
+def peak_above(run: Callable[[], object], device: str) -> int:
+    """Most bytes allocated during a run above what was allocated before it."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.child:
+        child(args)
+        return
+    device = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU"
+    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
+    console.print(f"{device}{threads}, torch {torch.__version__}, slcompile {slcompile.__version__}\n")
+    parts = {"train": train, "decode": decode, "matmul": matmul, "compile": compile_time, "memory": memory}
+    for name in args.only:
+        parts[name](args)
+        console.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Chooses for each matmul with a factorized weight: compose the weight, or multiply with the factors one by one."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from slcompile import torch_private
+from slcompile.cost import Matmul, crossover, rates
+from slcompile.ops import WEIGHT_OPS
+from slcompile.ops.linear_factored import project
+from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
+
+_COMPOSE = torch.ops.slcompile.compose.default
+_GRADS = torch.ops.slcompile.weight_grads.default
+
+
+def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
+    """Replaces matmuls with composed weights by factored ones where those are predicted to be faster.
+
+    ``x W^T`` becomes ``hidden = scale * x A^T`` and ``linear_factored(x, hidden, B, ...)``, ``x W`` likewise with the
+    roles of the factors exchanged, and ``weight_grads`` becomes two products through the rank and ``values_grad``; the
+    hidden matrices of the forward pass are those of the gradients too. Legal because products are associative and W
+    is a sum; the result is rounded elsewhere. A weight that no composed matmul reads any more is not composed.
+
+    Left composed: what is predicted to be faster so, and what is not a product with the whole matrix (a slice of a
+    packed weight, a batched product, a weight op without factors). With a symbolic number of tokens it chooses for the
+    one that was captured, and guards the graph to that side of where composed and factored would cost the same.
+
+    Args:
+        gm: A graph with ``meta["val"]``, forward and backward in one or either alone; changed in place.
+        lowering: ``"auto"``, or ``"composed"`` or ``"factored"`` for each matmul that can be.
+    """
+    report = PassReport("choose_lowering")
+    sites: list[Site] = []
+    for weight in [node for node in gm.graph.nodes if node.target in WEIGHT_OPS]:
+        found, left = _products(weight)
+        sites += found
+        report.skipped += left
+    backward = _depends_on_tangents(gm.graph)
+    phases = Counter((site.weight, site.node in backward) for site in sites)
+    costs = [_costs(site, phases[site.weight, site.node in backward]) for site in sites]
+    grads = gm.graph.find_nodes(op="call_function", target=_GRADS)
+    if lowering == "auto":
+        _guard_to_one_side([*costs, *(_grads_costs(node, 0) for node in grads)])
+    chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
+    hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
+    for site, cost in zip(sites, costs, strict=True):
+        decision = _choose(_name(site.weight), cost, lowering, _why_not(site))
+        report.add(decision, decision.lowering == "factored")
+        if decision.lowering == "factored":
+            chosen[site.node] = site
+            hiddens.add((*_matrix(site.x, site.weight_first), arguments(site.weight)[0 if site.transposed else 1]))
+    for node in grads:
+        left, right, B, A, *_ = arguments(node)
+        missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
+        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing), lowering)
+        report.add(decision, decision.lowering == "factored")
+        if decision.lowering == "factored":
+            chosen[node] = None
+    insert = Inserter(gm.graph)
+    for node in [node for node in gm.graph.nodes if node in chosen]:  # in the graph's order: what comes later may share
+        chosen_site = chosen[node]
+        if chosen_site is None:
+            _grads_factored(insert, node)
+        else:
+            _multiply_factored(insert, chosen_site)
+    if report.rewritten:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A product with a whole composed weight.
+
+    Attributes:
+        node: mm or addmm.
+        weight: The compose that it reads, perhaps through transposes and casts.
+        x: The other operand.
+        weight_first: Whether it is ``W x`` or ``W^T x``: then the transposes are multiplied, and the result transposed.
+        transposed: Whether x (or its transpose) multiplies W and not W^T.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    x: fx.Node
+    weight_first: bool
+    transposed: bool
+
+
+def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
+    """The products that read a weight and can be factored, and a decision for whatever else reads it."""
+    sites: list[Site] = []
+    others: list[Decision] = []
+    if weight.target is not _COMPOSE:
+        detail = f"{op_name(weight)} has no factored lowering"
+        return [], [Decision(_name(weight), "no_factors", detail, _shape(weight), lowering="composed")]
+    waiting, seen = list(weight.users), set(weight.users)
+    while waiting:
+        node = waiting.pop(0)
+        if trunk(node)[0] is weight:
+            new = [user for user in node.users if user not in seen]
+            waiting += new
+            seen.update(new)
+            continue
+        name = op_name(node)
+        operands = arguments(node)[1:3] if name == "addmm" else arguments(node)[:2] if name == "mm" else ()
+        sources = [trunk(each) for each in operands]
+        which = [source is weight for source, _, _ in sources]
+        if sum(which) == 1 and not node.kwargs:
+            weight_first = which[0]
+            swapped = sources[0 if weight_first else 1][1]
+            sites.append(Site(node, weight, operands[1 if weight_first else 0], weight_first, swapped == weight_first))
+        else:
+            detail = f"{name} reads it, which is no plain product with the whole matrix"
+            others.append(Decision(_name(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
+    return sites, others
+
+
+def _matrix(x: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:
+    """A matrix or its transpose, as a node and whether that is to be transposed: the same for the same numbers."""
+    return (x.all_input_nodes[0], not transposed) if transposes(x) else (x, transposed)
+
+
+def _multiply_factored(insert: Inserter, site: Site) -> None:
+    node, (B, A, values, support, scale) = site.node, arguments(site.weight)[:5]
+    x = insert.transpose(node, site.x) if site.weight_first else site.x
+    dtype = x.meta["val"].dtype
+    # The factor at x's side gives the hidden matrix; project wants [R, width of x].
+    reading, writing = (insert.transpose(node, B), A) if site.transposed else (A, B)
+    hidden = insert.inline(node, project, x, reading, scale)
+    writing, values = (insert.inline(node, _as, each, dtype) for each in (writing, values))
+    bias: fx.Node | None = arguments(node)[0] if op_name(node) == "addmm" else None
+    # linear_factored takes one number for each row; anything else that addmm broadcasts is added afterwards.
+    plain = not site.weight_first and not site.transposed and bias is not None
+    inside = bias if plain and bias is not None and bias.meta["val"].shape == B.meta["val"].shape[:1] else None
+    many = insert.call(
+        node,
+        torch.ops.slcompile.linear_factored.default,
+        *(x, [hidden], [writing], [values], [support], [inside], site.transposed),
+    )
+    result = insert.call(node, operator.getitem, many, 0)
+    if site.weight_first:
+        result = insert.transpose(node, result)
+    if bias is not None and inside is None:
+        result = insert.call(node, torch.ops.aten.add.Tensor, result, bias)
+    node.replace_all_uses_with(result, propagate_meta=False)
+
+
+def _grads_factored(insert: Inserter, node: fx.Node) -> None:
+    left, right, B, A, values, support, scale = arguments(node)
+    reading = (insert.transpose(node, B), A)
+    hiddens = [insert.inline(node, project, x, factor, scale) for x, factor in zip((left, right), reading, strict=True)]
+    grads = [
+        insert.inline(node, _product, insert.transpose(node, left), hiddens[1], B.meta["val"].dtype),
+        insert.inline(node, _product, insert.transpose(node, hiddens[0]), right, A.meta["val"].dtype),
+        insert.call(node, torch.ops.slcompile.values_grad.default, left, right, values, support),
+    ]
+    for user in list(node.users):
+        user.replace_all_uses_with(grads[arguments(user)[1]], propagate_meta=False)
+
+
+def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor.to(dtype)
+
+
+def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    return (first @ second).to(dtype)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Predicted seconds of the two lowerings of one matmul, by the number of tokens."""
+
+    matmul: Matmul
+    tokens: int | torch.SymInt
+    composed: Callable[[int], float]
+    factored: Callable[[int], float]
+
+
+def _costs(site: Site, composes: int) -> Costs:
+    """Of a product; ``composes`` products share one composition."""
+    B, A, values, *_ = arguments(site.weight)
+    x, at = site.x.meta["val"], rates(site.x.meta["val"].device)
+    matmul = _matmul(B, A, values, x.dtype)
+    return Costs(
+        matmul,
+        x.shape[1 if site.weight_first else 0],
+        functools.partial(matmul.composed, rates=at, composes=1 / composes),
+        functools.partial(matmul.factored, rates=at, transposed=site.transposed),
+    )
+
+
+def _grads_costs(node: fx.Node, missing: int) -> Costs:
+    """Of a weight_grads; ``missing`` hidden matrices are made for it alone."""
+    left, _, B, A, values, *_ = arguments(node)
+    at = rates(left.meta["val"].device)
+    matmul = _matmul(B, A, values, left.meta["val"].dtype)
+    return Costs(
+        matmul,
+        left.meta["val"].shape[0],
+        functools.partial(matmul.grads_composed, rates=at),
+        functools.partial(matmul.grads_factored, rates=at, hiddens=missing),
+    )
+
+
+def _guard_to_one_side(costs: list[Costs]) -> None:
+    """Guards each symbolic number of tokens to the side of one limit, at which the whole graph's costs are equal.
+
+    One limit and not one for each matmul: a graph for each of their intervals would be compiled.
+    """
+    for name, tokens in {str(each.tokens): each.tokens for each in costs}.items():
+        if isinstance(tokens, int):
+            continue
+        group = [each for each in costs if str(each.tokens) == name]
+        limit = crossover(functools.partial(_sum, group, "composed"), functools.partial(_sum, group, "factored"))
+        if limit is not None:
+            guard_or_false(tokens >= limit)
+
+
+def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
+    return sum(getattr(each, lowering)(tokens) for each in costs)
+
+
+def _why_not(site: Site) -> tuple[str, str] | None:
+    """A reason and a sentence, where a product has no factored lowering on its device."""
+    values = arguments(site.weight)[2].meta["val"]
+    if site.transposed and values.dim() == 1 and values.device.type != "cpu":
+        return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
+    return None
+
+
+def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | None = None) -> Decision:
+    """The decision on one matmul, with both predicted costs, and with a reason where it stays composed."""
+    tokens = torch_private.size_hint(cost.tokens)
+    costs = {"composed": cost.composed(tokens), "factored": cost.factored(tokens)}
+    reason, detail = why_not or ("asked_for", "asked for by lowering='composed'")
+    if why_not:
+        lowering = "composed"
+    elif lowering == "auto":
+        lowering = min(costs, key=costs.__getitem__)
+        reason, detail = "slower", "factored is predicted to be slower"
+    predicted = ", ".join(f"{each} {1e3 * seconds:.3g} ms" for each, seconds in costs.items()) + f" at {tokens} tokens"
+    if lowering == "factored":
+        reason, detail = "", predicted
+    else:
+        detail = f"{detail}: {predicted}"
+    return Decision(name, reason, detail, (cost.matmul.rows, cost.matmul.columns), 1, lowering, costs)
+
+
+def _matmul(B: fx.Node, A: fx.Node, values: fx.Node, dtype: torch.dtype) -> Matmul:
+    sizes = (*B.meta["val"].shape, A.meta["val"].shape[1], values.meta["val"].numel())
+    rows, rank, columns, nonzeros = map(torch_private.size_hint, sizes)
+    return Matmul(rows, columns, rank, nonzeros, dtype)
+
+
+def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of the backward pass: AOTAutograd calls its inputs tangents."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
+        if is_tangent or any(each in found for each in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _name(node: fx.Node) -> str:
+    """Where the model calls for this weight, as far as the graph knows; else the node's name."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else node.name
+
+
+def _shape(weight: fx.Node) -> tuple[int, ...]:
+    return tuple(weight.meta["val"].shape)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import fx
+
+from slcompile import cost
+from slcompile.passes import choose_lowering, fuse_weight_grads, lower_ops
+
+MODULE = sys.modules["slcompile.passes.choose_lowering"]  # the package's attribute of this name is the function
+
+
+def prepared(joint, *args, **kwargs) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    gm, inputs = joint.graph(*args, **kwargs)
+    fuse_weight_grads(gm)
+    return gm, inputs
+
+
+def test_graph(stratified_joint):
+    gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t())
+    report = choose_lowering(gm, "factored")
+    assert [(each.name, each.lowering) for each in report.rewritten] == [
+        ("compose", "factored"),
+        ("compose", "factored"),
+        ("weight_grads_default gradients", "factored"),
+    ]
+    # W is not composed any more, and the hidden matrices of the products, mul_tensor and mul_tensor_1, are those of the
+    # gradients.
+    assert stratified_joint.text_of(gm) == [
+        "permute_default = aten.permute(a_1, [1, 0])",
+        "mm_default = aten.mm(x_1, permute_default)",
+        "mul_tensor = aten.mul.Tensor(mm_default, 0.5)",
+        "linear_factored_default = slcompile.linear_factored(x_1, [mul_tensor], [b_1], [values_1], [support_1], "
+        "[None], False)",
+        "getitem_3 = getitem(linear_factored_default, 0)",
+        "permute_default_1 = aten.permute(b_1, [1, 0])",
+        "permute_default_2 = aten.permute(permute_default_1, [1, 0])",
+        "mm_default_1 = aten.mm(tangents_1, permute_default_2)",
+        "mul_tensor_1 = aten.mul.Tensor(mm_default_1, 0.5)",
+        "linear_factored_default_1 = slcompile.linear_factored(tangents_1, [mul_tensor_1], [a_1], [values_1], "
+        "[support_1], [None], True)",
+        "getitem_4 = getitem(linear_factored_default_1, 0)",
+        "permute_default_3 = aten.permute(tangents_1, [1, 0])",
+        "mm_default_2 = aten.mm(permute_default_3, mul_tensor)",
+        "permute_default_4 = aten.permute(mul_tensor_1, [1, 0])",
+        "mm_default_3 = aten.mm(permute_default_4, x_1)",
+        "values_grad_default = slcompile.values_grad(tangents_1, x_1, values_1, support_1)",
+    ]
+
+
+FUNCTIONS = {
+    "linear": (lambda x, w: x @ w.t(), (24, 48)),
+    "conv1d": (lambda x, w: x @ w, (24, 40)),
+    "weight first": (lambda x, w: w @ x, (48, 24)),
+    "transposed weight first": (lambda x, w: w.t() @ x, (40, 24)),
+    "batched input": (lambda x, w: torch.nn.functional.linear(x, w), (2, 3, 48)),
+    "bias of a linear": (lambda x, w: torch.addmm(x[0, :40], x, w.t()), (24, 48)),
+    "bias of a conv1d": (lambda x, w: torch.addmm(torch.ones(48, dtype=x.dtype), x, w), (24, 40)),
+    "matrix for a bias": (lambda x, w: torch.addmm(x[:, :40], x, w.t()), (24, 48)),
+    "bias of one element": (lambda x, w: torch.addmm(x[0, :1], x, w.t()), (24, 48)),
+}
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["ops", "lowered"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_same_numbers_and_twice_changes_nothing(joint, name, lowered):
+    function, x_shape = FUNCTIONS[name]
+    gm, inputs = prepared(joint, function, x_shape)
+    expected = gm(*inputs)
+    report = choose_lowering(gm, "factored")
+    assert [each.lowering for each in report.rewritten] == ["factored"] * 3
+    assert sorted(joint.ours(gm)) == ["linear_factored", "linear_factored", "values_grad"]
+    again = choose_lowering(gm, "factored")
+    assert (again.rewritten, again.skipped) == ([], [])
+    if lowered:
+        lower_ops(gm)
+    joint.assert_close(gm(*inputs), expected)
+
+
+def test_casts_of_the_weight_become_casts_of_the_factors(joint):
+    gm, inputs = prepared(joint, lambda x, w: x @ w.t(), cast=torch.bfloat16)
+    truth, _ = joint.graph(lambda x, w: x @ w.t(), cast=torch.float64)
+    exact = truth(*(each.double() if each.is_floating_point() else each for each in inputs))
+    composed = gm(*inputs)
+    choose_lowering(gm, "factored")
+    factored = gm(*inputs)
+    assert [each.dtype for each in factored] == [each.dtype for each in composed]
+    for ours, eager, wanted in zip(factored, composed, exact, strict=True):
+        error, allowed = (float((each.double() - wanted.double()).norm()) for each in (ours, eager))
+        # No worse than composing, up to half a unit in the last place of bfloat16.
+        assert error <= allowed + 2**-9 * float(wanted.double().norm())
+
+
+def test_auto_takes_the_cheaper_and_says_both_costs(stratified_joint, monkeypatch):
+    slow_sparse = cost.Rates({"float32": 1e11}, {"float32": 1e3}, 1e10)
+    fast_sparse = cost.Rates({"float32": 1e6}, {"float32": 1e11}, 1e10)
+    for rates, lowering in ((slow_sparse, "composed"), (fast_sparse, "factored")):
+        monkeypatch.setattr(MODULE, "rates", lambda device, rates=rates: rates)
+        gm, inputs = prepared(stratified_joint, lambda x, w: x @ w.t())
+        expected = gm(*inputs)
+        report = choose_lowering(gm)
+        decisions = report.rewritten + report.skipped
+        assert [each.lowering for each in decisions] == [lowering] * 3
+        for each in decisions:
+            assert min(each.costs, key=each.costs.__getitem__) == lowering
+            assert f"composed {1e3 * each.costs['composed']:.3g} ms" in each.detail
+            assert f"factored {1e3 * each.costs['factored']:.3g} ms at 24 tokens" in each.detail
+            assert each.reason == ("slower" if lowering == "composed" else "")
+        stratified_joint.assert_close(gm(*inputs), expected)
+
+
+def test_mixed_choices_share_what_they_can(stratified_joint, monkeypatch):
+    """Only the gradients factored: both hidden matrices are made for them, and W is composed for the products."""
+    gm, inputs = prepared(stratified_joint, lambda x, w: x @ w.t())
+    expected = gm(*inputs)
+    found = []
+
+    def grads_factored(self, tokens, rates, hiddens):
+        found.append(hiddens)
+        return 0.0
+
+    monkeypatch.setattr(cost.Matmul, "factored", lambda self, *args, **kwargs: 1e9)
+    monkeypatch.setattr(cost.Matmul, "grads_factored", grads_factored)
+    report = choose_lowering(gm)
+    assert [each.lowering for each in report.skipped + report.rewritten] == ["composed", "composed", "factored"]
+    assert found == [2, 2] or found == [2]
+    assert stratified_joint.ours(gm) == ["compose", "values_grad"]
+    stratified_joint.assert_close(gm(*inputs), expected)
+
+
+def test_composed_on_request_changes_nothing(joint):
+    gm, _ = prepared(joint, lambda x, w: x @ w.t())
+    before = joint.text_of(gm)
+    report = choose_lowering(gm, "composed")
+    assert joint.text_of(gm) == before
+    assert [(each.lowering, each.reason) for each in report.skipped] == [("composed", "asked_for")] * 3
+    assert report.rewritten == []
+
+
+def test_what_is_no_product_with_the_whole_weight_stays_composed(stratified_joint):
+    gm, inputs = prepared(stratified_joint, lambda x, w: x @ w[:20].t() + (x @ w.t())[:, :20])
+    expected = gm(*inputs)
+    report = choose_lowering(gm, "factored")
+    reasons = {(each.reason, each.detail) for each in report.skipped}
+    assert reasons == {("not_a_product", "slice reads it, which is no plain product with the whole matrix")}
+    assert len(report.rewritten) == 2  # the other product, forward and backward; the summed gradients are not fused
+    assert "compose" in stratified_joint.ours(gm)
+    stratified_joint.assert_close(gm(*inputs), expected)
+
+
+def test_another_weight_op_is_left(stratified_joint, monkeypatch):
+    gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t())
+    monkeypatch.setattr(MODULE, "WEIGHT_OPS", (torch.ops.aten.mm.default,))
+    report = choose_lowering(gm, "factored")
+    assert {(each.reason, each.detail) for each in report.skipped} == {("no_factors", "mm has no factored lowering")}
+
+
+def test_a_symbolic_number_of_tokens_gets_one_guard(stratified_joint, monkeypatch):
+    # 1 / 1000 of a second to compose, and a product that is cheaper composed: equal costs at some number of tokens.
+    rates = cost.Rates({"float32": 1e9}, {"float32": 5e8}, 1e12)
+    monkeypatch.setattr(MODULE, "rates", lambda device: rates)
+    gm, inputs = prepared(stratified_joint, lambda x, w: x @ w.t(), mode="symbolic")
+    expected = gm(*inputs)
+    shape_env = next(node.meta["val"] for node in gm.graph.nodes if "val" in node.meta).fake_mode.shape_env
+    guards = len(shape_env.guards)
+    report = choose_lowering(gm)
+    assert len(shape_env.guards) <= guards + 1
+    assert len(report.rewritten) + len(report.skipped) == 3
+    assert all("at 24 tokens" in each.detail for each in report.rewritten + report.skipped)
+    lower_ops(gm)
+    stratified_joint.assert_close(gm(*inputs), expected)

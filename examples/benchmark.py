@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
-from slcompile.ops import compose
-from slcompile.ops.linear_factored import linear_factored, project
+from slcompile.ops import compose, linear_factored, project
+from slcompile.ops.sparse_cpu import kept_bytes
 
 PARTS = ("train", "decode", "matmul", "compile", "memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -215,7 +215,7 @@ def matmul(args: argparse.Namespace) -> None:
                 return x @ compose(B, A, values, support, scale).t()
 
             def factored(x: Tensor, B=B, A=A, values=values, support=support, scale=weight.scale) -> Tensor:
-                return linear_factored(x, [project(x, A, scale)], [B], [values], [support], [None], False)[0]
+                return linear_factored(x, project(x, [A], [scale]), [B], [values], [support], [None], False)[0]
 
             for tokens in (1, 16, 256, 2048, 8192):
                 x = torch.randn(tokens, columns, device=args.device, dtype=DTYPES[dtype])
@@ -296,7 +296,9 @@ def child(args: argparse.Namespace) -> None:
         print(json.dumps(seconds))
         return
     step()
+    # Parameters, the two moments of AdamW, buffers, and the positions that the factored lowering keeps.
     held = sum(each.nbytes for each in model.parameters()) * 3 + sum(each.nbytes for each in model.buffers())
+    held += kept_bytes()
     print(json.dumps((held + peak_above(step, args.device)) / 1e6))
 
 

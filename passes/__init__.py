@@ -12,9 +12,10 @@
 
    fuse_weight_grads       a weight's gradient and its projection on the factors become one op, weight_grads
    choose_lowering         each matmul: compose the weight, or multiply with the factors? the cheaper of the two
+   group_projections       factored matmuls with the same input become one op: q/k/v, gate/up
    recompute_weights       composed weights are recomputed in the backward pass, or kept if the user asks for speed
 
-3. On the forward and the backward graph, after they were partitioned (``post_grad_custom_pre_pass``):
+3. On the forward and the backward graph, after they were partitioned (``post_grad_custom_pre_pass``), ``post_passes``:
 
    lower_ops               our ops become ATen on CPU and Triton launches on GPUs; Inductor compiles them with the rest
 
@@ -36,6 +37,7 @@ from slcompile.passes.choose_lowering import choose_lowering
 from slcompile.passes.find_matmuls import find_matmuls
 from slcompile.passes.fuse_weight_grads import fuse_weight_grads
 from slcompile.passes.graph import Decision, GraphPass, PassReport, run
+from slcompile.passes.group_projections import group_projections
 from slcompile.passes.lower_ops import lower_ops
 from slcompile.passes.merge_weights import merge_weights
 from slcompile.passes.parameterize_weights import parameterize_weights
@@ -47,23 +49,28 @@ def joint_passes(config: SLConfig) -> tuple[GraphPass, ...]:
     return (
         fuse_weight_grads,
         functools.partial(choose_lowering, lowering=config.lowering),
+        group_projections,
         functools.partial(recompute_weights, keep=config.keep_weights),
     )
 
 
-POST_PASSES = (lower_ops,)
+def post_passes(config: SLConfig) -> tuple[GraphPass, ...]:
+    """The passes on the forward and the backward graph, in order."""
+    return (functools.partial(lower_ops, autotune=config.autotune),)
+
 
 __all__ = [
-    "POST_PASSES",
     "Decision",
     "PassReport",
     "choose_lowering",
     "find_matmuls",
     "fuse_weight_grads",
+    "group_projections",
     "joint_passes",
     "lower_ops",
     "merge_weights",
     "parameterize_weights",
+    "post_passes",
     "recompute_weights",
     "run",
 ]

@@ -16,7 +16,6 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from slcompile import torch_private
 from slcompile.cost import Matmul, crossover, rates
 from slcompile.ops import WEIGHT_OPS
-from slcompile.ops.linear_factored import project
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
 _COMPOSE = torch.ops.slcompile.compose.default
@@ -136,9 +135,9 @@ def _multiply_factored(insert: Inserter, site: Site) -> None:
     node, (B, A, values, support, scale) = site.node, arguments(site.weight)[:5]
     x = insert.transpose(node, site.x) if site.weight_first else site.x
     dtype = x.meta["val"].dtype
-    # The factor at x's side gives the hidden matrix; project wants [R, width of x].
+    # The factor at x's side gives the hidden matrix: [R, width of x].
     reading, writing = (insert.transpose(node, B), A) if site.transposed else (A, B)
-    hidden = insert.inline(node, project, x, reading, scale)
+    hidden = insert.inline(node, _hidden, x, reading, scale)
     writing, values = (insert.inline(node, _as, each, dtype) for each in (writing, values))
     bias: fx.Node | None = arguments(node)[0] if op_name(node) == "addmm" else None
     # linear_factored takes one number for each row; anything else that addmm broadcasts is added afterwards.
@@ -160,7 +159,7 @@ def _multiply_factored(insert: Inserter, site: Site) -> None:
 def _grads_factored(insert: Inserter, node: fx.Node) -> None:
     left, right, B, A, values, support, scale = arguments(node)
     reading = (insert.transpose(node, B), A)
-    hiddens = [insert.inline(node, project, x, factor, scale) for x, factor in zip((left, right), reading, strict=True)]
+    hiddens = [insert.inline(node, _hidden, x, factor, scale) for x, factor in zip((left, right), reading, strict=True)]
     grads = [
         insert.inline(node, _product, insert.transpose(node, left), hiddens[1], B.meta["val"].dtype),
         insert.inline(node, _product, insert.transpose(node, hiddens[0]), right, A.meta["val"].dtype),
@@ -168,6 +167,10 @@ def _grads_factored(insert: Inserter, node: fx.Node) -> None:
     ]
     for user in list(node.users):
         user.replace_all_uses_with(grads[arguments(user)[1]], propagate_meta=False)
+
+
+def _hidden(x: Tensor, factor: Tensor, scale: float) -> Tensor:
+    return (x @ factor.to(x.dtype).t()) * scale
 
 
 def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -171,7 +171,8 @@ class Inserter:
         return self.call(before, torch.ops.aten.permute.default, matrix, [1, 0])
 
     def _insert(self, before: fx.Node, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
-        key = str((target, args, kwargs))
+        # What has no inputs makes memory, of which everyone needs their own.
+        key = str((target, args, kwargs, None if _nodes((args, kwargs)) else len(self._seen)))
         if key not in self._seen:
             with self.graph.inserting_before(before):
                 self._seen[key] = self.graph.create_node("call_function", target, args, kwargs)

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.func import functionalize
 
 from slcompile.ops.linear_factored import linear_factored_aten
+from slcompile.ops.project import project_aten
 from slcompile.ops.values_grad import values_grad_aten
 from slcompile.ops.weight_grads import weight_grads_aten
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name
 
-_ATEN: dict[Any, Callable[..., Any]] = {
-    torch.ops.slcompile.linear_factored.default: linear_factored_aten,
-    torch.ops.slcompile.values_grad.default: values_grad_aten,
-    torch.ops.slcompile.weight_grads.default: weight_grads_aten,
-}
+_OPS = torch.ops.slcompile
 
 
-def lower_ops(gm: fx.GraphModule) -> PassReport:
-    """Replaces each of our ops by its implementation, traced, so that Inductor fuses what is around it.
+def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
+    """Replaces each of our ops by its implementation, traced, so that Inductor sees it and fuses what is around it.
 
     The last pass: it runs on the forward and the backward graph after they were partitioned, so that a composed weight
-    is recomputed as one node. On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation:
-    they write in place, which Inductor would lower to slow scatters.
+    is recomputed as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written.
+    On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
+    Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused.
+
+    Args:
+        gm: A graph with ``meta["val"]``; changed in place.
+        autotune: Whether the kernels time several configurations, once for each shape.
     """
     report = PassReport("lower_ops")
     insert = Inserter(gm.graph)
-    for node in list(gm.graph.nodes):
-        if not str(node.target).startswith("slcompile."):
-            continue
-        lowered = _ATEN.get(node.target)
+    for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
+        if node.target is _OPS.compose.default:
+            node = _fold_cast(insert, node)
+        table = _aten() if _device(node).type == "cpu" else _triton(autotune)
+        lowered = table.get(node.target)
         if lowered is None:
             report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
             continue
@@ -47,3 +52,51 @@ def lower_ops(gm: fx.GraphModule) -> PassReport:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return report
+
+
+@functools.cache
+def _aten() -> Mapping[Any, Callable[..., Any]]:
+    return {
+        _OPS.linear_factored.default: linear_factored_aten,
+        _OPS.project.default: project_aten,
+        _OPS.values_grad.default: values_grad_aten,
+        _OPS.weight_grads.default: weight_grads_aten,
+    }
+
+
+@functools.cache
+def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
+    """The launchers; functional, since Inductor's graphs are: it decides what is written in place."""
+    from slcompile.kernels import compose, linear_factored, weight_grads
+
+    launchers: dict[Any, Callable[..., Any]] = {
+        _OPS.compose.default: compose.compose,
+        _OPS.linear_factored.default: linear_factored.linear_factored,
+        _OPS.project.default: linear_factored.project,
+        _OPS.values_grad.default: weight_grads.values_grad,
+        _OPS.weight_grads.default: weight_grads.weight_grads,
+    }
+    return {op: _functional(launcher, autotune) for op, launcher in launchers.items()}
+
+
+def _functional(launcher: Callable[..., Any], autotune: bool) -> Callable[..., Any]:
+    wrapped: Callable[..., Any] = functionalize(functools.partial(launcher, autotune=autotune))
+    return wrapped
+
+
+def _device(node: fx.Node) -> torch.device:
+    return node.all_input_nodes[0].meta["val"].device
+
+
+def _fold_cast(insert: Inserter, compose: fx.Node) -> fx.Node:
+    """A compose that writes its weight in the dtype that everything casts it to; the same one, where there is none."""
+    dtypes = {user.args[1] if op_name(user) == "convert_element_type" else None for user in compose.users}
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+    if not isinstance(dtype, torch.dtype) or len(compose.args) > 5:
+        return compose
+    written = insert.call(compose, _OPS.compose.default, *compose.args, dtype)
+    for user in list(compose.users):
+        user.replace_all_uses_with(written, propagate_meta=False)
+        compose.graph.erase_node(user)
+    compose.graph.erase_node(compose)
+    return written

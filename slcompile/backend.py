@@ -15,14 +15,14 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
 
-from slcompile import passes, torch_private
+from slcompile import cost, passes, torch_private
 from slcompile.capture import weight_uses
 from slcompile.config import SLConfig, did_you_mean
 from slcompile.conversion import EXPLICIT, Candidate, choose, convert, lock, warn_of_held_weights
 from slcompile.eligibility import require_possible_rank, structural_reason
 from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training
-from slcompile.passes import POST_PASSES, Decision, PassReport, joint_passes, parameterize_weights, run
+from slcompile.passes import Decision, PassReport, joint_passes, parameterize_weights, post_passes, run
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import GraphPass
 from slcompile.step_hook import successor_of
@@ -181,7 +181,7 @@ class _Graph:
                 }
             inputs = _expand(inputs, operands)
         joint = self.passes(JOINT_HOOK, joint_passes(self.config))
-        hooks = {JOINT_HOOK: joint, POST_HOOK: self.passes(POST_HOOK, POST_PASSES)}
+        hooks = {JOINT_HOOK: joint, POST_HOOK: self.passes(POST_HOOK, post_passes(self.config))}
         composes = _composes(gm)
         compiled = torch_private.inductor(gm, inputs, {**self.settings, **hooks})
         if composes and joint.calls and not joint.seen:
@@ -237,7 +237,7 @@ class GraphPasses(CustomGraphPass):
 
     def uuid(self) -> Any:
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
-        return None if None in ids else (_sources_hash(), self.config, *ids)
+        return None if None in ids else (_sources_hash(), self.config, cost.fingerprint(), *ids)
 
 
 @functools.cache

@@ -35,6 +35,8 @@ class SLConfig:
             ``slcompile.cost`` predicts to be faster.
         keep_weights: Whether composed weights are kept for the backward pass, at the memory of the dense weights,
             and not composed again there.
+        autotune: Whether Triton kernels time several configurations, once for each shape, instead of taking the
+            device's default.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names it.
@@ -51,6 +53,7 @@ class SLConfig:
     min_dim: int = 32
     lowering: str = "auto"
     keep_weights: bool = False
+    autotune: bool = False
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -76,7 +79,8 @@ class SLConfig:
         )
         _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
         _require_choice("lowering", self.lowering, LOWERINGS)
-        _require(isinstance(self.keep_weights, bool), "keep_weights", self.keep_weights, "True or False")
+        for name in ("keep_weights", "autotune"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[SLConfig, dict[str, Any]]:

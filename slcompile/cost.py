@@ -157,6 +157,12 @@ def rates(device: torch.device) -> Rates:
     return _rates(_key(device))
 
 
+def fingerprint() -> str:
+    """What the choices of this process depend on: the rates of its CPU and of its GPU."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return repr([rates(torch.device(device)) for device in devices])
+
+
 @functools.cache
 def _rates(key: tuple[str, ...]) -> Rates:
     path = _path(key)

@@ -6,6 +6,7 @@ import torch
 
 from slcompile.ops.compose import compose, compose_backward, compose_reference
 from slcompile.ops.linear_factored import linear_factored
+from slcompile.ops.project import project
 from slcompile.ops.values_grad import values_grad
 from slcompile.ops.weight_grads import weight_grads
 
@@ -18,6 +19,7 @@ __all__ = [
     "compose_backward",
     "compose_reference",
     "linear_factored",
+    "project",
     "values_grad",
     "weight_grads",
 ]

@@ -16,12 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slcompile.ops.sparse_cpu import sparse_addmm
-
-
-def project(x: Tensor, factor: Tensor, scale: float) -> Tensor:
-    """``scale * x_TK @ factor_RK^T`` in x's dtype: the hidden [T, R] of a factored matmul."""
-    return (x @ factor.to(x.dtype).t()) * scale
+from slcompile.ops.sparse_cpu import sparse_addmm, transposed_copy
 
 
 @torch.library.custom_op("slcompile::linear_factored", mutates_args=())
@@ -67,7 +62,7 @@ def linear_factored_aten(
     transposed: bool,
 ) -> list[Tensor]:
     """The same in ATen, for CPU: the results are transposes of matrices with the tokens in the columns."""
-    x_T = x.t().contiguous()
+    x_T = transposed_copy(x)
     results = []
     for hidden, factor, each, support, bias in zip(hiddens, factors, values, supports, biases, strict=True):
         result = sparse_addmm(factor, hidden, each, support, x_T, transposed).t()

@@ -8,8 +8,12 @@ which the same ATen calls take 30 times as long.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile.support import stratified_columns
 
@@ -34,14 +38,13 @@ def sparse_addmm(
     """
     result, factor = factor.shape[transposed], factor.t() if transposed else factor
     rows, columns = (dense.shape[0], result) if transposed else (result, dense.shape[0])
-    row, column = entries(values, support, rows, columns)
     weights = values.flatten()
-    bag, entry = (column, row) if transposed else (row, column)
     if transposed:
-        bag, order = bag.sort(stable=True)
-        entry, weights = entry.index_select(0, order), weights.index_select(0, order)
-    counts = torch.bincount(bag, minlength=result)
-    starts = (counts.cumsum(0) - counts).to(entry.dtype)
+        entry, starts, order = _kept(_bags_of_columns, values, support, rows, columns)
+        weights = weights.index_select(0, order)
+    else:
+        _, entry = _kept(entries, values, support, rows, columns)
+        starts = _starts(values, support, rows, columns)
     with torch.autocast(dense.device.type, enabled=False):
         sparse = torch.ops.aten._embedding_bag_forward_only(dense, entry, starts, False, 0, False, weights)[0]
         return sparse.addmm_(factor, hidden.t())
@@ -64,7 +67,7 @@ def sparse_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor) ->
     Returns:
         Shape and dtype of ``values``.
     """
-    row, column = entries(values, support, left.shape[0], right.shape[0])
+    row, column = _kept(entries, values, support, left.shape[0], right.shape[0])
     starts = row[:1]  # not read: the bag of each entry is given, which is its row
     # The gradient of an embedding bag's weights is this dot product.
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, column, starts, row, 0)
@@ -83,9 +86,63 @@ def entries(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[T
         values, support: As for ``slcompile.ops.compose``.
         rows, columns: Shape of the weight.
     """
-    dtype = torch.int32 if max(rows, columns, values.numel()) < 2**31 else torch.int64
+    dtype = _index_dtype(values, rows, columns)
     if values.dim() == 1:
         return (support // columns).to(dtype), (support % columns).to(dtype)
     groups = values.shape[1]
-    row = torch.arange(rows, dtype=dtype, device=values.device).unsqueeze(1).expand(rows, groups)
-    return row.flatten(), stratified_columns(support, rows, columns, groups).flatten().to(dtype)
+    row = torch.arange(rows, dtype=dtype, device=values.device).repeat_interleave(groups)
+    return row, stratified_columns(support, rows, columns, groups).flatten().to(dtype)
+
+
+def _starts(values: Tensor, support: Tensor, rows: int, columns: int) -> Tensor:
+    """Where each row's entries begin, of the dtype of ``entries``."""
+    if values.dim() == 2:
+        dtype = _index_dtype(values, rows, columns)
+        return torch.arange(0, values.numel(), values.shape[1], dtype=dtype, device=values.device)
+    return _begins(entries(values, support, rows, columns)[0], rows)
+
+
+def _bags_of_columns(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries sorted by column: their rows, where each column's begin, and their positions among ``values``."""
+    row, column = entries(values, support, rows, columns)
+    column, order = column.sort(stable=True)
+    return row.index_select(0, order), _begins(column, columns), order.to(row.dtype)
+
+
+def _begins(bag: Tensor, bags: int) -> Tensor:
+    counts = torch.bincount(bag, minlength=bags)
+    return (counts.cumsum(0) - counts).to(bag.dtype)
+
+
+def _index_dtype(values: Tensor, rows: int, columns: int) -> torch.dtype:
+    return torch.int32 if max(rows, columns, values.numel()) < 2**31 else torch.int64
+
+
+_memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Seed -> what was made from it: 16 bytes for each non-zero, as long as the seed tensor lives."""
+
+
+def _kept(
+    make: Callable[..., tuple[Tensor, ...]], values: Tensor, support: Tensor, rows: int, columns: int
+) -> tuple[Tensor, ...]:
+    """What ``make`` returns, made once for a seed: it takes longer than the product. A flat index is not kept."""
+    if values.dim() == 1:
+        return make(values, support, rows, columns)
+    made = _memory.setdefault(support, {})
+    key = (make, int(support), rows, columns, values.shape[1])
+    if key not in made:
+        for old in [each for each in made if each[1:] != key[1:]]:  # of a seed that was overwritten
+            del made[old]
+        made[key] = make(values, support, rows, columns)
+    return cast(tuple[Tensor, ...], made[key])
+
+
+def kept_bytes() -> int:
+    """Bytes of what is kept for the seeds that are alive."""
+    return sum(each.nbytes for made in _memory.values() for tensors in made.values() for each in tensors)
+
+
+def transposed_copy(matrix: Tensor) -> Tensor:
+    """The transpose, contiguous."""
+    # Not .contiguous(): whether a matrix with a symbolic number of tokens is contiguous already would be guarded.
+    return matrix.t().clone(memory_format=torch.contiguous_format)

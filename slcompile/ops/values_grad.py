@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slcompile.ops.sparse_cpu import sparse_dots
+from slcompile.ops.sparse_cpu import sparse_dots, transposed_copy
 
 
 @torch.library.custom_op("slcompile::values_grad", mutates_args=())
@@ -35,4 +35,4 @@ def _(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
 
 def values_grad_aten(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
     """The same in ATen, for CPU."""
-    return sparse_dots(left.t().contiguous(), right.t().contiguous(), values, support)
+    return sparse_dots(transposed_copy(left), transposed_copy(right), values, support)

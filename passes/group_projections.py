@@ -1,0 +1,92 @@
+"""Makes one op of factored matmuls with the same input: q, k and v, or gate and up."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from slcompile import torch_private
+from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes
+
+FEW_TOKENS = 64
+"""Up to so many, the hidden matrices of siblings are made in one launch; above, the vendor's matmuls are faster."""
+
+_FACTORED = torch.ops.slcompile.linear_factored.default
+
+
+def group_projections(gm: fx.GraphModule) -> PassReport:
+    """Merges ``linear_factored`` nodes of one input and direction, and for few tokens on a GPU their hidden matrices.
+
+    Legal because the op works on lists, entry by entry. What a later sibling needs is moved before the first one;
+    where that would need a result of the group itself, the sibling is left. So are nodes without a sibling.
+    """
+    report = PassReport("group_projections")
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=_FACTORED):
+        groups.setdefault((arguments(node)[0], arguments(node)[6]), []).append(node)
+    for first, *others in groups.values():
+        if not others:
+            report.skipped.append(Decision(first.name, "alone", "no other factored matmul reads its input"))
+            continue
+        group = [first]
+        for node in others:
+            needed = _needed_after(first, node)
+            if any(each in group for each in needed):
+                report.skipped.append(Decision(node.name, "depends", f"it needs the result of {first.name}"))
+                continue
+            for each in needed:
+                first.prepend(each)
+            group.append(node)
+        if len(group) > 1:
+            _merge(Inserter(gm.graph), group)
+            report.rewritten.append(Decision(", ".join(each.name for each in group), matmuls=len(group)))
+    if report.rewritten:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return report
+
+
+def _needed_after(first: fx.Node, node: fx.Node) -> list[fx.Node]:
+    """What ``node`` depends on, of ``first`` and the nodes behind it, in the graph's order."""
+    wanted, behind = set(node.all_input_nodes), []
+    each = node.prev
+    while each is not first.prev:
+        if each in wanted:
+            behind.append(each)
+            wanted.update(each.all_input_nodes)
+        each = each.prev
+    return behind[::-1]
+
+
+def _merge(insert: Inserter, group: list[fx.Node]) -> None:
+    first = group[0]
+    x, *_, transposed = arguments(first)
+    lists = [[each for node in group for each in arguments(node)[position]] for position in range(1, 6)]
+    lists[0] = _projected(insert, first, x, lists[0])
+    merged = insert.call(first, _FACTORED, x, *lists, transposed)
+    results = iter([insert.call(first, operator.getitem, merged, index) for index in range(len(lists[0]))])
+    for node in group:
+        own = [next(results) for _ in arguments(node)[1]]
+        for user in list(node.users):
+            user.replace_all_uses_with(own[arguments(user)[1]], propagate_meta=False)
+
+
+def _projected(insert: Inserter, before: fx.Node, x: fx.Node, hiddens: list[fx.Node]) -> list[fx.Node]:
+    """The hidden matrices, in one op where that is faster and each is ``mul(mm(x, factor^T), scale)``."""
+    tokens, device = x.meta["val"].shape[0], x.meta["val"].device
+    few = torch_private.size_hint(tokens) <= FEW_TOKENS and isinstance(tokens, int)
+    if device.type == "cpu" or not few:
+        return hiddens
+    factors, scales = [], []
+    for hidden in hiddens:
+        product, scale = arguments(hidden)[:2] if op_name(hidden) == "mul" else (hidden, 1.0)
+        if op_name(product) != "mm" or arguments(product)[0] is not x or not isinstance(scale, float):
+            return hiddens
+        factor = arguments(product)[1]
+        factors.append(factor.all_input_nodes[0] if transposes(factor) else insert.transpose(before, factor))
+        scales.append(scale)
+    many = insert.call(before, torch.ops.slcompile.project.default, x, factors, scales)
+    return [insert.call(before, operator.getitem, many, index) for index in range(len(hiddens))]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -53,9 +53,31 @@ def passes_of(settings: dict[str, Any], hook: str) -> list[Any]:
 
 def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
     """Compiles a graph with Inductor under these settings; they hold for the backward, which may compile later."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=settings))
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
+
+    return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=inner, config_patches=settings))
+
+
+def _with_symbolic_strides(value: Any) -> Any:
+    """A fake tensor of symbolic shape whose strides follow from its sizes; anything else as it is.
+
+    Where the forward pass saves a tensor in another layout than autograd saw, AOTAutograd gives the backward graph the
+    strides of the captured call as numbers; comparing them with sizes would guard the graph to that call's shape.
+    """
+    if not isinstance(value, Tensor) or all(isinstance(size, int) for size in value.shape):
+        return value
+    shape, strides, step = list(value.shape), list(value.stride()), 1
+    if not all(isinstance(stride, int) for stride in strides):
+        return value
+    for axis in sorted(range(value.dim()), key=lambda axis: (strides[axis], -axis)):
+        if strides[axis] != size_hint(step):
+            return value  # with gaps, or broadcast: no fresh tensor has them
+        strides[axis], step = step, step * shape[axis]
+    with _mode_of([value]):
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
 
 
 def has_amx() -> bool:

@@ -6,7 +6,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from slcompile import torch_private
-from slcompile.cost import Matmul, crossover, rates
+from slcompile.cost import Matmul, crossover, device_class, rates
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
@@ -53,7 +53,9 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
     chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
     hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
+        phase = "backward" if site.node in backward else "forward"
         decision = _choose(_name(site.weight), cost, lowering, _why_not(site))
+        decision = replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
             chosen[site.node] = site
@@ -62,6 +64,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
         left, right, B, A, *_ = arguments(node)
         missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
         decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing), lowering)
+        decision = replace(decision, node=node.name, factor=B.name, phase="gradients")
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
             chosen[node] = None
@@ -238,7 +241,7 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
 def _why_not(site: Site) -> tuple[str, str] | None:
     """A reason and a sentence, where a product has no factored lowering on its device."""
     values = arguments(site.weight)[2].meta["val"]
-    if site.transposed and values.dim() == 1 and values.device.type != "cpu":
+    if site.transposed and values.dim() == 1 and device_class(values.device) != "cpu":
         return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
     return None
 

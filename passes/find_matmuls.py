@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from slcompile import torch_private
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import op_name
 
@@ -24,6 +25,8 @@ MATMULS: dict[str, tuple[int | str, ...]] = {
     "addmv": (1, "mat"),
     "einsum": (1, 2, "operands"),
 }
+# What ATen computes them with: the result has rows or columns of the one operand and of the other.
+_PRODUCTS = frozenset("addmm addmv baddbmm bmm mm mv".split())
 # What shows the same weight in another shape, layout or dtype. Slices too: a packed q/k/v is one weight whose parts
 # go to several matmuls. Names as above, with dtype methods of Tensor.
 VIEWS = frozenset(
@@ -37,6 +40,27 @@ _COPIES = frozenset("clone contiguous _to_copy to".split())
 _METADATA = frozenset("device dim dtype ndim numel shape size stride".split())
 
 
+@dataclass(frozen=True)
+class MatmulRead:
+    """A matmul that reads a weight, in a graph with shapes.
+
+    Attributes:
+        node: Its name.
+        origin: Name of the node that it was traced from; its own, where it was not.
+        stack_trace: Where the model's code calls for it.
+        tokens: Rows of the other operand, that is vectors multiplied with the weight; maybe symbolic.
+        flops: Multiplications and additions, for the sizes that were captured.
+        backward: Whether it is part of the backward pass.
+    """
+
+    node: str
+    origin: str
+    stack_trace: str
+    tokens: int | torch.SymInt
+    flops: int
+    backward: bool
+
+
 @dataclass
 class WeightUse:
     """How a graph uses one weight.
@@ -47,6 +71,7 @@ class WeightUse:
         input_dim: Dimension of the stored weight that the first matmul contracts.
         composed: Whether it is itself an operand of a weight op: a factor, not a dense weight.
         without_grad: Whether everything that reads it runs under ``torch.no_grad()`` (seen by the capture).
+        reads: The matmuls, where the graph has shapes.
     """
 
     matmuls: list[str] = field(default_factory=list)
@@ -54,12 +79,14 @@ class WeightUse:
     input_dim: int = 1
     composed: bool = False
     without_grad: bool = False
+    reads: list[MatmulRead] = field(default_factory=list)
 
     def add(self, other: WeightUse) -> None:
         """Adds what another graph does with the same weight."""
         if not self.matmuls:
             self.input_dim = other.input_dim
         self.matmuls += other.matmuls
+        self.reads += other.reads
         self.others += other.others
         self.composed |= other.composed
         self.without_grad &= other.without_grad
@@ -89,11 +116,27 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
             if not use.matmuls:
                 use.input_dim = _contracted_dim(weight, user, node, swapped)
             use.matmuls.append(name)
+            if name in _PRODUCTS and isinstance(user.meta.get("val"), Tensor) and node.meta["val"].dim() >= 2:
+                use.reads.append(_read(user, node))
         elif name in VIEWS and user.args[:1] == (node,) and (user.all_input_nodes == [node] or name == "type_as"):
             # In-place and out= variants have other names; another tensor that it reads must be for its dtype alone.
             _follow(weight, user, swapped ^ _swaps(user, name), use, seen)
         elif name not in _METADATA and not (name == "type_as" and user.args[0] is not node):
             use.others.append(name)
+
+
+def _read(user: fx.Node, node: fx.Node) -> MatmulRead:
+    used, result = node.meta["val"], user.meta["val"]
+    is_left = _is_left(user, node)
+    inner, outer = used.shape[-1 if is_left else -2], used.shape[-2 if is_left else -1]
+    return MatmulRead(
+        user.name,
+        (torch_private.traced_from(user) or [user.name])[-1],
+        user.meta.get("stack_trace") or "",
+        result.numel() // outer,
+        2 * torch_private.size_hint(result.numel()) * torch_private.size_hint(inner),
+        torch_private.in_backward_pass(user),
+    )
 
 
 def _called(user: fx.Node) -> str:
@@ -127,14 +170,19 @@ def _contracted_dim(weight: fx.Node, user: fx.Node, node: fx.Node, swapped: bool
     name = op_name(user)
     if name == "einsum":
         return _einsum_dim(user, node) ^ swapped
-    first = name in ("mv", "addmv") or _operand(user, name) is node
-    dim = -1 if first or name == "linear" else -2
+    dim = -1 if _is_left(user, node) or name == "linear" else -2
     stored, used = weight.meta.get("val"), node.meta.get("val")
     if isinstance(used, Tensor) and isinstance(stored, Tensor) and stored.dim() == 2 and used.dim() >= 2:
         row_stride, column_stride = stored.stride()
         if used.stride(dim) in (row_stride, column_stride) and row_stride != column_stride and not _relaid(node):
             return 1 if used.stride(dim) == column_stride else 0
     return (1 if dim == -1 else 0) ^ swapped
+
+
+def _is_left(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a matrix is the first one of a product."""
+    name = op_name(user)
+    return name in ("mv", "addmv") or _operand(user, name) is node
 
 
 def _operand(user: fx.Node, name: str) -> object:

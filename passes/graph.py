@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,9 @@ class Decision:
         matmuls: How many matmuls read it.
         lowering: ``"composed"`` or ``"factored"``, where the pass chooses one.
         costs: Predicted seconds of each lowering.
+        node: Name of the graph's node that was decided on, where it is not the weight.
+        factor: Name of the node that is the first operand of the weight, which tells weights apart.
+        phase: ``"forward"``, ``"backward"`` (the input's gradient) or ``"gradients"`` (of the weight).
     """
 
     name: str
@@ -38,6 +42,9 @@ class Decision:
     matmuls: int = 0
     lowering: str = ""
     costs: Mapping[str, float] = field(default_factory=dict)
+    node: str = ""
+    factor: str = ""
+    phase: str = ""
 
 
 @dataclass
@@ -53,31 +60,151 @@ class PassReport:
         """Records what was decided on one candidate."""
         (self.rewritten if is_rewritten else self.skipped).append(decision)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: the pass's name, and a list of decisions."""
+        marked = [("replaced", each) for each in self.rewritten] + [("left", each) for each in self.skipped]
+        decisions = [
+            {"name": each.name, "decision": decision, "reason": each.reason, "detail": each.detail}
+            | {"shape": list(each.shape), "matmuls": each.matmuls}
+            for decision, each in marked
+        ]
+        return {"pass": self.pass_name, "decisions": decisions}
+
     def __str__(self) -> str:
-        lines = [f"{self.pass_name}: {len(self.rewritten)} rewritten, {len(self.skipped)} left"]
+        text = [f"{self.pass_name}: {len(self.rewritten)} rewritten, {len(self.skipped)} left"]
         for mark, decisions in (("+", self.rewritten), ("-", self.skipped)):
             for each in decisions:
                 shape = "x".join(map(str, each.shape))
                 why = f"  {each.reason}" if each.reason else ""
-                lines.append(f"  {mark} {each.name} {shape}{why}{': ' + each.detail if each.detail else ''}")
-        return "\n".join(lines)
+                text.append(f"  {mark} {each.name} {shape}{why}{': ' + each.detail if each.detail else ''}")
+        return "\n".join(text)
 
 
 GraphPass = Callable[[fx.GraphModule], PassReport]
+Watch = Callable[[PassReport, Mapping[str, str], Mapping[str, str]], None]
+"""Is told of each pass: its report, and the graph's ``lines`` before and after it."""
 
 
-def run(passes: Iterable[GraphPass], gm: fx.GraphModule) -> list[PassReport]:
-    """Runs passes in order. Where one changed the graph it is linted, and logged at DEBUG level."""
+def run(passes: Iterable[GraphPass], gm: fx.GraphModule, watch: Watch | None = None) -> list[PassReport]:
+    """Runs passes in order. Where one changed the graph it is linted, and logged at DEBUG level.
+
+    The graph is put into words only where somebody watches or debugs.
+    """
     reports = []
+    watched = watch is not None or log.isEnabledFor(logging.DEBUG)
+    before = lines(gm.graph) if watched else {}
     for graph_pass in passes:
         begin = time.perf_counter()
         report = graph_pass(gm)
         report.seconds = time.perf_counter() - begin
         if report.rewritten:
             gm.graph.lint()
-        log.debug("%s\n%s", report, gm.graph)
         reports.append(report)
+        if not watched:
+            continue
+        after = lines(gm.graph) if report.rewritten else before
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s\n%s", report, diff(before, after))
+        if watch is not None:
+            watch(report, before, after)
+        before = after
     return reports
+
+
+def lines(graph: fx.Graph) -> dict[str, str]:
+    """Name of each node, in order -> what it computes, as a line of text."""
+    return {node.name: _line(node) for node in graph.nodes}
+
+
+def diff(before: Mapping[str, str], after: Mapping[str, str], context: int = 2) -> str:
+    """What changed between two ``lines`` of a graph, as in a unified diff; empty where nothing did.
+
+    Lines that keep their name, text and order are unchanged. Takes n log n time, unlike difflib.
+    """
+    kept = _kept(before, after)
+    entries: list[tuple[str, str]] = []
+    old = iter(before)
+    new: list[tuple[str, str]] = []
+    for name in after:
+        if name not in kept:
+            new.append(("+", after[name]))
+            continue
+        entries += [("-", before[each]) for each in iter(lambda: next(old), name)]
+        entries += [*new, (" ", after[name])]
+        new = []
+    entries += [*(("-", before[each]) for each in old), *new]
+    changed = [index for index, (mark, _) in enumerate(entries) if mark != " "]
+    shown = sorted({near for index in changed for near in range(index - context, index + context + 1)})
+    text, previous = [], -1
+    for index in shown:
+        if not 0 <= index < len(entries):
+            continue
+        if index != previous + 1:
+            text.append("  ...")
+        text.append(" ".join(entries[index]))
+        previous = index
+    if changed and previous < len(entries) - 1:
+        text.append("  ...")
+    return "\n".join(text)
+
+
+def _kept(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
+    """The longest run of lines that stand in both in the same order (an increasing subsequence of positions)."""
+    position = {name: index for index, name in enumerate(before)}
+    lasts: list[int] = []  # of the runs of each length: the smallest position that one ends with
+    ends: list[str] = []  # the same by name
+    previous: dict[str, str | None] = {}
+    for name in after:
+        if before.get(name) != after[name]:
+            continue
+        length = bisect.bisect_left(lasts, position[name])
+        previous[name] = ends[length - 1] if length else None
+        lasts[length : length + 1], ends[length : length + 1] = [position[name]], [name]
+    kept: set[str] = set()
+    last = ends[-1] if ends else None
+    while last is not None:
+        kept.add(last)
+        last = previous[last]
+    return kept
+
+
+def _line(node: fx.Node) -> str:
+    value = node.meta.get("val", node.meta.get("example_value"))
+    shape = f"  # {list(value.shape)} {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else ""
+    policy = node.meta.get("recompute")
+    tag = f" {policy.name.lower()}" if policy is not None else ""
+    return f"{node.name} = {target_name(node)}{arguments_text(node)}{shape}{tag}"
+
+
+def target_name(node: fx.Node) -> str:
+    """What a node calls or stands for, as one would write it."""
+    if node.op != "call_function":
+        return node.op if node.op in ("placeholder", "output") else str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    target: Any = node.target
+    module = getattr(target, "__module__", None) or "torch"  # torch.arange and its like have none
+    name = getattr(target, "__name__", str(target))
+    return name if module in ("_operator", "builtins") else f"{module}.{name}"
+
+
+def arguments_text(node: fx.Node, name: Callable[[fx.Node], str] = str) -> str:
+    """A node's arguments, other nodes by their names or by what ``name`` says: ``(x, weight, dim=1)``."""
+
+    def text(arg: Any) -> str:
+        if isinstance(arg, fx.Node):
+            return name(arg)
+        if isinstance(arg, (list, tuple)):
+            inside = ", ".join(map(text, arg))
+            return f"[{inside}]" if isinstance(arg, list) else f"({inside}{',' if len(arg) == 1 else ''})"
+        if isinstance(arg, dict):
+            return "{" + ", ".join(f"{key}: {text(each)}" for key, each in arg.items()) + "}"
+        if isinstance(arg, slice):
+            return f"slice({text(arg.start)}, {text(arg.stop)}, {text(arg.step)})"
+        return repr(arg)
+
+    named = [f"{key}={text(each)}" for key, each in node.kwargs.items()]
+    return f"({', '.join([*map(text, node.args), *named])})"
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.func import functionalize
 
+from slcompile.cost import device_class
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
 from slcompile.ops.values_grad import values_grad_aten
@@ -36,7 +37,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
-        table = _aten() if _device(node).type == "cpu" else _triton(autotune)
+        table = _aten() if device_class(_device(node)) == "cpu" else _triton(autotune)
         lowered = table.get(node.target)
         if lowered is None:
             report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))

@@ -6,6 +6,8 @@ from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
+from slcompile.inspect.explain import Explanation, explain
+from slcompile.inspect.graph_diff import GraphDiff, graph_diff
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
 from slcompile.weight import Factors, SLWeight
@@ -14,14 +16,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Decision",
+    "Explanation",
     "ExportReport",
     "Factors",
+    "GraphDiff",
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "explain",
     "export_onnx",
     "factorize_",
     "factors",
+    "graph_diff",
     "last_report",
     "load_factorized",
     "merge_",

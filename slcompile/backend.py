@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slcompile import cost, passes, torch_private
 from slcompile.capture import weight_uses
 from slcompile.config import SLConfig, did_you_mean
-from slcompile.conversion import EXPLICIT, Candidate, choose, convert, lock, warn_of_held_weights
+from slcompile.conversion import EXPLICIT, Candidate, announce_dry_run, choose, convert, lock, warn_of_held_weights
 from slcompile.eligibility import require_possible_rank, structural_reason
 from slcompile.ops import WEIGHT_OPS
-from slcompile.owners import LiveObjects, in_training
+from slcompile.owners import LiveObjects, in_training, remember_owners
 from slcompile.passes import Decision, PassReport, joint_passes, parameterize_weights, post_passes, run
 from slcompile.passes.find_matmuls import WeightUse
-from slcompile.passes.graph import GraphPass
+from slcompile.passes.graph import GraphPass, Watch, lines
 from slcompile.step_hook import successor_of
 from slcompile.weight import SLWeight, dense_names, template
 
@@ -62,16 +63,25 @@ def sltrain(
     config, settings = SLConfig.from_options(options)
     settings = _inductor_settings(mode, settings)
     warn_of_held_weights()
-    graph = _Graph(gm, config, settings)
+    graph = CapturedGraph(gm, config, settings)
+    wanted: frozenset[int] = frozenset()
     if torch.is_grad_enabled():
-        graph.find(example_inputs)
-    wanted = graph.wanted(example_inputs)
+        live = LiveObjects.find()
+        report = graph.find(example_inputs, live)
+        log.info("%s", report)
+        graph.warn_if_dense(example_inputs, live, report)
+        wanted = graph.wanted(example_inputs)
+        graph.leave(report, graph.convertible - wanted)
+        torch_private.add_artifact("slcompile_matmuls", lambda: json.dumps(report.to_dict()), "json")
+        if config.dryrun:
+            announce_dry_run(live.roots(example_inputs[index] for index in graph.uses), report)
+            wanted = frozenset()
     graph.variants[wanted] = graph.compile(wanted, example_inputs)
     return graph.run
 
 
 @dataclass
-class _Graph:
+class CapturedGraph:
     """A captured graph: compiled once for each set of inputs that are to be factorized, in practice one or two.
 
     What depends on the graph alone is decided when it is captured (``convertible``). What depends on the model that
@@ -85,26 +95,28 @@ class _Graph:
     def __post_init__(self) -> None:
         self.uses: dict[int, WeightUse] = {}  # of each dense weight, by its position among the inputs
         self.convertible: frozenset[int] = frozenset()
+        self.names: dict[int, str] = {}  # of each dense weight, in the model that was looked at last
         self.admitted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> may this one be converted?
         self.captured_inputs = torch_private.captured_inputs(self.gm)
         self.context = torch_private.tracing_context()
         self.variants: dict[frozenset[int], Callable[..., Any]] = {}
 
-    def find(self, example_inputs: Sequence[Any]) -> None:
-        """Finds the weights that may be converted, and says where there are none."""
+    def find(self, example_inputs: Sequence[Any], live: LiveObjects) -> PassReport:
+        """Finds the weights that may be converted; returns the decision on each."""
         self.uses = weight_uses(self.gm, example_inputs)
         self.convertible = frozenset(
             index
             for index, use in self.uses.items()
             if not structural_reason(example_inputs[index], use, self.config)[0]
         )
-        live = LiveObjects.find()
-        candidates, report = self.choose(live, example_inputs)
-        log.info("%s", report)
+        return self.choose(live, example_inputs)[1]
+
+    def warn_if_dense(self, example_inputs: Sequence[Any], live: LiveObjects, report: PassReport) -> None:
+        """Says where a model has no weight to convert, and raises ValueError where the options cannot mean that."""
         for root in live.roots(example_inputs[index] for index in self.uses):
             self.config.require_patterns_match(dense_names(root))
             is_dense = not any(isinstance(module, SLWeight) for module in root.modules())
-            if candidates or not is_dense:
+            if report.rewritten or not is_dense:
                 continue
             require_possible_rank(self._shapes(root, live), self.config)
             if root not in _warned:
@@ -123,18 +135,37 @@ class _Graph:
         weights, explicit = [], []
         for index, use in self.uses.items():
             parameter, held = inputs[index], owners[id(inputs[index])]
+            remember_owners(parameter, held)
             names = live.names(live.root(held[0][0])).get(id(parameter), []) if held else []
             if any(EXPLICIT in vars(ancestor) for module, _ in held for ancestor in live.ancestors(module)):
                 shape, detail = tuple(parameter.shape), "left by an explicit factorize_ of the model"
                 explicit.append(Decision(names[0], "explicit", detail, shape, len(use.matmuls)))
             else:
                 weights.append((names, parameter, held, use))
+            self.names[index] = names[0] if names else "?"
         candidates, report = choose(weights, self.config)
         report.skipped += explicit
         chosen = {id(each.weight) for each in candidates}
         for index in self.uses:
             self.admitted[inputs[index]] = id(inputs[index]) in chosen
         return candidates, report
+
+    def parameter_names(self, inputs: Sequence[Any], live: LiveObjects) -> list[str]:
+        """For each input the fully qualified name of the parameter that it is; empty for any other."""
+        names = [""] * len(inputs)
+        held = {index: each for index, each in enumerate(inputs) if isinstance(each, nn.Parameter)}
+        owners = live.owners(held.values())
+        for index, parameter in held.items():
+            for module, _ in owners[id(parameter)][:1]:
+                names[index] = live.names(live.root(module)).get(id(parameter), [""])[0]
+        return names
+
+    def leave(self, report: PassReport, indices: Iterable[int]) -> None:
+        """Moves the decisions on these weights, which could be converted, to those that stay dense in .eval()."""
+        names = {self.names[index] for index in indices}
+        waiting = [each for each in report.rewritten if each.name in names]
+        report.skipped += [replace(each, reason="eval", detail="its module is in .eval()") for each in waiting]
+        report.rewritten = [each for each in report.rewritten if each.name not in names]
 
     def wanted(self, args: Sequence[Any]) -> frozenset[int]:
         """Positions of the inputs to factorize: they can be, they may be, and their owners are in training."""
@@ -149,7 +180,7 @@ class _Graph:
 
     def run(self, *args: Any) -> Any:
         """What Dynamo calls in the place of the graph."""
-        wanted = self.wanted(args)
+        wanted = frozenset() if self.config.dryrun else self.wanted(args)
         if not wanted:
             return self.variant(wanted)(*args)
         compiled = self.variant(wanted)  # first, so that a failure to compile comes before any conversion
@@ -157,7 +188,7 @@ class _Graph:
             weights = self.convert(args, sorted(wanted))
         if weights.keys() != wanted:
             compiled = self.variant(frozenset(weights))
-        return compiled(*_expand(args, {index: list(weight.operands().values()) for index, weight in weights.items()}))
+        return compiled(*expand(args, {index: list(weight.operands().values()) for index, weight in weights.items()}))
 
     def variant(self, wanted: frozenset[int]) -> Callable[..., Any]:
         """The compiled graph; one for other owners in training than when it was captured is compiled when it is due."""
@@ -168,18 +199,9 @@ class _Graph:
 
     def compile(self, wanted: frozenset[int], inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles the graph with the inputs at these positions replaced by the operands of weight ops."""
-        gm = _copy(self.gm)
-        if wanted:
-            placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-            weights = {index: template(inputs[index], self.config, self.uses[index].input_dim) for index in wanted}
-            table = {placeholders[index].name: (placeholders[index].name, each) for index, each in weights.items()}
-            run([lambda module: parameterize_weights(module, table)], gm)
-            with torch_private.fake_mode():
-                operands = {
-                    index: [_like(operand, inputs[index].device) for operand in each.operands().values()]
-                    for index, each in weights.items()
-                }
-            inputs = _expand(inputs, operands)
+        gm, inputs, _ = self.parameterize(wanted, inputs)
+        torch_private.add_artifact("slcompile_before", lambda: "\n".join(lines(self.gm.graph).values()))
+        torch_private.add_artifact("slcompile_after", lambda: "\n".join(lines(gm.graph).values()))
         joint = self.passes(JOINT_HOOK, joint_passes(self.config))
         hooks = {JOINT_HOOK: joint, POST_HOOK: self.passes(POST_HOOK, post_passes(self.config))}
         composes = _composes(gm)
@@ -187,6 +209,27 @@ class _Graph:
         if composes and joint.calls and not joint.seen:
             raise RuntimeError("the graph composes weights, but no joint graph held a weight op: nothing was rewritten")
         return compiled
+
+    def parameterize(
+        self, wanted: frozenset[int], inputs: Sequence[Any], watch: Watch | None = None
+    ) -> tuple[fx.GraphModule, list[Any], dict[int, SLWeight]]:
+        """A copy of the graph in which the inputs at these positions are the operands of weight ops.
+
+        Returns:
+            The copy, its inputs, and a weight module on the meta device for each position.
+        """
+        gm = _copy(self.gm)
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        weights = {index: template(inputs[index], self.config, self.uses[index].input_dim) for index in wanted}
+        table = {placeholders[index].name: (placeholders[index].name, each) for index, each in weights.items()}
+        if wanted:
+            run([lambda module: parameterize_weights(module, table)], gm, watch)
+        with torch_private.fake_mode():
+            operands = {
+                index: [_like(operand, inputs[index].device) for operand in each.operands().values()]
+                for index, each in weights.items()
+            }
+        return gm, expand(inputs, operands), weights
 
     def passes(self, hook: str, ours: Sequence[GraphPass]) -> GraphPasses:
         """What to set for one of Inductor's hooks."""
@@ -209,13 +252,7 @@ class _Graph:
         table = [each for each in candidates if id(each.weight) in due]
         if not table:
             return found
-        waiting = {each.name for each in candidates} - {each.name for each in table}
-        report.skipped += [
-            replace(each, reason="eval", detail="its module is in .eval()")
-            for each in report.rewritten
-            if each.name in waiting
-        ]
-        report.rewritten = [each for each in report.rewritten if each.name not in waiting]
+        self.leave(report, self.convertible - set(wanted))
         made = convert(table, self.config, live, report)
         return found | {due[id(each.weight)]: weight for each, weight in zip(table, made, strict=True)}
 
@@ -272,7 +309,7 @@ def _like(meta: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty(meta.shape, dtype=meta.dtype, device=device, requires_grad=meta.requires_grad)
 
 
-def _expand(values: Sequence[Any], replacements: Mapping[int, list[Any]]) -> list[Any]:
+def expand(values: Sequence[Any], replacements: Mapping[int, list[Any]]) -> list[Any]:
     """The values in order, those at the given positions replaced by several."""
     return [each for index, value in enumerate(values) for each in replacements.get(index, [value])]
 

@@ -1,18 +1,31 @@
-"""The command line: ``slcompile export CHECKPOINT``."""
+"""The command line: ``slcompile diff`` and ``slcompile export``."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
+import logging
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from slcompile.config import SLConfig, did_you_mean
 from slcompile.export.checkpoint import load_factorized
+from slcompile.export.files import writable_file
 from slcompile.export.onnx import export_onnx
 from slcompile.export.safetensors import save_merged
+from slcompile.export.twin import arguments_for
+from slcompile.inspect.explain import Explanation, explain
+from slcompile.inspect.graph_diff import GraphDiff
+from slcompile.inspect.onnx_graph import onnx_diff
+
+log = logging.getLogger("slcompile")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,15 +47,144 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("--shard-size", type=int, metavar="BYTES", help="most bytes in one file of weights")
     export.add_argument("--compact", action="store_true", help="keep the factors in the ONNX file")
     export.add_argument("--no-verify", action="store_true", help="do not run and re-read the ONNX file")
+    diff = commands.add_parser(
+        "diff",
+        help="explain what backend='sltrain' does to a model, or compare two ONNX files",
+        description="slcompile diff PACKAGE.MODULE:FACTORY | --hf CONFIG.json | BEFORE.onnx AFTER.onnx",
+    )
+    diff.add_argument(
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="PACKAGE.MODULE:FACTORY, a function that returns a model and its example arguments: (model, args) or "
+        "(model, args, kwargs); or two ONNX files",
+    )
+    diff.add_argument("--hf", type=Path, metavar="CONFIG", help="config.json of a transformers model")
+    diff.add_argument(
+        "--shape", default="8x256", metavar="BATCHxLENGTH", help="of the example input of --hf (default: 8x256)"
+    )
+    diff.add_argument(
+        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="fields of SLConfig, such as rank=128"
+    )
+    diff.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser opens offline")
+    diff.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON (slcompile/inspect/SCHEMA.md)")
     args = parser.parse_args(argv)
-    if args.onnx is None and args.merged is None:
+    if args.command == "export" and args.onnx is None and args.merged is None:
         export.error("give --onnx FILE, --merged DIR, or both")
     try:
-        _export(args)
+        _export(args) if args.command == "export" else _diff(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"slcompile: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _diff(args: argparse.Namespace) -> None:
+    for path in (args.html, args.json):
+        if path is not None:
+            writable_file(path)  # before the work, not after it
+    are_onnx = [each.endswith(".onnx") for each in args.what]
+    result: Explanation | GraphDiff
+    if are_onnx == [True, True] and args.hf is None:
+        if args.config:
+            raise ValueError("--config is of models; two ONNX files are compared as they are")
+        result = onnx_diff(*args.what)
+    elif (len(args.what) == 1) != (args.hf is not None) and not any(are_onnx):
+        config = _sl_config(args.config)
+        name = str(args.hf) if args.hf is not None else args.what[0]
+        model, inputs, kwargs = _from_hf(args.hf, args.shape) if args.hf is not None else _from_factory(name)
+        with _errors_of(f"tracing {name}"):
+            result = explain(model, inputs, kwargs, config)
+    else:
+        raise ValueError("give PACKAGE.MODULE:FACTORY, --hf CONFIG.json, or two ONNX files")
+    print(result)
+    if args.json is not None:
+        print(f"wrote {result.to_json(args.json)}")
+    if args.html is not None:
+        print(f"wrote {result.to_html(args.html)}")
+
+
+def _sl_config(settings: list[str]) -> SLConfig:
+    """The config that ``key=value`` words give; values are Python literals, or text."""
+    options: dict[str, Any] = {}
+    for each in settings:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise ValueError(f"--config takes KEY=VALUE, got {each!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    config, inductor = SLConfig.from_options(options)
+    if inductor:
+        raise ValueError("--config takes fields of SLConfig; Inductor's settings do not count, nothing is compiled")
+    return config
+
+
+@contextmanager
+def _errors_of(doing: str) -> Iterator[None]:
+    """Makes an error of the user's code one line that says where it comes from."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("%s failed", doing, exc_info=True)
+        # What is raised while Dynamo traces comes wrapped in errors of Dynamo's that say less.
+        cause: BaseException = getattr(error, "inner_exception", error)
+        while (inner := cause.__cause__ or cause.__context__) is not None:
+            cause = inner
+        message = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+        raise ValueError(f"{doing} failed with {message} (TORCH_LOGS=+slcompile shows the traceback)") from error
+
+
+def _from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
+    """The model and arguments that ``package.module:factory`` returns; modules in the current directory are found."""
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"a model is given as PACKAGE.MODULE:FACTORY, got {name!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with _errors_of(f"importing {module_name}"):
+        module = importlib.import_module(module_name)
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        raise ValueError(f"{module_name} has no function {attribute!r}{did_you_mean(attribute, functions)}")
+    with _errors_of(f"the factory {name}"):
+        made = factory()
+    model, inputs, kwargs = (*made, (), {})[:3] if isinstance(made, tuple) and len(made) in (1, 3) else (None, (), {})
+    if isinstance(made, nn.Module):
+        model = made
+    elif isinstance(made, tuple) and len(made) == 2:
+        model, inputs = made
+    if not (isinstance(model, nn.Module) and isinstance(inputs, (tuple, list)) and isinstance(kwargs, Mapping)):
+        raise ValueError(f"the factory {name} must return (model, args) or (model, args, kwargs), got {made!r:.200}")
+    return model, inputs, kwargs
+
+
+def _from_hf(path: Path, shape: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
+    """The transformers model of a config, on the meta device, and an example input for it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("--hf needs transformers: pip install transformers") from error
+    if not path.is_file():
+        raise ValueError(f"--hf must be a config.json, got {path}, which is no file")
+    sizes = shape.split("x")
+    if len(sizes) != 2 or not all(each.isdigit() and int(each) > 0 for each in sizes):
+        raise ValueError(f"--shape must be BATCHxLENGTH, such as 8x256, got {shape!r}")
+    with _errors_of(f"reading {path}"):
+        config = transformers.AutoConfig.from_pretrained(path)
+        kinds = [getattr(transformers, each, None) for each in config.architectures or ()]
+        with torch.device("meta"):
+            if kinds and kinds[0] is not None:
+                model = kinds[0](config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config)
+    model.train()
+    if isinstance(config.dtype, torch.dtype):
+        model.to(config.dtype)
+    kwargs, _ = example_inputs(model, *map(int, sizes))
+    return model, (), arguments_for(model, kwargs)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -73,17 +215,17 @@ def _show_progress(done: int, total: int) -> None:
     print(f"\rwriting weights: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def example_inputs(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Keyword arguments for a transformers model, and their dynamic axes: batch and sequence, for text."""
     config: Any = model.config
     main_input = getattr(model, "main_input_name", "input_ids")
     if main_input == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        image = torch.rand(2, config.num_channels, size, size)
+        image = torch.rand(batch, config.num_channels, size, size)
         return {"pixel_values": image}, {"pixel_values": {0: "batch_size"}}
     if main_input != "input_ids":
         raise ValueError(f"models that read {main_input} are exported from Python: slcompile.export_onnx(model, ...)")
-    ids = torch.arange(32).reshape(2, 16) % config.get_text_config().vocab_size
+    ids = torch.arange(batch * length).reshape(batch, length) % config.get_text_config().vocab_size
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

@@ -37,6 +37,7 @@ class SLConfig:
             and not composed again there.
         autotune: Whether Triton kernels time several configurations, once for each shape, instead of taking the
             device's default.
+        dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names it.
@@ -54,6 +55,7 @@ class SLConfig:
     lowering: str = "auto"
     keep_weights: bool = False
     autotune: bool = False
+    dryrun: bool = False
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -79,7 +81,7 @@ class SLConfig:
         )
         _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
         _require_choice("lowering", self.lowering, LOWERINGS)
-        for name in ("keep_weights", "autotune"):
+        for name in ("keep_weights", "autotune", "dryrun"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
     @classmethod

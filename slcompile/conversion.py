@@ -57,6 +57,7 @@ class _ModelState:
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, _ModelState] = weakref.WeakKeyDictionary()
+_dry_runs: weakref.WeakKeyDictionary[nn.Module, PassReport] = weakref.WeakKeyDictionary()
 _converted: list[weakref.ref[nn.Parameter]] = []
 _newest: PassReport | None = None
 
@@ -137,6 +138,20 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     _states.update(dict.fromkeys(roots, state))
     _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, init, state.report)
     return weights
+
+
+def announce_dry_run(roots: Sequence[nn.Module], report: PassReport) -> None:
+    """Reports what a conversion would do, for all graphs of a model that were captured so far; changes nothing."""
+    global _newest
+    if not roots:
+        return
+    known = next((_dry_runs[root] for root in roots if root in _dry_runs), None) or PassReport(report.pass_name)
+    for kept, new in ((known.rewritten, report.rewritten), (known.skipped, report.skipped)):
+        kept += [each for each in new if each.name not in {other.name for other in kept}]
+    _dry_runs.update(dict.fromkeys(roots, known))
+    _newest = known
+    kinds = ", ".join(sorted({base_class(root).__name__ for root in roots}))
+    log.warning("slcompile: dry run, nothing of %s is changed. %s", kinds, known)
 
 
 def forget(model: nn.Module) -> None:

@@ -110,6 +110,20 @@ class Matmul:
         )
         return through + self._sparse(tokens, rates, sorts=2 if transposed else 0)
 
+    @property
+    def compose_flops(self) -> int:
+        """Operations to write W once."""
+        return 2 * self.rows * self.columns * self.rank
+
+    @property
+    def project_flops(self) -> int:
+        """Operations to project the dense gradient G on B and A."""
+        return 4 * self.rows * self.columns * self.rank
+
+    def factored_flops(self, tokens: int) -> int:
+        """Operations of one product through the rank and with S; of the factors' gradients made likewise, too."""
+        return 2 * tokens * (self.rank * (self.rows + self.columns) + self.nonzeros)
+
     def grads_composed(self, tokens: int, rates: Rates) -> float:
         """Seconds to make the dense gradient G and to project it on the factors."""
         projections = self._product(self.rows, self.rank, self.columns, rates) + self._product(
@@ -172,9 +186,13 @@ def _rates(key: tuple[str, ...]) -> Rates:
 
 
 def device_class(device: torch.device) -> str:
-    """``"cpu"``, or the class of GPUs whose kernel configurations and rates fit best; sm_80 where there is no GPU."""
-    if device.type == "cpu":
+    """``"cpu"``, or the class of GPUs whose kernel configurations and rates fit best; sm_80 where there is no GPU.
+
+    Models on the meta device are taken for ones on this machine's accelerator, on its CPU where it has none.
+    """
+    if device.type == "cpu" or (device.type == "meta" and not torch.accelerator.is_available()):
         return "cpu"
+    device = torch.device("cuda") if device.type == "meta" else device
     if torch.version.hip:
         return "gfx942"
     has_gpu = torch.cuda.is_available()

@@ -103,12 +103,16 @@ def owners_among(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> 
 _known_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def remember_owners(parameter: Tensor, owners: Iterable[tuple[nn.Module, str]]) -> None:
+    """Keeps who owns a parameter for ``in_training``, which would else walk over all objects for each parameter."""
+    _known_owners[parameter] = [(weakref.ref(module), name) for module, name in owners]
+
+
 def in_training(parameter: Tensor) -> bool:
     """Whether a parameter is owned by modules of which none is in ``.eval()``; runs at every call of a graph."""
     alive = _alive_owners(parameter)
     if not alive:
-        found = LiveObjects.find().owners([parameter])[id(parameter)]
-        _known_owners[parameter] = [(weakref.ref(module), name) for module, name in found]
+        remember_owners(parameter, LiveObjects.find().owners([parameter])[id(parameter)])
         alive = _alive_owners(parameter)
     return bool(alive) and all(module.training for module in alive)
 

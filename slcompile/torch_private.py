@@ -6,7 +6,9 @@ Tried with torch 2.11.0 and 2.13.0; tests/test_torch_private.py exercises each.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import gc
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,119 @@ def fake_mode() -> Any:
 def lower_to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Traces a graph to ATen on fake inputs, checkpointed regions inlined; placeholders keep their order."""
     return trace(gm, inputs)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keeps Python from looking for cyclic garbage: it would walk over every node of every graph, again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def traced_from(node: fx.Node) -> list[str]:
+    """Names of the nodes of earlier graphs that a node was traced from, the earliest one last."""
+    return [source.name for source in _sources(node.meta.get("from_node") or [])]
+
+
+def _sources(sources: Sequence[Any]) -> list[Any]:
+    return [each for source in sources for each in (source, *_sources(source.from_node))]
+
+
+def in_backward_pass(node: fx.Node) -> bool:
+    """Whether AOTAutograd traced a node of a joint graph in the backward pass."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """Position among the inputs of the graph that AOTAutograd traced; None for tangents and what it made itself."""
+    index = getattr(placeholder.meta.get("desc"), "idx", None)
+    return index if type(placeholder.meta.get("desc")).__name__ == "PlainAOTInput" else None
+
+
+def aot_graphs(
+    gm: fx.GraphModule, inputs: Sequence[Any], edit: Callable[[fx.GraphModule, str], None]
+) -> list[fx.GraphModule]:
+    """Traces the joint graph of a captured graph as Inductor does, without compiling anything.
+
+    Args:
+        gm, inputs: From Dynamo.
+        edit: Is called with the joint graph before it is partitioned and ``"joint"``, or with the forward graph and
+            ``"forward"`` where nothing needs gradients, and may change it.
+
+    Returns:
+        The forward and the backward graph; the forward graph alone where nothing needs gradients.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    graphs: list[fx.GraphModule] = []
+
+    def partition(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        edit(joint, "joint")
+        graphs.extend(min_cut_rematerialization_partition(joint, joint_inputs, compiler="inductor", **kwargs))
+        return graphs[0], graphs[1]
+
+    def compile_inference(forward: fx.GraphModule, forward_inputs: Sequence[Any]) -> Any:
+        edit(forward, "forward")
+        graphs.append(forward)
+        return compile_nothing(forward, forward_inputs)
+
+    def compile_nothing(graph: fx.GraphModule, _: Sequence[Any]) -> Any:
+        return make_boxed_func(graph.forward)  # what AOTAutograd wants to be given; nobody runs it
+
+    aot_autograd(
+        fw_compiler=compile_nothing,
+        bw_compiler=compile_nothing,
+        inference_compiler=compile_inference,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )(gm, inputs)
+    return graphs
+
+
+def zero_outputs(gm: fx.GraphModule) -> Callable[..., list[Any]]:
+    """A function that takes what a captured graph takes and returns zeros in the place of its outputs."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    symbols = [each.meta["example_value"] for each in placeholders]
+    outputs = [each.meta["example_value"] if isinstance(each, fx.Node) else each for each in _outputs(gm)]
+
+    def run(*args: Any) -> list[Any]:
+        pairs = zip(symbols, args, strict=True)
+        bindings = {each.node.expr: int(arg) for each, arg in pairs if isinstance(each, torch.SymInt)}
+
+        def size(value: Any) -> Any:
+            return int(value.node.expr.xreplace(bindings)) if isinstance(value, torch.SymInt) else value
+
+        def zeros(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return size(value)
+            made = torch.zeros([size(each) for each in value.shape], dtype=value.dtype, device=value.device)
+            # A copy, because what needs gradients and is a leaf cannot be changed in place.
+            return made.requires_grad_().clone() if value.requires_grad else made
+
+        return [zeros(each) for each in outputs]
+
+    return run
+
+
+def _outputs(gm: fx.GraphModule) -> Sequence[Any]:
+    return cast(Sequence[Any], gm.graph.output_node().args[0])
+
+
+def break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
+    """Why Dynamo ended a graph here, and where: a sentence and a stack trace. None where the function returned."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    return str(reason.reason), "".join(traceback.format_list(reason.user_stack))
 
 
 def tracing_context() -> Any:
@@ -78,6 +193,13 @@ def _with_symbolic_strides(value: Any) -> Any:
         strides[axis], step = step, step * shape[axis]
     with _mode_of([value]):
         return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+
+def add_artifact(name: str, text: Callable[[], str], encoding: str = "string") -> None:
+    """Adds a text to the structured trace (TORCH_TRACE, tlparse) of the compile in progress, if there is a trace."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=text
+    )
 
 
 def has_amx() -> bool:

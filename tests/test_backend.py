@@ -381,3 +381,27 @@ def test_no_step_leaks_memory_or_compiles(block, batch, counting):
     gc.collect()
     assert sum(isinstance(thing, Tensor) for thing in gc.get_objects()) <= before
     assert counting.calls == 2
+
+
+def test_a_dry_run_reports_and_trains_dense(block, batch, caplog):
+    compiled = torch.compile(block, backend="sltrain", options={**OPTIONS, "dryrun": True})
+    with caplog.at_level(logging.WARNING, "slcompile"):
+        losses = train(compiled, batch, torch.optim.AdamW(block.parameters(), lr=1e-2), 3)
+    assert losses[-1] < losses[0]
+    assert not is_converted(block)
+    (record,) = caplog.records
+    assert "dry run, nothing of Block is changed" in record.getMessage()
+    report = slcompile.last_report()
+    assert {each.name for each in report.rewritten} == WEIGHTS
+    assert [(each.name, each.reason) for each in report.skipped] == [("head.weight", "too_small")]
+    torch._dynamo.reset()
+    torch.compile(block, backend="sltrain", options=OPTIONS)(batch[0]).sum().backward()
+    assert is_converted(block)
+
+
+def test_who_owns_the_weights_is_looked_up_once_not_once_for_each(batch, monkeypatch):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    find, calls = slcompile.owners.LiveObjects.find, []
+    monkeypatch.setattr(slcompile.owners.LiveObjects, "find", lambda: calls.append(None) or find())
+    torch.compile(model, backend="sltrain", options=OPTIONS)(batch[0])
+    assert len(calls) <= 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import nn
 
@@ -89,3 +91,73 @@ def test_settings_and_passes():
 def test_without_dynamo_wrapper(block):
     assert torch_private.without_dynamo_wrapper(torch.compile(block)) is block
     assert torch_private.without_dynamo_wrapper(block) is block
+
+
+def test_joint_forward_and_backward_graphs_know_where_they_come_from(block, batch):
+    found, stages = [], []
+
+    def edit(joint, stage):
+        stages.append(stage)
+        found.append(joint.graph)
+
+    def within(gm, inputs):
+        found.extend(torch_private.aot_graphs(gm, inputs, edit))
+        found.append([node.name for node in gm.graph.nodes])
+
+    capture(block, batch[0], within=within)
+    joint, forward, backward, captured = found
+    assert stages == ["joint"]
+    places = [torch_private.input_index(node) for node in joint.find_nodes(op="placeholder")]
+    assert places == [0, 1, 2, 3, 4, 5, 6, None]  # the last one is the tangent
+    products = [node for node in joint.nodes if str(node.target) in ("aten.mm.default", "aten.addmm.default")]
+    in_backward = [torch_private.in_backward_pass(node) for node in products]
+    assert (in_backward.count(False), in_backward.count(True)) == (4, 7)
+    origins = [torch_private.traced_from(node) for node in products[:4]]
+    assert all(names[-1] in captured for names in origins)
+    assert all(len(part.graph.find_nodes(op="output")) == 1 for part in (forward, backward))
+
+
+def test_without_gradients_there_is_one_graph(block, batch):
+    found = []
+
+    def within(gm, inputs):
+        with torch.no_grad():
+            found.extend(torch_private.aot_graphs(gm, inputs, lambda graph, stage: found.append(stage)))
+
+    capture(block.requires_grad_(False), batch[0], within=within)
+    assert found[0] == "forward"
+    assert len(found) == 2
+
+
+def test_zero_outputs_have_the_sizes_of_the_arguments(block):
+    gm = capture(block, torch.randn(5, 64), dynamic=True)
+    args = [7 if isinstance(value, torch.SymInt) else torch.empty(7, 64) for value in torch_private.captured_inputs(gm)]
+    (zeros,) = torch_private.zero_outputs(gm)(*args)
+    assert zeros.shape == (7, 5)
+    assert zeros.requires_grad
+    assert not zeros.is_leaf
+
+
+def test_break_reasons():
+    reasons = []
+
+    def function(x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    def backend(gm, inputs):
+        reasons.append(torch_private.break_reason(gm))
+        return gm.forward
+
+    torch.compile(function, backend=backend)(torch.ones(3))
+    first, last = reasons
+    assert "graph_break" in first[0]
+    assert "test_torch_private.py" in first[1]
+    assert last is None
+
+
+def test_the_collector_is_paused_and_goes_on():
+    with torch_private.collector_paused():
+        assert not gc.isenabled()
+    assert gc.isenabled()

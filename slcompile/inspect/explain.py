@@ -1,0 +1,668 @@
+"""``explain``: what ``backend="sltrain"`` would do to a model, found by tracing alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import slcompile
+from slcompile import torch_private
+from slcompile.backend import CapturedGraph, expand
+from slcompile.config import SLConfig
+from slcompile.conversion import linear_modules
+from slcompile.cost import Matmul
+from slcompile.factorize import checked_config, unwrapped
+from slcompile.inspect import files, text
+from slcompile.inspect.graph_diff import GraphDiff, Snapshot, compare, named, snapshot, source_line
+from slcompile.ops import WEIGHT_OPS
+from slcompile.owners import LiveObjects, plain_name
+from slcompile.passes import Decision, PassReport, joint_passes, post_passes, run
+from slcompile.passes.find_matmuls import MatmulRead, find_matmuls
+from slcompile.passes.graph import Watch, diff
+from slcompile.weight import SUFFIX, SLWeight, base_class, dense_names
+
+SCHEMA = "slcompile.explain/1"
+ADAM = 4
+"""Copies of each trained parameter in training: itself, its gradient and Adam's two states."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number of the dense model, and of the one that is trained."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Totals of a model.
+
+    Attributes:
+        replaced, total: Matmuls that read a parameter.
+        parameters: Of the whole model.
+        bytes: Of weights, gradients and Adam's two states, in the parameters' dtype.
+        flops: Of a training step's matmuls that read a parameter.
+    """
+
+    replaced: int
+    total: int
+    parameters: Change
+    bytes: Change
+    flops: Change
+
+
+@dataclass(frozen=True)
+class MatmulRow:
+    """What becomes of one matmul that reads a parameter.
+
+    Attributes:
+        name: The parameter's fully qualified name.
+        shape: Of the parameter.
+        tokens: Vectors that are multiplied with it, a number or a symbol; None where no graph shows the matmul.
+        graph: Number of the captured graph; None likewise.
+        decision: ``"replaced"`` or ``"left"``.
+        reason: A fixed code where it is left, and ...
+        detail: ... the same as a sentence.
+        rank, density, nonzeros: Of the weight that takes its place.
+        lowering: ``"composed"``, ``"factored"``, ``"mixed"``, or empty where there is none to choose.
+        costs: Predicted seconds of each lowering, forward and backward.
+        bytes: Of the weight, its gradient and Adam's states; those of a weight that is read twice stand in both rows.
+        flops: Of a training step.
+        source: Where the model's code calls for it.
+        node: Id of its node in the captured graph.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tokens: int | str | None
+    graph: int | None
+    decision: str
+    reason: str
+    detail: str
+    rank: int | None
+    density: float | None
+    nonzeros: int | None
+    lowering: str
+    costs: Mapping[str, float]
+    bytes: Change
+    flops: Change
+    source: str
+    node: str
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """What one pass did to one graph.
+
+    Attributes:
+        graph: Number of the captured graph.
+        stage: ``"captured"``, ``"joint"``, ``"forward"`` or ``"backward"``.
+        name: Of the pass.
+        seconds: That it took.
+        changed: Whether the graph is another one than before.
+        created, erased: Number of nodes.
+        rewritten, skipped: Number of candidates.
+        diff: What changed, as text.
+    """
+
+    graph: int
+    stage: str
+    name: str
+    seconds: float
+    changed: bool
+    created: int
+    erased: int
+    rewritten: int
+    skipped: int
+    diff: str
+
+
+@dataclass(frozen=True)
+class Break:
+    """Where Dynamo ended one graph and went on with the next, and why."""
+
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``backend="sltrain"`` would do to a model; ``print`` it, or write it as JSON or as a page.
+
+    Attributes:
+        model: Name of its class.
+        versions: Of slcompile and torch.
+        config: The fields of the ``SLConfig``.
+        summary: Totals.
+        matmuls: A row for each matmul that reads a parameter.
+        passes: A row for each pass on each graph, in order.
+        breaks: Where the model fell into several graphs.
+        graphs: For each captured graph its stages, each before and after our passes: captured, joint (forward and
+            backward in one), forward, backward.
+    """
+
+    model: str
+    versions: Mapping[str, str]
+    config: Mapping[str, Any]
+    summary: Summary
+    matmuls: tuple[MatmulRow, ...]
+    passes: tuple[PassRow, ...]
+    breaks: tuple[Break, ...]
+    graphs: tuple[GraphDiff, ...]
+
+    def __str__(self) -> str:
+        return text.render(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: slcompile/inspect/SCHEMA.md."""
+        summary = dataclasses.asdict(self.summary)
+        replaced, total = summary.pop("replaced"), summary.pop("total")
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "versions": dict(self.versions),
+            "config": {key: list(each) if isinstance(each, tuple) else each for key, each in self.config.items()},
+            "summary": {"matmuls": {"replaced": replaced, "total": total}, **summary},
+            "matmuls": [{**dataclasses.asdict(row), "shape": list(row.shape)} for row in self.matmuls],
+            "passes": [dataclasses.asdict(row) for row in self.passes],
+            "breaks": [dataclasses.asdict(row) for row in self.breaks],
+            "graphs": [each.to_dict() for each in self.graphs],
+        }
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Explanation:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: It has another schema.
+        """
+        files.require_schema(given, SCHEMA)
+        summary = given["summary"]
+        changes = [Change(**summary[key]) for key in ("parameters", "bytes", "flops")]
+        rows = [
+            MatmulRow(**{**row, "shape": tuple(row["shape"])} | {key: Change(**row[key]) for key in ("bytes", "flops")})
+            for row in given["matmuls"]
+        ]
+        return cls(
+            given["model"],
+            given["versions"],
+            {key: tuple(each) if isinstance(each, list) else each for key, each in given["config"].items()},
+            Summary(summary["matmuls"]["replaced"], summary["matmuls"]["total"], *changes),
+            tuple(rows),
+            tuple(PassRow(**row) for row in given["passes"]),
+            tuple(Break(**row) for row in given["breaks"]),
+            tuple(GraphDiff.from_dict(each) for each in given["graphs"]),
+        )
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a JSON file, moved into place when it is whole; returns its absolute path.
+
+        Raises:
+            ValueError: ``path`` cannot be written.
+        """
+        return files.write_json(path, self.to_dict())
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: It is no such file.
+        """
+        return cls.from_dict(files.read_json(path))
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one self-contained page; returns its absolute path.
+
+        Raises:
+            ValueError: ``path`` cannot be written.
+        """
+        return files.write_html(path, self.to_dict())
+
+    def _repr_html_(self) -> str:
+        return files.frame(self.to_dict())
+
+
+def explain(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    config: SLConfig | None = None,
+) -> Explanation:
+    """Traces a model as ``backend="sltrain"`` would in its next training step, and says what is rewritten and why.
+
+    Dynamo captures the model, our passes and AOTAutograd run on the graphs, and nothing is compiled or computed:
+    captured graphs return zeros, so that the code after a graph break is seen too. (Code that Dynamo does not capture
+    runs as it is.) Weights are not read: a model on the meta device is explained as it would be on this machine's
+    accelerator, or on its CPU where it has none. Inductor's own passes are not run.
+
+    Args:
+        model: Is not changed: its buffers, its modules' attributes and the random state are put back. It may be
+            factorized already; then "before" is what it would be dense.
+        args, kwargs: What it is called with.
+        config: Defaults to ``SLConfig()``; of a model that is factorized already only ``lowering`` and the like count.
+
+    Raises:
+        ValueError: ``model`` or ``config`` is of another type, or a pattern matches nothing.
+        Exception: Whatever calling the model raises.
+    """
+    config = checked_config(config)
+    model = unwrapped(model)
+    config.require_patterns_match(dense_names(model))
+    collector = _Collector(model, config)
+    with (
+        _left_as_it_is(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch_private.unlimited_recompiles(),
+        torch_private.collector_paused(),
+    ):
+        torch.compile(lambda: model(*args, **(kwargs or {})), backend=collector)()
+    rows = [*collector.rows(), *_not_captured(model, collector.weights)]
+    changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]
+    made = (each for each in model.modules() if isinstance(each, SLWeight))
+    changes += [(each.parameters, each.bytes, False) for each in map(_factorized, made)]
+    return Explanation(
+        base_class(model).__name__,
+        {"slcompile": slcompile.__version__, "torch": torch.__version__},
+        {each.name: getattr(config, each.name) for each in dataclasses.fields(config)},
+        Summary(
+            sum(row.decision == "replaced" for row in rows),
+            len(rows),
+            _total(sum(each.numel() for each in model.parameters()), [(each, dense) for each, _, dense in changes]),
+            _total(_training_bytes(model), [(each, dense) for _, each, dense in changes]),
+            Change(sum(row.flops.before for row in rows), sum(row.flops.after for row in rows)),
+        ),
+        tuple(rows),
+        tuple(collector.passes),
+        tuple(collector.breaks),
+        tuple(collector.graphs),
+    )
+
+
+def _total(now: float, changes: Iterable[tuple[Change, bool]]) -> Change:
+    """A number of the whole model, from what it is now and how it changes with each weight.
+
+    Args:
+        now: Of the model as it is.
+        changes: Of each weight, and whether the model still holds it dense.
+    """
+    before = after = now
+    for change, is_dense in changes:
+        if is_dense:
+            after += change.after - change.before
+        else:
+            before += change.before - change.after
+    return Change(before, after)
+
+
+def _training_bytes(model: nn.Module) -> int:
+    """Of all parameters as they are, their gradients and Adam's states, and of what composes weights."""
+    supports = [each for module in model.modules() if isinstance(module, SLWeight) for each in module.buffers()]
+    return sum(each.nbytes for each in supports) + sum(
+        each.nbytes * (ADAM if each.requires_grad else 1) for each in model.parameters()
+    )
+
+
+def _not_captured(model: nn.Module, seen: Mapping[int, Any]) -> Iterator[MatmulRow]:
+    """Rows for linear layers of which no captured graph reads the weight."""
+    for path, module, _ in linear_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is None or id(weight) in seen:
+            continue
+        size = Change(*[weight.nbytes * (ADAM if weight.requires_grad else 1)] * 2)
+        yield MatmulRow(
+            name=f"{path}.weight".lstrip("."),
+            shape=tuple(weight.shape),
+            tokens=None,
+            graph=None,
+            decision="left",
+            reason="not_captured",
+            detail="no captured graph reads it: this call does not reach it, or Dynamo skips the code that does",
+            rank=None,
+            density=None,
+            nonzeros=None,
+            lowering="",
+            costs={},
+            bytes=size,
+            flops=Change(0, 0),
+            source="",
+            node="",
+        )
+
+
+@contextmanager
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Puts back what running a model's Python code may change: attributes, buffers and the random state."""
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    tables = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (vars(module), module._parameters, module._buffers, module._modules)
+    ]
+    devices = {each.device.index for each in model.parameters() if each.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+            yield
+    finally:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        with torch.no_grad():
+            for buffer, version, values in buffers:
+                if buffer._version != version:
+                    buffer.copy_(values)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A matmul of a captured graph: the graph's number, the node's id there, and what was decided on the weight."""
+
+    graph: int
+    node: str
+    matmul: MatmulRead
+    decision: Decision
+
+
+@dataclass
+class _Weight:
+    """A weight that captured graphs read.
+
+    Attributes:
+        name: Fully qualified.
+        dense: The parameter; of a weight that is factorized already, its like on the meta device.
+        factors: What takes its place or did already; None where it stays dense.
+        trained: Whether a gradient is made for it.
+        reads: The matmuls.
+        input_grads: How many products of the backward pass read it.
+        lowered: The graph's number and the decision on each of its products that can be factored.
+    """
+
+    name: str
+    dense: Tensor
+    factors: SLWeight | None
+    trained: bool
+    reads: list[_Read] = field(default_factory=list)
+    input_grads: int = 0
+    lowered: list[tuple[int, Decision]] = field(default_factory=list)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model still holds it dense."""
+        return isinstance(self.dense, nn.Parameter)
+
+    @property
+    def bytes(self) -> Change:
+        """Of the weight, its gradient and Adam's states."""
+        dense = self.dense.nbytes * (ADAM if self.dense.requires_grad else 1)
+        if self.factors is None:
+            return Change(dense, dense)
+        trained = sum(each.nbytes * (ADAM if each.requires_grad else 1) for each in self.factors.parameters())
+        return Change(dense, trained + sum(each.nbytes for each in self.factors.buffers()))
+
+    @property
+    def parameters(self) -> Change:
+        factors = self.factors
+        after = self.dense.numel() if factors is None else sum(each.numel() for each in factors.parameters())
+        return Change(self.dense.numel(), after)
+
+
+class _Captured:
+    """The nodes of a captured graph, to find the one that a traced matmul comes from."""
+
+    def __init__(self, number: int, graph: fx.Graph) -> None:
+        self.number = number
+        self.traces = {node.name: node.meta.get("stack_trace") or "" for node in graph.nodes}
+        placeholders = graph.find_nodes(op="placeholder")
+        self.readers = [next((user.name for user in node.users), node.name) for node in placeholders]
+
+    def node(self, read: MatmulRead, index: int) -> str:
+        """Of a matmul with the input at a position; one inside a checkpointed region is shown as the region."""
+        return read.origin if self.traces.get(read.origin) == read.stack_trace else self.readers[index]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What one captured graph does with a weight, which is its input at a position."""
+
+    weight: _Weight
+    decision: Decision
+    index: int
+
+    def add(self, read: MatmulRead, captured: _Captured) -> None:
+        """Counts one matmul of the traced graph."""
+        if read.backward:
+            self.weight.input_grads += 1
+        else:
+            node = captured.node(read, self.index)
+            self.weight.reads.append(_Read(captured.number, node, read, self.decision))
+
+
+def _factorized(factors: SLWeight, name: str = "") -> _Weight:
+    """A weight that is factorized already."""
+    trained = any(each.requires_grad for each in factors.parameters())
+    like = torch.empty(factors.rows, factors.columns, dtype=factors.B.dtype, device="meta", requires_grad=trained)
+    return _Weight(name, like, factors, trained)
+
+
+class _Collector:
+    """A backend that collects what our passes do to the graphs that Dynamo hands it."""
+
+    def __init__(self, model: nn.Module, config: SLConfig) -> None:
+        self.config = config
+        self.paths = {str(id(module)): plain_name(path) for path, module in model.named_modules()}
+        self.weights: dict[int, _Weight] = {}  # by the id of the parameter, of the first factor if it is factorized
+        self.passes: list[PassRow] = []
+        self.breaks: list[Break] = []
+        self.graphs: list[GraphDiff] = []
+        self.captured = 0
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        number, self.captured = self.captured, self.captured + 1
+        reason = torch_private.break_reason(gm)
+        if reason is not None:
+            self.breaks.append(Break(reason[0].strip().partition("\n")[0], source_line(reason[1])))
+        live = LiveObjects.find()
+        graph = CapturedGraph(gm, self.config, {})
+        report = graph.find(example_inputs, live)
+        wanted = graph.wanted(example_inputs)
+        graph.leave(report, graph.convertible - wanted)
+        names = graph.parameter_names(example_inputs, live)
+        labels = _labels(gm.graph, names)
+        before = snapshot(gm.graph, labels, self.paths)
+        rewritten, inputs, made = graph.parameterize(wanted, example_inputs, self._watch(number, "captured"))
+        weights = self._weights(graph, report, example_inputs, names, made, live)
+        nodes = _Captured(number, gm.graph)
+        names = expand(names, {index: _operand_names(names[index], each) for index, each in made.items()})
+        labels |= _labels(rewritten.graph, names)
+        self._compare(number, "captured", before, snapshot(rewritten.graph, labels, self.paths))
+        labels |= self._trace(nodes, rewritten, inputs, names, weights)
+        self.passes = [
+            replace(row, diff=named(row.diff, labels)) if row.graph == number else row for row in self.passes
+        ]
+        return torch_private.zero_outputs(gm)
+
+    def _weights(
+        self,
+        graph: CapturedGraph,
+        report: PassReport,
+        inputs: Sequence[Any],
+        names: Sequence[str],
+        made: Mapping[int, SLWeight],
+        live: LiveObjects,
+    ) -> list[_Use | None]:
+        """The weight and the decision that each input of the rewritten graph is of, dense or as a factor."""
+        found: list[_Use | None] = [None] * len(inputs)
+        decisions = {each.name: each for each in [*report.rewritten, *report.skipped]}
+        for index, use in graph.uses.items():
+            parameter, decision = inputs[index], decisions[graph.names[index]]
+            trained = parameter.requires_grad and not use.without_grad
+            weight = self.weights.setdefault(id(parameter), _Weight(decision.name, parameter, None, trained))
+            weight.factors = weight.factors or made.get(index)
+            found[index] = _Use(weight, decision, index)
+        owners = live.owners(each for each in inputs if isinstance(each, nn.Parameter))
+        for index, each in enumerate(inputs):
+            for module, attribute in owners.get(id(each), ()):
+                if isinstance(module, SLWeight) and attribute == next(iter(module.operands())):
+                    name = names[index].removesuffix(f"{SUFFIX}.{attribute}")
+                    weight = self.weights.setdefault(id(each), _factorized(module, name))
+                    found[index] = _Use(weight, Decision(name, "", "factorized already"), index)
+        return expand(found, {index: [found[index]] * len(each.operands()) for index, each in made.items()})
+
+    def _trace(
+        self,
+        captured: _Captured,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        names: Sequence[str],
+        weights: Sequence[_Use | None],
+    ) -> dict[str, str]:
+        """Traces the joint graph and runs our passes on it and on its parts; returns what its parameters are called."""
+        number = captured.number
+        labels: dict[str, str] = {}
+        whole: list[Snapshot] = []
+
+        def edit(graph_module: fx.GraphModule, stage: str) -> None:
+            graph = graph_module.graph
+            uses: dict[str, _Use] = {}
+            for node in graph.find_nodes(op="placeholder"):
+                index = torch_private.input_index(node)
+                if index is not None and names[index]:
+                    labels[node.name] = names[index]
+                use = weights[index] if index is not None else None
+                if use is not None:
+                    uses[node.name] = use
+            origins: dict[str, str] = {}
+            for node in graph.nodes:
+                use = uses.get(node.args[0].name if node.target in WEIGHT_OPS else node.name)
+                if use is None:
+                    continue
+                for read in find_matmuls([node]).reads:
+                    origins[read.node] = read.origin
+                    use.add(read, captured)
+
+            def collect(report: PassReport) -> None:
+                for each in [*report.rewritten, *report.skipped]:
+                    if each.factor in uses:
+                        decision = replace(each, node=origins.get(each.node, ""))
+                        uses[each.factor].weight.lowered.append((number, decision))
+
+            before = snapshot(graph, labels, self.paths)
+            run(joint_passes(self.config), graph_module, self._watch(number, stage, collect))
+            if stage == "joint":
+                self._compare(number, stage, before, snapshot(graph, labels, self.paths))
+            else:
+                whole.append(before)
+
+        graphs = torch_private.aot_graphs(gm, inputs, edit)
+        for stage, part in zip(("forward", "backward"), graphs, strict=False):
+            before = whole.pop() if whole else snapshot(part.graph, labels, self.paths)
+            run(post_passes(self.config), part, self._watch(number, stage))
+            self._compare(number, stage, before, snapshot(part.graph, labels, self.paths))
+        return labels
+
+    def _watch(self, number: int, stage: str, collect: Callable[[PassReport], None] | None = None) -> Watch:
+        def watch(report: PassReport, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+            if collect is not None:
+                collect(report)
+            row = PassRow(
+                number,
+                stage,
+                report.pass_name,
+                report.seconds,
+                before != after,
+                len(after.keys() - before.keys()),
+                len(before.keys() - after.keys()),
+                len(report.rewritten),
+                len(report.skipped),
+                diff(before, after),
+            )
+            self.passes.append(row)
+
+        return watch
+
+    def _compare(self, number: int, stage: str, before: Snapshot, after: Snapshot) -> None:
+        self.graphs.append(compare(f"graph {number}, {stage}", before, after))
+
+    def rows(self) -> Iterator[MatmulRow]:
+        """A row for each matmul, in the order of the graphs."""
+        for weight in self.weights.values():
+            for read in weight.reads:
+                yield _row(weight, read, self.config)
+
+
+def _row(weight: _Weight, read: _Read, config: SLConfig) -> MatmulRow:
+    factors, tokens = weight.factors, read.matmul.tokens
+    own = [each for number, each in weight.lowered if number == read.graph and each.phase == "forward"]
+    own = [each for each in own if each.node == read.matmul.origin] or own
+    rest = [each for _, each in weight.lowered if each.phase != "forward"]
+    share = 1 / len(weight.reads)
+    lowerings = {each.lowering for each in [*own, *rest]}
+    costs = Counter[str]()
+    for part, decisions in ((1 / max(1, len(own)), own), (share, rest)):
+        for each in decisions:
+            costs.update({name: part * seconds for name, seconds in each.costs.items()})
+    return MatmulRow(
+        name=weight.name,
+        shape=tuple(weight.dense.shape),
+        tokens=tokens if isinstance(tokens, int) else str(tokens),
+        graph=read.graph,
+        decision="left" if factors is None else "replaced",
+        reason=read.decision.reason if factors is None else "",
+        detail=read.decision.detail,
+        rank=factors.rank if factors is not None else None,
+        density=factors.values.numel() / weight.dense.numel() if factors is not None else None,
+        nonzeros=factors.values.numel() if factors is not None else None,
+        lowering="mixed" if len(lowerings) > 1 else next(iter(lowerings), ""),
+        costs=dict(costs),
+        bytes=weight.bytes,
+        flops=_flops(weight, read, config, own, rest),
+        source=source_line(read.matmul.stack_trace),
+        node=read.node,
+    )
+
+
+def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decision], rest: Sequence[Decision]) -> Change:
+    """Operations of a training step's products for one matmul; what several matmuls share is shared out."""
+    share = 1 / len(weight.reads)
+    product, input_grads = read.matmul.flops, weight.input_grads * share
+    before = product * (1 + input_grads + weight.trained)
+    if weight.factors is None:
+        return Change(before, before)
+    factors, tokens = weight.factors, torch_private.size_hint(read.matmul.tokens)
+    matmul = Matmul(factors.rows, factors.columns, factors.rank, factors.values.numel(), factors.B.dtype)
+
+    def factored(phase: str, decisions: Sequence[Decision]) -> float:
+        """The share of a phase's products that are factored; all are composed where nothing was decided."""
+        found = [each.lowering == "factored" for each in decisions if each.phase == phase]
+        return sum(found) / len(found) if found else 0.0
+
+    def products(part: float, composes: float) -> float:
+        return part * matmul.factored_flops(tokens) + (1 - part) * (product + composes * matmul.compose_flops)
+
+    grads = factored("gradients", rest)
+    after = products(factored("forward", own), share)
+    after += input_grads * products(factored("backward", rest), 0 if config.keep_weights else share)
+    if weight.trained:
+        after += grads * matmul.factored_flops(tokens) + (1 - grads) * (product + share * matmul.project_flops)
+    return Change(before, after)
+
+
+def _labels(graph: fx.Graph, names: Sequence[str]) -> dict[str, str]:
+    """Name of each placeholder that stands for a parameter -> the parameter's."""
+    placeholders = (node.name for node in graph.nodes if node.op == "placeholder")
+    return {node: name for node, name in zip(placeholders, names, strict=True) if name}
+
+
+def _operand_names(name: str, factors: SLWeight) -> list[str]:
+    return [f"{name}{SUFFIX}.{operand}" for operand in factors.operands()]

@@ -1,0 +1,168 @@
+"""An explanation as text for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slcompile.inspect.explain import Break, Change, Explanation, MatmulRow, PassRow
+
+WIDTH = 100
+_NAME = 24  # columns that a weight's name has at least
+
+
+def render(explanation: Explanation) -> str:
+    """Totals, matmuls with equal layers folded, what was left and why, graph breaks, passes."""
+    parts = [
+        _header(explanation),
+        _matmuls(explanation.matmuls),
+        _left(explanation.matmuls),
+        _breaks(explanation.breaks),
+        _passes(explanation.passes),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _header(explanation: Explanation) -> str:
+    summary = explanation.summary
+    lines = [f"{explanation.model}: {summary.replaced} of {summary.total} matmuls with a parameter replaced"]
+    for title, change, unit in (
+        ("parameters", summary.parameters, _thousands),
+        ("weights + gradients + Adam", summary.bytes, _bytes),
+        ("FLOPs of these matmuls, one step", summary.flops, _flops),
+    ):
+        ratio = f"  ({change.after / change.before:.2f}x)" if change.before else ""
+        lines.append(f"  {title:<33} {unit(change.before):>14} -> {unit(change.after)}{ratio}")
+    return "\n".join(lines)
+
+
+def _matmuls(rows: Sequence[MatmulRow]) -> str:
+    names = [("weight", "")]
+    table = [["shape", "tokens", "decision", "rank", "lowering", "time", "bytes", "FLOPs"]]
+    for row, count in _folded(rows):
+        names.append((row.name, f" x{count}" if count > 1 else ""))
+        table.append(
+            [
+                "x".join(map(str, row.shape)),
+                "-" if row.tokens is None else str(row.tokens),
+                "replaced" if row.decision == "replaced" else row.reason,
+                "" if row.rank is None else str(row.rank),
+                row.lowering,
+                _predicted(row),
+                _ratio(row.bytes),
+                _ratio(row.flops),
+            ]
+        )
+    rest = _aligned(table).splitlines()
+    room = max(_NAME, WIDTH - 2 - max(map(len, rest)))
+    shown = [_shortened(name, room - len(times)) + times for name, times in names]
+    width = max(map(len, shown))
+    return "\n".join(f"{name:<{width}}  {line}" for name, line in zip(shown, rest, strict=True))
+
+
+def _left(rows: Sequence[MatmulRow]) -> str:
+    """One line for each reason that left a matmul dense, with its sentence."""
+    found: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row.decision == "left":
+            found[row.reason, row.detail] = found.get((row.reason, row.detail), 0) + 1
+    lines = [f"  {number} {reason}: {detail}" for (reason, detail), number in found.items()]
+    return "\n".join(["Left dense", *lines]) if lines else ""
+
+
+def _breaks(breaks: Sequence[Break]) -> str:
+    lines = [f"  {each.reason}\n    at {each.source}" for each in breaks]
+    return "\n".join([f"Graph breaks ({len(breaks) + 1} graphs)", *lines]) if lines else ""
+
+
+def _passes(rows: Sequence[PassRow]) -> str:
+    table = [["pass", "graph", "changed", "created", "erased", "rewritten", "skipped", "ms"]]
+    for row in rows:
+        numbers = [row.created, row.erased, row.rewritten, row.skipped]
+        table.append(
+            [
+                row.name,
+                f"{row.graph} {row.stage}",
+                "yes" if row.changed else "no",
+                *(str(number) for number in numbers),
+                f"{1e3 * row.seconds:.1f}",
+            ]
+        )
+    return _aligned(table)
+
+
+def _folded(rows: Sequence[MatmulRow]) -> list[tuple[MatmulRow, int]]:
+    """Rows that differ only in numbers of their names and in place, as one with the first one's values; how many."""
+    groups: dict[Any, list[MatmulRow]] = {}
+    for row in rows:
+        key = (
+            re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name),
+            row.shape,
+            str(row.tokens),
+            row.reason,
+            row.rank,
+            row.lowering,
+        )
+        groups.setdefault((*key, row.bytes, row.flops, _predicted(row)), []).append(row)
+    folded = []
+    for group in groups.values():
+        first = group[0]
+        if len(group) > 1:
+            names = [row.name.split(".") for row in group]
+            parts = [each[0] if len(set(each)) == 1 else "*" for each in zip(*names, strict=True)]
+            first = _renamed(first, ".".join(parts))
+        folded.append((first, len(group)))
+    return folded
+
+
+def _renamed(row: MatmulRow, name: str) -> MatmulRow:
+    return type(row)(**{**vars(row), "name": name})
+
+
+def _predicted(row: MatmulRow) -> str:
+    if not row.costs:
+        return ""
+    milliseconds = 1e3 * min(row.costs.values())
+    return f"{milliseconds:.2f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
+
+
+def _ratio(change: Change) -> str:
+    return f"{change.after / change.before:.2f}x" if change.before else "-"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    """Columns without content are left out; those of numbers are set to the right."""
+    columns = [column for column in zip(*table, strict=True) if any(column[1:])]
+    padded = []
+    for column in columns:
+        width = max(map(len, column))
+        right = all(re.fullmatch(r"(\d.*|-|)", cell) for cell in column[1:])
+        padded.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
+
+
+def _shortened(name: str, width: int) -> str:
+    """The end of a name, which tells weights apart."""
+    return name if len(name) <= width else ".." + name[2 - width :]
+
+
+def _thousands(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _flops(number: float) -> str:
+    return _scaled(number, ("", "k", "M", "G", "T", "P", "E")).strip()
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if number < 1000:
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return f"{number:.4g} {units[-1]}"

@@ -1,0 +1,598 @@
+"""The page in headless Chromium, on documents of a LLaMA-like model of any depth."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slcompile.inspect.page import render
+
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:
+    sync_playwright = None
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--disable-sync", "--no-first-run"]
+needs_browser = pytest.mark.skipif(
+    sync_playwright is None or not CHROMIUM.exists(), reason=f"needs playwright and Chromium at {CHROMIUM}"
+)
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+# The page's typography, by name: linters take these for letters.
+TIMES, MINUS, EN_DASH = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{EN DASH}"
+HOSTILE = "</script><img src=x onerror=window.hit=1>"
+
+
+def node(name: str, target: str, inputs: list[str], module: list[list[str]], status: str = "kept", **more: Any) -> dict:
+    fields = {
+        "id": name,
+        "op": "call_function",
+        "target": target,
+        "args": f"({', '.join(inputs)})",
+        "inputs": inputs,
+        "shape": "[2048, 512]",
+        "dtype": "float32",
+        "module": module,
+        "status": status,
+        "from": [] if status in ("new", "removed") else [name],
+        "weight": "",
+        "source": "modeling_llama.py:252 in forward: hidden_states = self.norm(hidden_states)",
+    }
+    return {**fields, **more}
+
+
+def parameter(weight: str, status: str = "kept") -> dict:
+    name = "p_" + weight.replace(".", "_")
+    return node(name, name, [], [], status, op="placeholder", weight=weight, args="", source="")
+
+
+def graphs(layers: int, elementwise: int) -> tuple[list[dict], list[dict]]:
+    """Before and after: each projection's weight becomes a compose of three factors and a seed."""
+    sides: dict[str, list[dict]] = {"before": [], "after": []}
+    weights: dict[str, list[dict]] = {"before": [], "after": []}
+    root = [["", "LlamaForCausalLM"], ["model", "LlamaModel"]]
+    table = parameter("model.embed_tokens.weight")
+    ids = node("input_ids", "input_ids", [], [], op="placeholder", shape="[4, 512]", dtype="int64", source="")
+    embedding = [["model.embed_tokens", "Embedding"]]
+    for side in ("before", "after"):
+        weights[side] += [table, ids]
+        sides[side].append(node("embedding", "aten.embedding.default", [table["id"], "input_ids"], root + embedding))
+
+    def both(name: str, target: str, inputs: list[str], module: list[list[str]]) -> str:
+        for side in sides.values():
+            side.append(node(name, target, inputs, module))
+        return name
+
+    def project(weight: str, hidden: str, module: list[list[str]]) -> str:
+        stem = weight.replace(".", "_")
+        dense = parameter(f"{weight}.weight", "removed")
+        factors = [parameter(f"{weight}.weight_sl.{name}", "new") for name in ("B", "A", "values", "seed")]
+        weights["before"].append(dense)
+        weights["after"] += factors
+        sides["before"].append(node(f"t_{stem}", "aten.t.default", [dense["id"]], module, "removed"))
+        names = [each["id"] for each in factors]
+        sides["after"].append(node(f"compose_{stem}", "slcompile.compose.default", names, module, "new"))
+        sides["after"].append(node(f"t_{stem}_1", "aten.t.default", [f"compose_{stem}"], module, "new"))
+        sides["before"].append(node(f"mm_{stem}", "aten.mm.default", [hidden, f"t_{stem}"], module, "rewritten"))
+        sides["after"].append(node(f"mm_{stem}", "aten.mm.default", [hidden, f"t_{stem}_1"], module, "rewritten"))
+        return f"mm_{stem}"
+
+    hidden = "embedding"
+    for layer in range(layers):
+        path = f"model.layers.{layer}"
+        module = root + [[path, "LlamaDecoderLayer"]]
+        norm = both(f"norm_{layer}", "aten.rms_norm.default", [hidden], module)
+        attention = module + [[f"{path}.self_attn", "LlamaAttention"]]
+        heads = [
+            project(f"{path}.{name}", norm, attention + [[f"{path}.{name}", "Linear"]]) for name in PROJECTIONS[:3]
+        ]
+        mixed = both(f"sdpa_{layer}", "aten.scaled_dot_product_attention.default", heads, attention)
+        out = project(f"{path}.{PROJECTIONS[3]}", mixed, attention + [[f"{path}.{PROJECTIONS[3]}", "Linear"]])
+        hidden = both(f"add_{layer}", "aten.add.Tensor", [hidden, out], module)
+        mlp = module + [[f"{path}.mlp", "LlamaMLP"]]
+        up = project(f"{path}.{PROJECTIONS[4]}", hidden, mlp + [[f"{path}.{PROJECTIONS[4]}", "Linear"]])
+        for index in range(elementwise):
+            up = both(f"mul_{layer}_{index}", "aten.mul.Tensor", [up], mlp)
+        hidden = both(f"add_{layer}_1", "aten.add.Tensor", [hidden, up], module)
+    for side, nodes in sides.items():
+        nodes.append(node("output", "output", [hidden], [], op="output", shape="", dtype="", source=""))
+        weights[side] += nodes
+    return weights["before"], weights["after"]
+
+
+def diff_document(before: list[dict], after: list[dict], name: str = "graph 0, captured") -> dict:
+    counts = {status: sum(each["status"] == status for each in after) for status in ("kept", "new", "rewritten")}
+    counts["removed"] = sum(each["status"] == "removed" for each in before)
+    return {
+        "schema": "slcompile.graph_diff/1",
+        "name": name,
+        "before": {"nodes": before},
+        "after": {"nodes": after},
+        "counts": counts,
+    }
+
+
+def matmul(name: str, mm: str) -> dict:
+    return {
+        "name": f"{name}.weight",
+        "shape": [512, 512],
+        "tokens": 2048,
+        "graph": 0,
+        "decision": "replaced",
+        "reason": "",
+        "detail": "",
+        "rank": 128,
+        "density": 0.03,
+        "nonzeros": 7864,
+        "lowering": "composed",
+        "costs": {"composed": 0.0012, "factored": 0.0019},
+        "bytes": {"before": 4194304, "after": 2222981},
+        "flops": {"before": 3221225472, "after": 2900000000},
+        "source": "modeling_llama.py:252 in forward: query_states = self.q_proj(hidden_states)",
+        "node": mm,
+    }
+
+
+def explanation(layers: int = 4, elementwise: int = 1) -> dict:
+    before, after = graphs(layers, elementwise)
+    names = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in PROJECTIONS]
+    rows = [matmul(name, f"mm_{name.replace('.', '_')}") for name in names]
+    head = {**matmul("lm_head", ""), "decision": "left", "reason": "excluded", "rank": None, "density": None}
+    head |= {"detail": "by the include and exclude patterns", "nonzeros": None, "lowering": "", "costs": {}}
+    head |= {"shape": [32000, 512], "bytes": {"before": 262144000, "after": 262144000}}
+    rewrite = {"graph": 0, "stage": "captured", "name": "parameterize_weights", "seconds": 0.0123, "changed": True}
+    rewrite |= {"created": len(names), "erased": 3, "rewritten": len(names), "skipped": 1}
+    rewrite["diff"] = "@@ layers.0 @@\n  norm_0\n- t = aten.t(p_weight)\n+ compose = slcompile.compose(B, A)\n  mm"
+    idle = {**rewrite, "stage": "joint", "name": "fuse_weight_grads", "changed": False, "created": 0, "erased": 0}
+    idle |= {"rewritten": 0, "skipped": 0, "diff": ""}
+    return {
+        "schema": "slcompile.explain/1",
+        "model": "LlamaForCausalLM",
+        "versions": {"slcompile": "0.1.0", "torch": "2.13.0"},
+        "config": {"rank": 0.25, "density": 0.03, "exclude": ["*lm_head*", "*embed*"]},
+        "summary": {
+            "matmuls": {"replaced": len(names), "total": len(names) + 1},
+            "parameters": {"before": 5261568, "after": 3447040},
+            "bytes": {"before": 84185088, "after": 55152640},
+            "flops": {"before": 8_200_000_000, "after": 9_100_000_000},
+        },
+        "matmuls": [*rows, head],
+        "passes": [rewrite, idle],
+        "breaks": [{"reason": "call to print", "source": "model.py:12 in forward"}],
+        "graphs": [diff_document(before, after), diff_document(after, after, "graph 0, joint")],
+    }
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens a document's page from a file; afterwards there was neither an error nor a request to anything else."""
+    seen: list[str] = []
+    contexts = []
+
+    def start(document: dict, address: str = "", **context: Any) -> Any:
+        path = tmp_path / "page.html"
+        path.write_text(render(document), encoding="utf-8")
+        contexts.append(browser.new_context(viewport={"width": 1500, "height": 950}, **context))
+        contexts[-1].set_default_timeout(30_000)
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: seen.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("request", lambda request: None if request.url.startswith(path.as_uri()) else seen.append(request.url))
+        page.goto(path.as_uri() + address)
+        page.wait_for_selector("html[data-ready]")
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert seen == []
+
+
+def box(page: Any, side: str, name: str) -> Any:
+    """The node or module that says this name, in one of the panes."""
+    return page.locator(f'.pane[data-side="{side}"] .box', has=page.get_by_text(name, exact=True)).last
+
+
+def address(page: Any) -> str:
+    return page.evaluate("location.hash")
+
+
+def layout_time(page: Any) -> float:
+    return page.evaluate("performance.getEntriesByName('slcompile-toggle').at(-1).duration")
+
+
+@pytest.mark.parametrize("schema", ["slcompile.explain/2", None])
+def test_unknown_schemas_are_refused(schema):
+    with pytest.raises(ValueError, match=r"slcompile\.explain/1, slcompile\.graph_diff/1, got"):
+        render({**explanation(1), "schema": schema})
+
+
+def test_numbers_without_json_are_refused():
+    document = explanation(1)
+    document["summary"]["flops"]["after"] = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render(document)
+
+
+def test_the_data_round_trips_through_the_page():
+    document = explanation(2)
+    document["model"] = HOSTILE
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', render(document), re.DOTALL)
+    assert text is not None
+    assert json.loads(text[1]) == document
+
+
+def test_the_file_is_self_contained():
+    outside = re.findall(r"https?://[^\s\"'`]+", render(explanation(1)))
+    assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a namespace, not an address
+    assert not re.search(r"<(link|iframe|img)|\bsrc=|@import|url\(|sourceMappingURL", render(explanation(1)))
+    assert "Copyright (c) 2012-2014 Chris Pettitt" in render(explanation(1))
+
+
+@needs_browser
+def test_counts_equal_the_document(visit):
+    document = explanation(3)
+    page = visit(document)
+    text = page.inner_text("#summary")
+    for expected in ("15 / 16", "5.26 M → 3.45 M", f"{TIMES} 0.66", "84.2 MB → 55.2 MB", "8.20 GFLOP → 9.10 GFLOP"):
+        assert expected in text
+    for status, count in document["graphs"][0]["counts"].items():
+        assert page.inner_text(f'[data-count="{status}"]').split()[1:] == [str(count), status]
+    for side in ("before", "after"):
+        nodes = document["graphs"][0][side]["nodes"]
+        assert f"{len(nodes)} nodes" in page.inner_text(f'.pane[data-side="{side}"] h3')
+        boxes = page.evaluate("(side) => buildDiff(JSON.parse($('data').textContent).graphs[0]).sides[side].root", side)
+        shown = [each for each in nodes if not each["weight"]]
+        assert boxes["count"] == len(shown)
+        assert boxes["statuses"]["kept"] == sum(each["status"] == "kept" for each in shown)
+
+
+@needs_browser
+def test_matmuls_are_folded_filtered_and_sorted(visit):
+    page = visit(explanation(24))
+    rows = page.locator("table.matmuls tbody tr")
+    assert rows.count() == 6
+    assert "121 of 121 matmuls" in page.inner_text("#matmuls")
+    page.locator(".unfold").first.click()
+    assert rows.count() == 6 + 23
+    page.locator(".unfold").first.click()
+
+    page.get_by_label("Decision").select_option("left")
+    assert rows.count() == 1
+    assert "excluded" in rows.inner_text()
+    page.get_by_label("Decision").select_option("")
+    page.get_by_label("Filter matmuls").fill("layers.7.mlp")
+    assert rows.count() == 1
+    page.get_by_label("Filter matmuls").fill("no such name")
+    assert "No matmul" in rows.inner_text()
+    page.get_by_label("Filter matmuls").fill("")
+
+    page.get_by_role("button", name="Bytes").click()
+    assert "q_proj" in rows.first.inner_text()
+    page.get_by_role("button", name="Bytes").click()
+    assert "lm_head" in rows.first.inner_text()
+    assert page.locator("th[aria-sort=descending]").inner_text().startswith("Bytes")
+
+
+@needs_browser
+def test_a_matmul_leads_to_its_node(visit):
+    page = visit(explanation(24))
+    page.locator("tr.link").first.locator("td").nth(1).click()
+    assert address(page) == "#graph=0&side=before&node=mm_model_layers_0_self_attn_q_proj"
+    assert "rewritten" in page.locator(".box.selected").inner_text()
+    assert "replaced" in page.inner_text("#details")
+    # Its counterpart on the other side is marked, and in sight.
+    linked = page.locator('.pane[data-side="after"] .box.linked')
+    assert "mm_model_layers_0_self_attn_q_proj" in linked.inner_text()
+    assert linked.evaluate(
+        """(each) => {
+            const [inner, outer] = [each, each.closest(".scroller")].map((element) => element.getBoundingClientRect());
+            return inner.top >= outer.top && inner.bottom <= outer.bottom;
+        }"""
+    )
+
+
+@needs_browser
+def test_passes_show_their_diffs(visit):
+    page = visit(explanation(2))
+    assert "1 of 2 passes changed a graph" in page.inner_text("#passes")
+    assert "unchanged" in page.locator("#passes li").nth(1).inner_text()
+    assert page.locator("#passes pre").count() == 0
+    page.locator("summary.pass").click()
+    assert page.locator("#passes pre .s-new").inner_text() == "+ compose = slcompile.compose(B, A)"
+    assert page.locator("#passes pre .s-removed").inner_text().startswith("- t = ")
+    assert "call to print" in page.inner_text("#breaks")
+
+
+@needs_browser
+def test_search_finds_a_weight(visit):
+    page = visit(explanation(24))
+    page.keyboard.press("/")
+    page.keyboard.type("layers.5.self_attn.k_proj.weight")
+    assert page.locator("#results [role=option]").first.inner_text().split("\n")[1] == (
+        "model.layers.5.self_attn.k_proj.weight"
+    )
+    page.keyboard.press("Enter")
+    assert address(page) == "#graph=0&side=before&node=p_model_layers_5_self_attn_k_proj_weight"
+    # A parameter is a chip in the node that reads it.
+    assert page.locator(".box.selected .chip.selected").inner_text() == f"{MINUS} k_proj.weight"
+    page.keyboard.press("/")
+    page.keyboard.type("nowhere")
+    assert "Nothing found" in page.inner_text("#results")
+    page.keyboard.press("Escape")
+    assert page.locator("#results").is_hidden()
+
+
+@needs_browser
+def test_modules_open_and_close_on_both_sides(visit):
+    page = visit(explanation(24))
+    folded = box(page, "before", f"layers.0{EN_DASH}23")
+    assert f"{TIMES}24" in folded.inner_text()
+    assert "24 identical layers" in folded.inner_text()
+    folded.click()
+    for side in ("before", "after"):
+        assert page.locator(f'.pane[data-side="{side}"] .box.closed', has_text="LlamaDecoderLayer").count() == 24
+    box(page, "after", "layers.3").click()
+    assert box(page, "before", "norm_3").count() == 1
+    page.locator('.pane[data-side="before"] .top', has_text=f"layers.0{EN_DASH}23").click()
+    assert page.locator(".box", has_text="norm_3").count() == 0
+    box(page, "before", f"layers.0{EN_DASH}23").click()
+    assert box(page, "before", "norm_3").count() == 1  # what was open inside stays open
+    page.get_by_role("button", name="Collapse all").click()
+    assert page.locator(".box.closed", has_text=f"{TIMES}24").count() == 2
+
+
+@needs_browser
+def test_layers_that_differ_are_not_folded(visit):
+    document = explanation(5)
+    for each in document["graphs"][0]["after"]["nodes"]:
+        if each["id"] == "mm_model_layers_2_mlp_up_proj":
+            each["status"] = "kept"
+    page = visit(document)
+    labels = page.locator('.pane[data-side="before"] .box', has_text="LlamaDecoderLayer").locator("b").all_inner_texts()
+    assert [label for label in labels if label.startswith("layers")] == [
+        f"layers.0{EN_DASH}1",
+        "layers.2",
+        f"layers.3{EN_DASH}4",
+    ]
+
+
+@needs_browser
+def test_unchanged_nodes_stand_together_where_there_are_many(visit):
+    page = visit(explanation(1, elementwise=20))
+    calm = page.locator(".box.calm.closed", has_text="mul_0_0 … mul_0_19")
+    assert calm.count() == 2
+    assert "unchanged" in calm.first.inner_text()
+    assert "20 nodes" in calm.first.inner_text()
+    page.evaluate("location.hash = 'graph=0&side=after&node=mul_0_7'")
+    page.wait_for_selector(".box.linked")
+    assert "mul_0_7" in page.locator('.pane[data-side="before"] .box.linked').inner_text()
+
+
+@needs_browser
+def test_links_lead_from_a_rewritten_node_to_its_origin(visit):
+    page = visit(explanation(2), "#graph=0&side=after&node=mm_model_layers_1_mlp_up_proj")
+    assert "Came from" in page.inner_text("#details")
+    page.locator("#details dd", has=page.locator("a")).first.locator("a").click()
+    assert address(page) == "#graph=0&side=before&node=mm_model_layers_1_mlp_up_proj"
+    assert "Became" in page.inner_text("#details")
+
+
+@needs_browser
+def test_an_address_that_leads_nowhere_says_so(visit):
+    page = visit(explanation(1), "#graph=0&side=before&node=mm_99")
+    assert page.inner_text("#details") == 'This graph has no node "mm_99" before.'
+    assert page.locator(".box.selected").count() == 0
+
+
+@needs_browser
+def test_changes_are_stepped_through_from_the_selection(visit):
+    page = visit(explanation(24))
+    page.get_by_role("button", name="rewritten").click()
+    assert "rewritten" in page.locator(".box.selected").inner_text()
+    page.evaluate("location.hash = 'graph=0&side=after&node=mm_model_layers_0_mlp_up_proj'")
+    page.wait_for_function("document.getElementById('change').textContent === 'change 20 of 20'")
+    page.get_by_role("button", name="Next change").click()
+    assert page.inner_text("#change") == "change 1 of 20"  # nodes of the other 23 layers are not visited
+    page.locator("#stage").select_option("1")
+    assert address(page) == "#graph=1"
+
+
+@needs_browser
+def test_keyboard(visit):
+    page = visit(explanation(24))
+    page.locator('.pane[data-side="before"] .world').focus()
+    page.keyboard.press("ArrowDown")  # the first box, then into the model, down to the folded layers
+    assert address(page) == "#graph=0&side=before&node=input_ids"
+
+    def focused() -> str:
+        return page.evaluate("document.activeElement.getAttribute('aria-label')")
+
+    visited = [focused()]
+    for _ in range(8):
+        page.keyboard.press("ArrowDown")
+        visited.append(focused())
+        if "identical layers" in visited[-1]:
+            break
+    assert visited[0].startswith("placeholder, input_ids, kept")
+    assert visited[-1].startswith(f"layers.0{EN_DASH}23, LlamaDecoderLayer, 24 identical layers")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
+    page.keyboard.press("ArrowDown")
+    assert focused().startswith("layers.0, LlamaDecoderLayer")
+    page.keyboard.press("ArrowDown")
+    assert focused().startswith("layers.1, LlamaDecoderLayer")
+    page.keyboard.press("o")
+    assert page.evaluate("document.activeElement.closest('.pane').dataset.side") == "after"
+    page.keyboard.press("Escape")
+    assert page.locator(".box.selected").count() == 0
+    page.keyboard.press("n")
+    assert page.inner_text("#change") == "change 1 of 20"
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("Escape")
+    assert page.locator("#help").is_hidden()
+
+
+@needs_browser
+def test_arrows_go_to_what_stands_beside(visit):
+    page = visit(explanation(1), "#graph=0&side=before&node=mm_model_layers_0_self_attn_q_proj")
+    page.keyboard.press("ArrowUp")  # the transposed weight, then its module, beside that of k
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("k_proj, Linear")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(visit, scheme):
+    page = visit(explanation(1), color_scheme=scheme)
+
+    def brightness() -> int:
+        return sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]))
+
+    assert (brightness() > 600) == (scheme == "light")
+    page.get_by_role("button", name="Theme: auto").click()
+    assert brightness() > 600
+    page.get_by_role("button", name="Theme: light").click()
+    assert brightness() < 150
+
+
+@needs_browser
+def test_a_graph_diff_alone(visit):
+    page = visit(diff_document(*graphs(2, 1), name="a.onnx, b.onnx"))
+    assert page.locator("section:visible h2").all_inner_texts() == ["Graph"]
+    assert "a.onnx, b.onnx" in page.title()
+    assert page.locator(".pane .box").count() > 4
+
+
+@needs_browser
+def test_an_empty_side_is_shown(visit):
+    page = visit(diff_document([], graphs(1, 1)[1]))
+    assert "0 nodes" in page.inner_text('.pane[data-side="before"] h3')
+    page.keyboard.press("n")
+    assert page.locator('.pane[data-side="after"] .box.selected').count() == 1
+
+
+@needs_browser
+def test_a_joint_graph_is_split_into_phases(visit):
+    nodes = [
+        node("primals_1", "primals_1", [], [], op="placeholder", weight="weight"),
+        node("tangents_1", "tangents_1", [], [], op="placeholder"),
+        node("x", "x", [], [], op="placeholder"),
+        node("t", "aten.t.default", ["primals_1"], [["fc", "Linear"]]),
+        node("mm", "aten.mm.default", ["x", "t"], [["fc", "Linear"]]),
+        node("t_1", "aten.t.default", ["x"], [["fc", "Linear"]]),
+        node("mm_1", "aten.mm.default", ["t_1", "tangents_1"], [["fc", "Linear"]]),
+        node("output", "output", ["mm", "mm_1"], [], op="output"),
+    ]
+    page = visit(diff_document(nodes, copy.deepcopy(nodes), "graph 0, joint"))
+    phases = page.locator('.pane[data-side="after"] .box.phase')
+    assert phases.count() == 2
+    assert phases.locator("> .top b").all_inner_texts() == ["FORWARD", "BACKWARD"]
+    assert "t_1" in phases.nth(1).inner_text()  # reads no tangents, but only the backward pass reads it
+
+
+@needs_browser
+def test_nodes_without_a_module_are_drawn_where_they_belong(visit):
+    layer = [["layers.0", "Layer"], ["layers.0.fc", "Linear"]]
+    before = [
+        node("x", "x", [], [], op="placeholder"),
+        parameter("layers.0.fc.weight"),
+        node("mm", "aten.mm.default", ["x", "p_layers_0_fc_weight"], layer),
+        node("loss", "aten.sum.default", ["mm"], []),
+    ]
+    after = [
+        *before[:1],
+        parameter("layers.0.fc.weight_sl.B", "new"),
+        node("compose", "slcompile.compose.default", ["p_layers_0_fc_weight_sl_B"], [], "new"),
+        node("mul", "aten.mul.Tensor", ["compose"], [], "new"),
+        node("iota", "prims.iota.default", [], [], "new"),
+        node("mm", "aten.mm.default", ["iota", "mul"], layer, "rewritten"),
+        before[-1],
+    ]
+    page = visit(diff_document(before, after))
+    places = page.evaluate("Object.fromEntries([...sideOf('after').boxes].map(([id, box]) => [id, box.parent.path]))")
+    assert {name for name, place in places.items() if place == "layers.0.fc"} == {"compose", "mul", "iota", "mm"}
+    assert places["loss"] == ""
+
+
+@needs_browser
+def test_hostile_names_are_text(visit):
+    document = explanation(2)
+    document["model"] = HOSTILE
+    document["matmuls"][0] |= {"name": HOSTILE, "detail": HOSTILE, "source": HOSTILE}
+    document["passes"][0] |= {"name": HOSTILE, "diff": f"+ {HOSTILE}"}
+    document["breaks"][0]["reason"] = HOSTILE
+    for each in document["graphs"][0]["before"]["nodes"]:
+        each |= {"target": HOSTILE, "args": HOSTILE, "source": HOSTILE, "shape": HOSTILE}
+        each["module"] = [[path, HOSTILE] for path, _ in each["module"]]
+    page = visit(document)
+    page.keyboard.press("n")
+    page.locator("summary.pass").click()
+    page.keyboard.press("/")
+    page.keyboard.type("<img")
+    page.keyboard.press("Enter")
+    assert HOSTILE in page.inner_text("h1")
+    assert HOSTILE in page.inner_text("#details")
+    assert page.locator("img").count() == 0
+    assert page.evaluate("window.hit") is None
+
+
+@needs_browser
+def test_a_page_in_a_frame_without_an_address(browser, visit, tmp_path):
+    page = visit(explanation(2))
+    page.evaluate(
+        """(text) => new Promise((resolve) => {
+            const frame = document.createElement("iframe");
+            frame.srcdoc = text;
+            frame.onload = resolve;
+            document.body.replaceChildren(frame);
+        })""",
+        render(explanation(2)),
+    )
+    frame = page.frames[-1]
+    frame.locator("tr.link a").first.evaluate("(link) => link.click()")
+    assert "q_proj" in frame.locator(".box.selected").inner_text()
+    assert frame.url == "about:srcdoc"
+
+
+@needs_browser
+@pytest.mark.parametrize(("layers", "elementwise", "is_flat"), [(24, 2, False), (80, 36, False), (80, 36, True)])
+def test_large_graphs_open_quickly(visit, layers, elementwise, is_flat):
+    document = explanation(layers, elementwise)
+    nodes = [each for side in ("before", "after") for each in document["graphs"][0][side]["nodes"]]
+    if is_flat:
+        for each in nodes:
+            each["module"] = []
+    page = visit(document)
+    ready = page.evaluate("Number(document.documentElement.dataset.ready)")
+    times = []
+    for _ in range(3):
+        page.locator(".box.closed").first.evaluate("(element) => element.click()")
+        times.append(layout_time(page))
+    last = f"add_{layers - 1}_1"
+    page.evaluate("(id) => { location.hash = `graph=0&side=after&node=${id}`; }", last)
+    page.wait_for_selector(".box.selected")
+    assert last in page.locator(".box.selected").inner_text()
+    shown = page.locator(".box").count()
+    print(f"{len(nodes) // 2} nodes a side: ready after {ready} ms, a box opens in {max(times):.0f} ms; {shown} boxes")
+    assert ready < 5000
+    assert max(times) < 1000

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from slcompile import torch_private
 from slcompile.cost import Matmul, crossover, rates
-from slcompile.ops import WEIGHT_OPS
+from slcompile.ops import KERNEL_DTYPES, WEIGHT_OPS
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
 _COMPOSE = torch.ops.slcompile.compose.default
@@ -53,7 +53,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
     chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
     hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
-        decision = _choose(_name(site.weight), cost, lowering, _why_not(site))
+        why_not = _why_not(site.x, arguments(site.weight)[2], site.transposed)
+        decision = _choose(_name(site.weight), cost, lowering, why_not)
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
             chosen[site.node] = site
@@ -61,7 +62,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
     for node in grads:
         left, right, B, A, *_ = arguments(node)
         missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
-        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing), lowering)
+        why_not = _why_not(left, arguments(node)[4], False)
+        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing), lowering, why_not)
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
             chosen[node] = None
@@ -235,10 +237,13 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
     return sum(getattr(each, lowering)(tokens) for each in costs)
 
 
-def _why_not(site: Site) -> tuple[str, str] | None:
+def _why_not(x: fx.Node, values: fx.Node, transposed: bool) -> tuple[str, str] | None:
     """A reason and a sentence, where a product has no factored lowering on its device."""
-    values = arguments(site.weight)[2].meta["val"]
-    if site.transposed and values.dim() == 1 and values.device.type != "cpu":
+    if x.meta["val"].device.type == "cpu":
+        return None
+    if x.meta["val"].dtype not in KERNEL_DTYPES:
+        return "dtype", f"no kernel multiplies factors in {x.meta['val'].dtype}"
+    if transposed and values.meta["val"].dim() == 1:
         return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
     return None
 

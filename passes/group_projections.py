@@ -18,7 +18,7 @@ _FACTORED = torch.ops.slcompile.linear_factored.default
 
 
 def group_projections(gm: fx.GraphModule) -> PassReport:
-    """Merges ``linear_factored`` nodes of one input and direction, and for few tokens on a GPU their hidden matrices.
+    """Merges ``linear_factored`` nodes of one input, direction and kind of support; their hidden matrices on GPUs too.
 
     Legal because the op works on lists, entry by entry. What a later sibling needs is moved before the first one;
     where that would need a result of the group itself, the sibling is left. So are nodes without a sibling.
@@ -26,7 +26,8 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
     report = PassReport("group_projections")
     groups: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=_FACTORED):
-        groups.setdefault((arguments(node)[0], arguments(node)[6]), []).append(node)
+        x, _, _, values, _, _, transposed = arguments(node)
+        groups.setdefault((x, transposed, values[0].meta["val"].dim()), []).append(node)
     for first, *others in groups.values():
         if not others:
             report.skipped.append(Decision(first.name, "alone", "no other factored matmul reads its input"))

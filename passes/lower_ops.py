@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.func import functionalize
 
+from slcompile.ops import KERNEL_DTYPES
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
 from slcompile.ops.values_grad import values_grad_aten
@@ -25,7 +26,8 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     The last pass: it runs on the forward and the backward graph after they were partitioned, so that a composed weight
     is recomputed as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written.
     On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
-    Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused.
+    Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused,
+    and for float64.
 
     Args:
         gm: A graph with ``meta["val"]``; changed in place.
@@ -36,7 +38,9 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
-        table = _aten() if _device(node).type == "cpu" else _triton(autotune)
+        value = arguments(node)[0].meta["val"]
+        on_gpu = value.device.type != "cpu" and value.dtype in KERNEL_DTYPES
+        table = _triton(autotune) if on_gpu else _aten()
         lowered = table.get(node.target)
         if lowered is None:
             report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
@@ -82,10 +86,6 @@ def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
 def _functional(launcher: Callable[..., Any], autotune: bool) -> Callable[..., Any]:
     wrapped: Callable[..., Any] = functionalize(functools.partial(launcher, autotune=autotune))
     return wrapped
-
-
-def _device(node: fx.Node) -> torch.device:
-    return node.all_input_nodes[0].meta["val"].device
 
 
 def _fold_cast(insert: Inserter, compose: fx.Node) -> fx.Node:

@@ -166,9 +166,25 @@ def fingerprint() -> str:
 @functools.cache
 def _rates(key: tuple[str, ...]) -> Rates:
     path = _path(key)
-    if path.exists():
-        return Rates(**json.loads(path.read_text()))
+    try:
+        return Rates(**json.loads(path.read_text())) if path.exists() else _defaults(key)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no rates ({error}); delete it, or run `slcompile rates --measure`") from error
+
+
+def default_rates(device: torch.device) -> Rates:
+    """What is assumed of a device of this class."""
+    return _defaults(_key(device))
+
+
+def _defaults(key: tuple[str, ...]) -> Rates:
     return _cpu(int(key[-1])) if key[0] == "cpu" else _GPUS[key[0]]
+
+
+def stored_rates(device: torch.device) -> Path | None:
+    """The file that ``measure_rates`` stored for this device on this machine, if there is one."""
+    path = _path(_key(device))
+    return path if path.exists() else None
 
 
 def device_class(device: torch.device) -> str:

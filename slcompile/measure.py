@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from slcompile.cost import DTYPES, Rates, rates, store_rates
+from slcompile.cost import DTYPES, Rates, default_rates, store_rates
 from slcompile.ops.sparse_cpu import sparse_addmm
 from slcompile.support import stratified_columns
 
@@ -27,7 +27,7 @@ def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rat
         the defaults back.
     """
     device = torch.device(device)
-    defaults = rates(device)
+    defaults = default_rates(device)
     # A large product, tall as activations are, and small enough to be done within `seconds` on two cores.
     size = 1024 if device.type == "cpu" else 8192
     tokens, rows, columns, groups = 2 * size, size, size // 2, size // 64

@@ -175,7 +175,11 @@ def composed_like(model: nn.Module) -> set[tuple[int, ...]]:
 def test_no_composed_weight_is_saved_for_backward(request, batch, autocast, checkpointed):
     model = request.getfixturevalue("checkpointed_block" if checkpointed else "block")
     graphs: list[torch.fx.Graph] = []
-    options = {**OPTIONS, "lowering": "composed", "inductor": {"post_grad_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False}}
+    options = {
+        **OPTIONS,
+        "lowering": "composed",
+        "inductor": {"post_grad_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False},
+    }
     compiled = torch.compile(model, backend="sltrain", options=options)
 
     def run() -> Tensor:
@@ -321,11 +325,30 @@ def test_graph_breaks_convert_each_fragment(batch):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_dynamic_shapes_do_not_recompile_per_size(block, counting):
-    compiled = torch.compile(block, backend=counting, options=OPTIONS, dynamic=True)
-    for size in (8, 9, 17, 31):
-        compiled(torch.randn(size, 64)).sum().backward()
-    assert counting.calls == 2
+@pytest.mark.parametrize(
+    ("lowering", "calls"),
+    [
+        ("composed", 2),  # before and after the conversion
+        ("factored", 2),
+        ("auto", 3),  # and one more on the other side of the limit at which factored and composed cost the same
+    ],
+)
+def test_dynamic_shapes_do_not_recompile_per_size(block, counting, lowering, calls):
+    compiled = torch.compile(block, backend=counting, options={**OPTIONS, "lowering": lowering}, dynamic=True)
+    for size in (8, 9, 17, 31, 100, 1000):
+        x = torch.randn(size, 64)
+        actual = compiled(x)
+        actual.square().sum().backward()
+        if size > 8:  # the first call converts
+            expected = block(x)
+            torch.testing.assert_close(actual, expected)
+            gradients = {name: each.grad.clone() for name, each in block.named_parameters()}
+            block.zero_grad()
+            expected.square().sum().backward()
+            for name, each in block.named_parameters():
+                torch.testing.assert_close(gradients[name], each.grad, rtol=1e-4, atol=1e-4)
+        block.zero_grad()
+    assert counting.calls == calls
 
 
 def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from slcompile.passes import choose_lowering, fuse_weight_grads, lower_ops
+from slcompile.ops import compose
+from slcompile.passes import choose_lowering, fuse_weight_grads, group_projections, lower_ops
 
 
 def test_graph_of_a_factored_matmul_on_cpu(stratified_joint):
@@ -53,6 +57,77 @@ def test_same_numbers_and_twice_changes_nothing(joint, dtype):
     before = joint.text_of(gm)
     assert lower_ops(gm).rewritten == []
     assert joint.text_of(gm) == before
+
+
+LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
+
+
+def on_meta(gm, inputs):
+    """The same graph with tensors on the meta device, which every device but the CPU stands for in the passes."""
+    with FakeTensorMode():
+        fakes = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta") for each in inputs]
+        return make_fx(gm, decomposition_table=select_decomp_table())(*fakes)
+
+
+def lowered_on_gpu(joint, lowering, function=lambda x, w: x @ w.t(), **kwargs):
+    gm = on_meta(*joint.graph(function, **kwargs))
+    fuse_weight_grads(gm)
+    choose_lowering(gm, lowering)
+    group_projections(gm)
+    return gm, lower_ops(gm)
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_every_op_becomes_launches_on_a_gpu(stratified_joint, support, lowering, dtype):
+    joint = type(stratified_joint)(support, dtype)
+    gm, report = lowered_on_gpu(joint, lowering)
+    assert joint.ours(gm) == []
+    assert report.skipped == []
+    ops = {"composed": ["compose", "weight_grads"], "factored": ["linear_factored", "linear_factored", "values_grad"]}
+    expected = ops[lowering]
+    if (support, lowering) == ("uniform", "factored"):  # x @ W would scatter, see choose_lowering
+        expected = ["compose", "linear_factored", "values_grad"]
+    assert sorted(each.name.split("_default")[0] for each in report.rewritten) == expected
+    assert len(gm.graph.find_nodes(op="call_function", target=LAUNCH)) >= len(expected)
+    shapes = [tuple(each.meta["val"].shape) for each in gm.graph.find_nodes(op="output")[0].all_input_nodes]
+    values = joint.factors[2].shape
+    assert shapes == [(24, 40), (24, 48), (40, 8), (8, 48), tuple(values)]
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize(("tokens", "projects"), [(16, 1), (128, 0)])
+def test_siblings_of_few_tokens_share_launches_on_a_gpu(tokens, projects):
+    def siblings(x, *factors):
+        return [x @ compose(*factors[first : first + 4], 0.5).t() for first in (0, 4, 8)]
+
+    shapes = [(tokens, 48), *[(40, 8), (8, 48), (40, 5), (1,)] * 3]
+    with FakeTensorMode():
+        fakes = [torch.empty(each, device="meta", dtype=torch.int64 if each == (1,) else None) for each in shapes]
+        gm = make_fx(siblings)(*fakes)
+    choose_lowering(gm, "factored")
+    assert [each.matmuls for each in group_projections(gm).rewritten] == [3]
+    lowered = [each.name for each in lower_ops(gm).rewritten]
+    assert lowered == ["project_default"] * projects + ["linear_factored_default_3"]
+
+
+@pytest.mark.usefixtures("target")
+def test_a_cast_is_folded_into_the_composition_on_a_gpu(stratified_joint):
+    gm, _ = lowered_on_gpu(stratified_joint, "composed", lambda x, w: x @ w.t(), cast=torch.bfloat16)
+    (launch, *_) = gm.graph.find_nodes(op="call_function", target=LAUNCH)
+    written = {key: each.meta["val"].dtype for key, each in launch.kwargs["kwargs"].items() if key == "p_W"}
+    assert written == {"p_W": torch.bfloat16}
+
+
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+def test_float64_runs_in_aten_on_a_gpu(stratified_joint, lowering):
+    joint = type(stratified_joint)("stratified", torch.float64)
+    gm, report = lowered_on_gpu(joint, lowering)
+    assert joint.ours(gm) == ["compose", "compose_backward"]
+    assert [(each.name, each.reason) for each in report.skipped] == [("compose", "in_place")]
+    assert gm.graph.find_nodes(op="call_function", target=LAUNCH) == []
 
 
 def test_a_graph_without_our_ops_is_left():

@@ -76,6 +76,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
             _multiply_factored(insert, chosen_site)
     if report.rewritten:
         gm.graph.eliminate_dead_code()
+        assert chosen.keys().isdisjoint(gm.graph.nodes), "a matmul that was rewritten is still read"
         gm.recompile()
     return report
 
@@ -87,16 +88,20 @@ class Site:
     Attributes:
         node: mm or addmm.
         weight: The compose that it reads, perhaps through transposes and casts.
-        x: The other operand.
         weight_first: Whether it is ``W x`` or ``W^T x``: then the transposes are multiplied, and the result transposed.
         transposed: Whether x (or its transpose) multiplies W and not W^T.
     """
 
     node: fx.Node
     weight: fx.Node
-    x: fx.Node
     weight_first: bool
     transposed: bool
+
+    @property
+    def x(self) -> fx.Node:
+        """The other operand; another one, once the matmul that made it was rewritten."""
+        first, second = arguments(self.node)[-2:]
+        return second if self.weight_first else first
 
 
 def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
@@ -121,7 +126,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
         if sum(which) == 1 and not node.kwargs:
             weight_first = which[0]
             swapped = sources[0 if weight_first else 1][1]
-            sites.append(Site(node, weight, operands[1 if weight_first else 0], weight_first, swapped == weight_first))
+            sites.append(Site(node, weight, weight_first, swapped == weight_first))
         else:
             detail = f"{name} reads it, which is no plain product with the whole matrix"
             others.append(Decision(_name(weight), "not_a_product", detail, _shape(weight), lowering="composed"))

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile.ops import compose_reference, sparse_cpu
 from slcompile.ops.sparse_cpu import entries, kept_bytes, sparse_addmm, sparse_dots, transposed_copy
@@ -21,7 +20,7 @@ TOKENS = 63
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests' seeds may be alive."""
-    monkeypatch.setattr(sparse_cpu, "_memory", WeakIdKeyDictionary())
+    monkeypatch.setattr(sparse_cpu, "_memory", type(sparse_cpu._memory)())
 
 
 def make_sparse(

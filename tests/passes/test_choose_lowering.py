@@ -171,3 +171,18 @@ def test_a_symbolic_number_of_tokens_gets_one_guard(stratified_joint, monkeypatc
     assert all("at 24 tokens" in each.detail for each in report.rewritten + report.skipped)
     lower_ops(gm)
     stratified_joint.assert_close(gm(*inputs), expected)
+
+
+def test_a_matmul_that_reads_the_result_of_another(stratified_joint):
+    """The first one's result is replaced after both were found."""
+
+    def twice(x, w):
+        return (x @ w.t()) @ w
+
+    gm, inputs = stratified_joint.graph(twice)
+    expected = gm(*inputs)
+    fuse_weight_grads(gm)
+    choose_lowering(gm, "factored")
+    stratified_joint.assert_close(gm(*inputs), expected)
+    ours = stratified_joint.ours(gm)
+    assert (ours.count("compose"), ours.count("linear_factored")) == (0, 4)

@@ -207,7 +207,7 @@ def _costs(site: Site, composes: int) -> Costs:
         matmul,
         x.shape[1 if site.weight_first else 0],
         functools.partial(matmul.composed, rates=at, composes=1 / composes),
-        functools.partial(matmul.factored, rates=at, transposed=site.transposed),
+        functools.partial(matmul.factored, rates=at),
     )
 
 

@@ -28,7 +28,8 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
     for node in gm.graph.find_nodes(op="call_function", target=_FACTORED):
         x, _, _, values, _, _, transposed = arguments(node)
         groups.setdefault((x, transposed, values[0].meta["val"].dim()), []).append(node)
-    for first, *others in groups.values():
+    # Each group in the graph's order as it is by then: merging another one may have moved its members.
+    for first, *others in map(sorted, groups.values()):
         if not others:
             report.skipped.append(Decision(first.name, "alone", "no other factored matmul reads its input"))
             continue

@@ -144,26 +144,27 @@ def _announce_csr() -> None:
 
 
 _memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Seed -> what was made from it: 16 bytes for each non-zero, as long as the seed tensor lives."""
+"""Support -> what was made from it: 16 bytes for each non-zero, as long as the seed or flat index lives."""
 
 
 def _kept(
     make: Callable[..., tuple[Tensor, ...]], values: Tensor, support: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, ...]:
-    """What ``make`` returns, made once for a seed: it takes longer than the product. A flat index is not kept."""
-    if values.dim() == 1:
+    """What ``make`` returns, made once for a support: it takes longer than the product."""
+    if values.dim() == 1 and support.is_inference():  # it does not count what is written to it
         return make(values, support, rows, columns)
     made = _memory.setdefault(support, {})
-    key = (make, int(support), rows, columns, values.shape[1])
+    state = int(support) if values.dim() == 2 else (support._version, support.data_ptr())
+    key = (make, state, rows, columns, values.shape)
     if key not in made:
-        for old in [each for each in made if each[1:] != key[1:]]:  # of a seed that was overwritten
+        for old in [each for each in made if each[1:] != key[1:]]:  # of a support that was overwritten
             del made[old]
         made[key] = make(values, support, rows, columns)
     return cast(tuple[Tensor, ...], made[key])
 
 
 def kept_bytes() -> int:
-    """Bytes of what is kept for the seeds that are alive."""
+    """Bytes of what is kept for the supports that are alive."""
     return sum(each.nbytes for made in _memory.values() for tensors in made.values() for each in tensors)
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -93,7 +92,7 @@ def test_opcheck(support: str, dtype: torch.dtype, strided: bool, transposed: bo
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("tokens", [1, 5, TOKENS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_error_is_within_the_references(
@@ -145,9 +144,10 @@ def test_zero_tokens(support: str, transposed: bool) -> None:
     assert [tuple(each.shape) for each in found] == [(0, outputs) for outputs, _ in SIBLINGS]
 
 
+@pytest.mark.parametrize("tokens", [1, 5, TOKENS])
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_autocast_changes_nothing_and_inputs_stay(support: str, transposed: bool) -> None:
-    operands = make_operands(support, transposed, torch.float32)
+def test_autocast_changes_nothing_and_inputs_stay(support: str, tokens: int, transposed: bool) -> None:
+    operands = make_operands(support, transposed, torch.float32, tokens)
     before = operands.each(Tensor.clone)
     expected = linear_factored(*operands, transposed)
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,18 +159,8 @@ def test_autocast_changes_nothing_and_inputs_stay(support: str, transposed: bool
         assert all(map(torch.equal, tensors, copies))
 
 
-@pytest.fixture
-def nan_filled_memory() -> Iterator[None]:
-    """What torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.usefixtures("nan_filled_memory")
-@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("tokens", [1, 5, TOKENS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_uninitialised_memory_does_not_leak(support: str, dtype: torch.dtype, tokens: int, transposed: bool) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -72,16 +70,6 @@ def test_autocast_changes_nothing() -> None:
 def test_each_factor_needs_a_scale(scales: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="zip"):
         project(*make_operands(), list(scales))
-
-
-@pytest.fixture
-def nan_filled_memory() -> Iterator[None]:
-    """What torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.usefixtures("nan_filled_memory")

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -97,16 +95,6 @@ def test_autocast_changes_nothing(support: str) -> None:
         found = values_grad(*operands)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
-
-
-@pytest.fixture
-def nan_filled_memory() -> Iterator[None]:
-    """What torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.usefixtures("nan_filled_memory")

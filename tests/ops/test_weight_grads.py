@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -111,16 +110,6 @@ def test_autocast_changes_nothing(support: str) -> None:
         found = weight_grads(*operands, SCALE)
     assert all(each.dtype == torch.float32 for each in found)
     assert all(map(torch.equal, found, expected))
-
-
-@pytest.fixture
-def nan_filled_memory() -> Iterator[None]:
-    """What torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.usefixtures("nan_filled_memory")

@@ -201,3 +201,23 @@ def test_few_tokens_on_a_gpu_share_their_hidden_matrices(stratified_joint, token
     assert stratified_joint.ours(gm).count("project") == projects
     # Run on the CPU: the same products.
     stratified_joint.assert_close(gm(*inputs), expected)
+
+
+def test_merging_one_group_may_move_members_of_another(stratified_joint):
+    """``z`` needs ``q``, of the other input: it is moved before ``a``, and ``q`` with it."""
+
+    def projections(x, w):
+        u = torch.tanh(x)
+        a = x @ w.t()
+        p = u @ w.t()
+        q = torch.addmm(x[1, :40], u, w.t())
+        return a + p + q + torch.addmm(q[0], x, w.t())
+
+    gm, inputs = stratified_joint.graph(projections)
+    expected = gm(*inputs)
+    fuse_weight_grads(gm)
+    choose_lowering(gm, "factored")
+    report = group_projections(gm)
+    gm.graph.lint()
+    assert report.rewritten
+    stratified_joint.assert_close(gm(*inputs), expected)

@@ -205,7 +205,7 @@ DEFAULT = pytest.param(default_partition, id="default")
 MIN_CUT = pytest.param(min_cut_rematerialization_partition, id="min cut")
 
 
-@pytest.mark.parametrize("partition", [DEFAULT])
+@pytest.mark.parametrize("partition", [DEFAULT, MIN_CUT])
 @pytest.mark.parametrize("name", MET)
 def test_keep_saves_what_an_activation_meets(name: str, partition: Callable[..., Any]) -> None:
     function, dtype = MET[name]

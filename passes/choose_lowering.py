@@ -177,7 +177,8 @@ def _grads_factored(insert: Inserter, node: fx.Node) -> None:
 
 
 def _hidden(x: Tensor, factor: Tensor, scale: float) -> Tensor:
-    return (x @ factor.to(x.dtype).t()) * scale
+    # beta=0: the first argument is not read. The product is scaled as it is written, not in a pass of its own.
+    return torch.addmm(factor[:1, :1].to(x.dtype), x, factor.to(x.dtype).t(), beta=0, alpha=scale)
 
 
 def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -77,18 +77,17 @@ def _merge(insert: Inserter, group: list[fx.Node]) -> None:
 
 
 def _projected(insert: Inserter, before: fx.Node, x: fx.Node, hiddens: list[fx.Node]) -> list[fx.Node]:
-    """The hidden matrices, in one op where that is faster and each is ``mul(mm(x, factor^T), scale)``."""
+    """The hidden matrices, in one op where that is faster and each is ``scale * x @ factor^T``, as an addmm."""
     tokens, device = x.meta["val"].shape[0], x.meta["val"].device
     few = torch_private.size_hint(tokens) <= FEW_TOKENS and isinstance(tokens, int)
     if device.type == "cpu" or not few:
         return hiddens
     factors, scales = [], []
     for hidden in hiddens:
-        product, scale = arguments(hidden)[:2] if op_name(hidden) == "mul" else (hidden, 1.0)
-        if op_name(product) != "mm" or arguments(product)[0] is not x or not isinstance(scale, float):
+        if op_name(hidden) != "addmm" or arguments(hidden)[1] is not x or hidden.kwargs.get("beta") != 0:
             return hiddens
-        factor = arguments(product)[1]
+        factor = arguments(hidden)[2]
         factors.append(factor.all_input_nodes[0] if transposes(factor) else insert.transpose(before, factor))
-        scales.append(scale)
+        scales.append(hidden.kwargs.get("alpha", 1))
     many = insert.call(before, torch.ops.slcompile.project.default, x, factors, scales)
     return [insert.call(before, operator.getitem, many, index) for index in range(len(hiddens))]

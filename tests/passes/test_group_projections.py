@@ -73,28 +73,32 @@ def test_graph(stratified_joint):
     assert report.skipped == []
     # The arguments are x, the tangents, and B, A, values and support of q (2 to 5) and of k (6 to 9). What the second
     # sibling needs comes before the one op.
-    assert stratified_joint.text_of(gm)[:22] == [
+    assert stratified_joint.text_of(gm)[:26] == [
+        "slice_tensor = aten.slice.Tensor(arg3_1, 0, 0, 1)",
+        "slice_tensor_1 = aten.slice.Tensor(slice_tensor, 1, 0, 1)",
         "permute_default = aten.permute(arg3_1, [1, 0])",
-        "mm_default = aten.mm(arg0_1, permute_default)",
-        "mul_tensor = aten.mul.Tensor(mm_default, 0.5)",
+        "addmm_default = aten.addmm(slice_tensor_1, arg0_1, permute_default, beta=0, alpha=0.5)",
+        "slice_tensor_2 = aten.slice.Tensor(arg7_1, 0, 0, 1)",
+        "slice_tensor_3 = aten.slice.Tensor(slice_tensor_2, 1, 0, 1)",
         "permute_default_1 = aten.permute(arg7_1, [1, 0])",
-        "mm_default_1 = aten.mm(arg0_1, permute_default_1)",
-        "mul_tensor_1 = aten.mul.Tensor(mm_default_1, 0.5)",
-        "linear_factored_default_4 = slcompile.linear_factored(arg0_1, [mul_tensor, mul_tensor_1], [arg2_1, arg6_1], "
-        "[arg4_1, arg8_1], [arg5_1, arg9_1], [None, None], False)",
+        "addmm_default_1 = aten.addmm(slice_tensor_3, arg0_1, permute_default_1, beta=0, alpha=0.5)",
+        "linear_factored_default_4 = slcompile.linear_factored(arg0_1, [addmm_default, addmm_default_1], "
+        "[arg2_1, arg6_1], [arg4_1, arg8_1], [arg5_1, arg9_1], [None, None], False)",
         "getitem_10 = getitem(linear_factored_default_4, 0)",
         "getitem_11 = getitem(linear_factored_default_4, 1)",
         "add = aten.add.Tensor(getitem_10, getitem_11)",
         "permute_default_2 = aten.permute(arg6_1, [1, 0])",
+        "slice_tensor_4 = aten.slice.Tensor(permute_default_2, 0, 0, 1)",
+        "slice_tensor_5 = aten.slice.Tensor(slice_tensor_4, 1, 0, 1)",
         "permute_default_3 = aten.permute(permute_default_2, [1, 0])",
-        "mm_default_2 = aten.mm(arg1_1, permute_default_3)",
-        "mul_tensor_2 = aten.mul.Tensor(mm_default_2, 0.5)",
+        "addmm_default_2 = aten.addmm(slice_tensor_5, arg1_1, permute_default_3, beta=0, alpha=0.5)",
         "permute_default_4 = aten.permute(arg2_1, [1, 0])",
+        "slice_tensor_6 = aten.slice.Tensor(permute_default_4, 0, 0, 1)",
+        "slice_tensor_7 = aten.slice.Tensor(slice_tensor_6, 1, 0, 1)",
         "permute_default_5 = aten.permute(permute_default_4, [1, 0])",
-        "mm_default_3 = aten.mm(arg1_1, permute_default_5)",
-        "mul_tensor_3 = aten.mul.Tensor(mm_default_3, 0.5)",
-        "linear_factored_default_5 = slcompile.linear_factored(arg1_1, [mul_tensor_2, mul_tensor_3], [arg7_1, arg3_1], "
-        "[arg8_1, arg4_1], [arg9_1, arg5_1], [None, None], True)",
+        "addmm_default_3 = aten.addmm(slice_tensor_7, arg1_1, permute_default_5, beta=0, alpha=0.5)",
+        "linear_factored_default_5 = slcompile.linear_factored(arg1_1, [addmm_default_2, addmm_default_3], "
+        "[arg7_1, arg3_1], [arg8_1, arg4_1], [arg9_1, arg5_1], [None, None], True)",
         "getitem_12 = getitem(linear_factored_default_5, 0)",
         "getitem_13 = getitem(linear_factored_default_5, 1)",
         "add_1 = aten.add.Tensor(getitem_12, getitem_13)",

@@ -21,11 +21,11 @@ def test_graph_of_a_factored_matmul_on_cpu(stratified_joint):
         "values_grad_default",
     ]
     assert [line for line in stratified_joint.text_of(gm) if "clone" in line or "sparse" in line] == [
-        "clone_default = aten.clone(permute_default_5)",
-        "sparse_addmm_default = slcompile.sparse_addmm(b_1, mul_tensor, values_1, support_1, clone_default, False)",
+        "clone_default = aten.clone(permute_default_5, memory_format=torch.contiguous_format)",
+        "sparse_addmm_default = slcompile.sparse_addmm(b_1, addmm_default, values_1, support_1, clone_default, False)",
         "permute_default_6 = aten.permute(sparse_addmm_default, [1, 0])",
-        "clone_default_1 = aten.clone(permute_default_7)",
-        "sparse_addmm_default_1 = slcompile.sparse_addmm(a_1, mul_tensor_1, values_1, support_1, clone_default_1, "
+        "clone_default_1 = aten.clone(permute_default_7, memory_format=torch.contiguous_format)",
+        "sparse_addmm_default_1 = slcompile.sparse_addmm(a_1, addmm_default_1, values_1, support_1, clone_default_1, "
         "True)",
         "permute_default_8 = aten.permute(sparse_addmm_default_1, [1, 0])",
         # Both transposed copies are there already.

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from slcompile import torch_private
 from slcompile.cost import Matmul, crossover, device_class, rates
-from slcompile.ops import WEIGHT_OPS
+from slcompile.ops import KERNEL_DTYPES, WEIGHT_OPS
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
 _COMPOSE = torch.ops.slcompile.compose.default
@@ -54,7 +54,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
     hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
         phase = "backward" if site.node in backward else "forward"
-        decision = _choose(_name(site.weight), cost, lowering, _why_not(site))
+        why_not = _why_not(site.x, arguments(site.weight)[2], site.transposed)
+        decision = _choose(_name(site.weight), cost, lowering, why_not)
         decision = replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
@@ -63,7 +64,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
     for node in grads:
         left, right, B, A, *_ = arguments(node)
         missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
-        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing), lowering)
+        why_not = _why_not(left, arguments(node)[4], False)
+        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing), lowering, why_not)
         decision = replace(decision, node=node.name, factor=B.name, phase="gradients")
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
@@ -77,6 +79,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
             _multiply_factored(insert, chosen_site)
     if report.rewritten:
         gm.graph.eliminate_dead_code()
+        assert chosen.keys().isdisjoint(gm.graph.nodes), "a matmul that was rewritten is still read"
         gm.recompile()
     return report
 
@@ -88,16 +91,20 @@ class Site:
     Attributes:
         node: mm or addmm.
         weight: The compose that it reads, perhaps through transposes and casts.
-        x: The other operand.
         weight_first: Whether it is ``W x`` or ``W^T x``: then the transposes are multiplied, and the result transposed.
         transposed: Whether x (or its transpose) multiplies W and not W^T.
     """
 
     node: fx.Node
     weight: fx.Node
-    x: fx.Node
     weight_first: bool
     transposed: bool
+
+    @property
+    def x(self) -> fx.Node:
+        """The other operand; another one, once the matmul that made it was rewritten."""
+        first, second = arguments(self.node)[-2:]
+        return second if self.weight_first else first
 
 
 def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
@@ -122,7 +129,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
         if sum(which) == 1 and not node.kwargs:
             weight_first = which[0]
             swapped = sources[0 if weight_first else 1][1]
-            sites.append(Site(node, weight, operands[1 if weight_first else 0], weight_first, swapped == weight_first))
+            sites.append(Site(node, weight, weight_first, swapped == weight_first))
         else:
             detail = f"{name} reads it, which is no plain product with the whole matrix"
             others.append(Decision(_name(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
@@ -173,7 +180,8 @@ def _grads_factored(insert: Inserter, node: fx.Node) -> None:
 
 
 def _hidden(x: Tensor, factor: Tensor, scale: float) -> Tensor:
-    return (x @ factor.to(x.dtype).t()) * scale
+    # beta=0: the first argument is not read. The product is scaled as it is written, not in a pass of its own.
+    return torch.addmm(factor[:1, :1].to(x.dtype), x, factor.to(x.dtype).t(), beta=0, alpha=scale)
 
 
 def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,7 +211,7 @@ def _costs(site: Site, composes: int) -> Costs:
         matmul,
         x.shape[1 if site.weight_first else 0],
         functools.partial(matmul.composed, rates=at, composes=1 / composes),
-        functools.partial(matmul.factored, rates=at, transposed=site.transposed),
+        functools.partial(matmul.factored, rates=at),
     )
 
 
@@ -238,10 +246,13 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
     return sum(getattr(each, lowering)(tokens) for each in costs)
 
 
-def _why_not(site: Site) -> tuple[str, str] | None:
+def _why_not(x: fx.Node, values: fx.Node, transposed: bool) -> tuple[str, str] | None:
     """A reason and a sentence, where a product has no factored lowering on its device."""
-    values = arguments(site.weight)[2].meta["val"]
-    if site.transposed and values.dim() == 1 and device_class(values.device) != "cpu":
+    if device_class(x.meta["val"].device) == "cpu":
+        return None
+    if x.meta["val"].dtype not in KERNEL_DTYPES:
+        return "dtype", f"no kernel multiplies factors in {x.meta['val'].dtype}"
+    if transposed and values.meta["val"].dim() == 1:
         return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
     return None
 

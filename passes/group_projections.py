@@ -19,7 +19,7 @@ _FACTORED = torch.ops.slcompile.linear_factored.default
 
 
 def group_projections(gm: fx.GraphModule) -> PassReport:
-    """Merges ``linear_factored`` nodes of one input and direction, and for few tokens on a GPU their hidden matrices.
+    """Merges ``linear_factored`` nodes of one input, direction and kind of support; their hidden matrices on GPUs too.
 
     Legal because the op works on lists, entry by entry. What a later sibling needs is moved before the first one;
     where that would need a result of the group itself, the sibling is left. So are nodes without a sibling.
@@ -27,8 +27,10 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
     report = PassReport("group_projections")
     groups: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=_FACTORED):
-        groups.setdefault((arguments(node)[0], arguments(node)[6]), []).append(node)
-    for first, *others in groups.values():
+        x, _, _, values, _, _, transposed = arguments(node)
+        groups.setdefault((x, transposed, values[0].meta["val"].dim()), []).append(node)
+    # Each group in the graph's order as it is by then: merging another one may have moved its members.
+    for first, *others in map(sorted, groups.values()):
         if not others:
             report.skipped.append(Decision(first.name, "alone", "no other factored matmul reads its input"))
             continue
@@ -76,18 +78,17 @@ def _merge(insert: Inserter, group: list[fx.Node]) -> None:
 
 
 def _projected(insert: Inserter, before: fx.Node, x: fx.Node, hiddens: list[fx.Node]) -> list[fx.Node]:
-    """The hidden matrices, in one op where that is faster and each is ``mul(mm(x, factor^T), scale)``."""
+    """The hidden matrices, in one op where that is faster and each is ``scale * x @ factor^T``, as an addmm."""
     tokens, device = x.meta["val"].shape[0], x.meta["val"].device
     few = torch_private.size_hint(tokens) <= FEW_TOKENS and isinstance(tokens, int)
     if device_class(device) == "cpu" or not few:
         return hiddens
     factors, scales = [], []
     for hidden in hiddens:
-        product, scale = arguments(hidden)[:2] if op_name(hidden) == "mul" else (hidden, 1.0)
-        if op_name(product) != "mm" or arguments(product)[0] is not x or not isinstance(scale, float):
+        if op_name(hidden) != "addmm" or arguments(hidden)[1] is not x or hidden.kwargs.get("beta") != 0:
             return hiddens
-        factor = arguments(product)[1]
+        factor = arguments(hidden)[2]
         factors.append(factor.all_input_nodes[0] if transposes(factor) else insert.transpose(before, factor))
-        scales.append(scale)
+        scales.append(hidden.kwargs.get("alpha", 1))
     many = insert.call(before, torch.ops.slcompile.project.default, x, factors, scales)
     return [insert.call(before, operator.getitem, many, index) for index in range(len(hiddens))]

@@ -10,7 +10,9 @@ import torch
 from torch import fx
 from torch.func import functionalize
 
+from slcompile import torch_private
 from slcompile.cost import device_class
+from slcompile.ops import KERNEL_DTYPES
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
 from slcompile.ops.values_grad import values_grad_aten
@@ -26,7 +28,10 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     The last pass: it runs on the forward and the backward graph after they were partitioned, so that a composed weight
     is recomputed as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written.
     On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
-    Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused.
+    Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused,
+    and for float64. The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
+    every op but higher-order ones: attention in a checkpointed region is run by one, which saves the state of the
+    random numbers, and would misread it. In a graph with such an op, it stays a call.
 
     Args:
         gm: A graph with ``meta["val"]``; changed in place.
@@ -34,13 +39,20 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     """
     report = PassReport("lower_ops")
     insert = Inserter(gm.graph)
+    has_fixed_layouts = any(map(torch_private.is_higher_order, gm.graph.nodes))
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
-        table = _aten() if device_class(_device(node)) == "cpu" else _triton(autotune)
+        value = arguments(node)[0].meta["val"]
+        on_gpu = device_class(value.device) != "cpu" and value.dtype in KERNEL_DTYPES
+        table = _triton(autotune) if on_gpu else _aten()
         lowered = table.get(node.target)
         if lowered is None:
             report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
+            continue
+        if has_fixed_layouts and not on_gpu and node.target is _OPS.linear_factored.default:
+            detail = "a higher-order op may read its result, in the layout that it was traced with"
+            report.skipped.append(Decision(node.name, "layout", detail))
             continue
         results = insert.inline(node, lowered, *arguments(node))
         if isinstance(results, fx.Node):
@@ -83,10 +95,6 @@ def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
 def _functional(launcher: Callable[..., Any], autotune: bool) -> Callable[..., Any]:
     wrapped: Callable[..., Any] = functionalize(functools.partial(launcher, autotune=autotune))
     return wrapped
-
-
-def _device(node: fx.Node) -> torch.device:
-    return node.all_input_nodes[0].meta["val"].device
 
 
 def _fold_cast(insert: Inserter, compose: fx.Node) -> fx.Node:

@@ -47,11 +47,12 @@ def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, We
                 else:
                     operand = gm.graph.get_attr(f"{node.target}_sl.{suffix}")
             operand.meta["val"] = tensor
+            if "tensor_dict" in node.meta:  # what Dynamo knows of the parameter: that it stays where it is
+                operand.meta["tensor_dict"] = node.meta["tensor_dict"]
             operands.append(operand)
-        last_input = node
-        while node.op == "placeholder" and last_input.next.op == "placeholder":
-            last_input = last_input.next
-        with gm.graph.inserting_after(last_input):
+        # Where the weight is first read, as a converted module does it: then the graphs of both are equal, and what was
+        # compiled for the first run is found in Inductor's cache when the converted model is compiled.
+        with gm.graph.inserting_before(min(node.users, default=gm.graph.output_node())):
             composed = gm.graph.call_function(module.op, (*operands, *module.op_args()))
         node.replace_all_uses_with(composed, propagate_meta=False)
         composed.meta = {key: value for key, value in node.meta.items() if key in ("val", "example_value")}

@@ -19,8 +19,8 @@ def recompute_weights(gm: fx.GraphModule, keep: bool = False) -> PassReport:
 
     Args:
         gm: Only the nodes' meta changes.
-        keep: Whether the user wants speed rather than memory: then those of these nodes that an activation meets are
-            MUST_SAVE, and only what leads to them is recomputed.
+        keep: Whether the user wants speed rather than memory: then those of these nodes that an activation meets, or
+            what they are views of, are MUST_SAVE, and only what leads to them is recomputed.
     """
     report = PassReport("recompute_weights")
     tagged: set[fx.Node] = set()
@@ -37,5 +37,7 @@ def recompute_weights(gm: fx.GraphModule, keep: bool = False) -> PassReport:
             report.rewritten.append(Decision(node.name, shape=tuple(node.meta["val"].shape)))
     for node in tagged if keep else ():
         if any(user not in tagged for user in node.users):
+            while getattr(node.target, "is_view", False):  # the partitioner recomputes views whatever their policy is
+                node = node.all_input_nodes[0]
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return report

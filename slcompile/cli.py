@@ -1,4 +1,4 @@
-"""The command line: ``slcompile diff`` and ``slcompile export``."""
+"""The command line: ``slcompile diff``, ``slcompile export``, ``slcompile rates``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slcompile import cost
 from slcompile.config import SLConfig, did_you_mean
 from slcompile.export.checkpoint import load_factorized
 from slcompile.export.files import writable_file
@@ -24,6 +25,7 @@ from slcompile.export.twin import arguments_for
 from slcompile.inspect.explain import Explanation, explain
 from slcompile.inspect.graph_diff import GraphDiff
 from slcompile.inspect.onnx_graph import onnx_diff
+from slcompile.measure import measure_rates
 
 log = logging.getLogger("slcompile")
 
@@ -68,11 +70,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     diff.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser opens offline")
     diff.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON (slcompile/inspect/SCHEMA.md)")
+    rates = commands.add_parser(
+        "rates",
+        help="the device's rates, by which the lowering of each matmul is chosen",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    rates.add_argument("--device", default="cpu", help="cpu or cuda")
+    rates.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    rates.add_argument("--measure", action="store_true", help="measure and store them for later compiles")
     args = parser.parse_args(argv)
     if args.command == "export" and args.onnx is None and args.merged is None:
         export.error("give --onnx FILE, --merged DIR, or both")
     try:
-        _export(args) if args.command == "export" else _diff(args)
+        {"diff": _diff, "export": _export, "rates": _rates}[args.command](args)
     except (ValueError, OSError, ImportError) as error:
         print(f"slcompile: {error}", file=sys.stderr)
         return 2
@@ -209,6 +219,26 @@ def _export(args: argparse.Namespace) -> None:
             progress=_show_progress if sys.stderr.isatty() else None,
         )
         print(report)
+
+
+def _rates(args: argparse.Namespace) -> None:
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device must be cpu, or cuda where there is a GPU, got {args.device}")
+    if args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if args.measure:
+        found, path = measure_rates(device)
+        print(f"measured, stored in {path}")
+    else:
+        found = cost.rates(device)
+        stored = cost.stored_rates(device)
+        print(f"from {stored}" if stored else "defaults of the device's class; --measure measures them")
+    for kind, by_dtype in (("dense matmul", found.matmul), ("sparse matmul", found.sparse)):
+        print(f"{kind:14} " + ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in by_dtype.items()) + "  GFLOP/s")
+    print(f"{'memory':14} {found.memory / 1e9:.4g}  GB/s")
+    print(f"{'positions':14} {found.entries / 1e6:.4g}  million/s")
 
 
 def _show_progress(done: int, total: int) -> None:

@@ -31,7 +31,9 @@ class Rates:
         matmul: FLOP/s of large dense matmuls.
         sparse: FLOP/s of ``x @ S^T`` and its gradients, where the dense operand is vectorised over the tokens.
         memory: Bytes/s of large copies.
-        entries: Positions of non-zeros computed in a second; infinite where kernels compute them in registers.
+        entries: Positions of non-zeros computed in a second, by ``compose``; infinite where kernels compute them in
+            registers.
+        index_bytes: Of a non-zero's position, which a sparse product reads; 0 where kernels compute it.
         transposes: How often a sparse product copies its operands into another layout.
     """
 
@@ -39,6 +41,7 @@ class Rates:
     sparse: Mapping[str, float]
     memory: float
     entries: float = float("inf")
+    index_bytes: int = 0
     transposes: int = 0
 
 
@@ -48,7 +51,7 @@ def _cpu(threads: int) -> Rates:
     matmul = {"float64": 40e9, "float32": 85e9, "float16": 1e9, "bfloat16": bfloat16}
     sparse = {"float64": 5e9, "float32": 22e9, "float16": 30e9, "bfloat16": 30e9}
     matmul, sparse = ({name: rate * threads for name, rate in each.items()} for each in (matmul, sparse))
-    return Rates(matmul, sparse, memory=6e9 * threads, entries=60e6 * threads, transposes=1)
+    return Rates(matmul, sparse, memory=6e9 * threads, entries=60e6 * threads, index_bytes=4, transposes=1)
 
 
 # Dense rates are 0.7 of the data sheets', bandwidths 0.85; float32 without TF32. Sparse rates are estimates: they were
@@ -90,10 +93,11 @@ class Matmul:
         moved = (m * k + k * n + m * n) * self.dtype.itemsize
         return max(2 * m * n * k / rates.matmul[self._name], moved / rates.memory)
 
-    def _sparse(self, tokens: int, rates: Rates, sorts: int) -> float:
+    def _sparse(self, tokens: int, rates: Rates) -> float:
         copied = 2 * tokens * (self.rows + self.columns) * self.dtype.itemsize * rates.transposes
+        read = self.nonzeros * (self.dtype.itemsize + rates.index_bytes)
         operations = 2 * tokens * self.nonzeros / rates.sparse[self._name]
-        return operations + copied / rates.memory + (1 + sorts) * self.nonzeros / rates.entries
+        return max(operations, read / rates.memory) + copied / rates.memory
 
     def compose(self, rates: Rates) -> float:
         """Seconds to write W once."""
@@ -103,12 +107,12 @@ class Matmul:
         """Seconds of a product with W, and of its share of the compositions."""
         return self._product(tokens, self.rows, self.columns, rates) + composes * self.compose(rates)
 
-    def factored(self, tokens: int, rates: Rates, transposed: bool = False) -> float:
-        """Seconds of the products through the rank and with S; with W itself, not W^T, positions are sorted."""
+    def factored(self, tokens: int, rates: Rates) -> float:
+        """Seconds of the products through the rank and with S."""
         through = self._product(tokens, self.rank, self.columns, rates) + self._product(
             tokens, self.rows, self.rank, rates
         )
-        return through + self._sparse(tokens, rates, sorts=2 if transposed else 0)
+        return through + self._sparse(tokens, rates)
 
     @property
     def compose_flops(self) -> int:
@@ -137,7 +141,7 @@ class Matmul:
         through = self._product(self.rows, self.rank, tokens, rates) + self._product(
             self.rank, self.columns, tokens, rates
         )
-        return through * (1 + hiddens / 2) + self._sparse(tokens, rates, sorts=0)
+        return through * (1 + hiddens / 2) + self._sparse(tokens, rates)
 
 
 def crossover(first: Callable[[int], float], second: Callable[[int], float], limit: int = 2**31) -> int | None:
@@ -180,9 +184,25 @@ def fingerprint() -> str:
 @functools.cache
 def _rates(key: tuple[str, ...]) -> Rates:
     path = _path(key)
-    if path.exists():
-        return Rates(**json.loads(path.read_text()))
+    try:
+        return Rates(**json.loads(path.read_text())) if path.exists() else _defaults(key)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no rates ({error}); delete it, or run `slcompile rates --measure`") from error
+
+
+def default_rates(device: torch.device) -> Rates:
+    """What is assumed of a device of this class."""
+    return _defaults(_key(device))
+
+
+def _defaults(key: tuple[str, ...]) -> Rates:
     return _cpu(int(key[-1])) if key[0] == "cpu" else _GPUS[key[0]]
+
+
+def stored_rates(device: torch.device) -> Path | None:
+    """The file that ``measure_rates`` stored for this device on this machine, if there is one."""
+    path = _path(_key(device))
+    return path if path.exists() else None
 
 
 def device_class(device: torch.device) -> str:

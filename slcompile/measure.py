@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from slcompile.cost import DTYPES, Rates, rates, store_rates
+from slcompile.cost import DTYPES, Rates, default_rates, store_rates
 from slcompile.ops.sparse_cpu import sparse_addmm
 from slcompile.support import stratified_columns
 
@@ -27,26 +27,25 @@ def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rat
         the defaults back.
     """
     device = torch.device(device)
-    defaults = rates(device)
-    # A large product, tall as activations are, and small enough to be done within `seconds` on two cores.
-    size = 1024 if device.type == "cpu" else 8192
-    tokens, rows, columns, groups = 2 * size, size, size // 2, size // 64
+    defaults = default_rates(device)
+    is_cpu = device.type == "cpu"
     matmul, sparse = dict(defaults.matmul), dict(defaults.sparse)
     support = torch.tensor([1], device=device)
     for dtype, name in DTYPES.items():
+        # Tall, as activations are. A CPU may have no fast float16.
+        size = 8192 if not is_cpu else 256 if dtype == torch.float16 else 1024
+        tokens, rows, columns, groups = 2 * size, size, size // 2, size // 64
         x, w = torch.randn(tokens, size, device=device).to(dtype), torch.randn(size, rows, device=device).to(dtype)
         matmul[name] = 2 * tokens * size * rows / _fastest(functools.partial(torch.mm, x, w), device, seconds)
-        if device.type == "cpu":
+        if is_cpu:
             values, x_T = torch.randn(rows, groups).to(dtype), torch.randn(columns, tokens).to(dtype)
             factor, hidden = torch.zeros(rows, 1).to(dtype), torch.zeros(tokens, 1).to(dtype)
             run = functools.partial(sparse_addmm, factor, hidden, values, support, x_T, False)
-            overhead = functools.partial(stratified_columns, support, rows, columns, groups)
-            product = _fastest(run, device, seconds) - _fastest(overhead, device, seconds)
-            sparse[name] = 2 * tokens * rows * groups / product
-    large = torch.empty(64 * size * size // 16, device=device)
+            sparse[name] = 2 * tokens * rows * groups / _fastest(run, device, seconds)
+    large = torch.empty(2**26 if is_cpu else 2**28, device=device)  # no cache holds it
     memory = 2 * large.nbytes / _fastest(large.clone, device, seconds)
     measured = dataclasses.replace(defaults, matmul=matmul, sparse=sparse, memory=memory)
-    if device.type == "cpu":
+    if is_cpu:
         hashed = functools.partial(stratified_columns, support, rows, columns, groups)
         measured = dataclasses.replace(measured, entries=rows * groups / _fastest(hashed, device, seconds))
     return measured, store_rates(device, measured)

@@ -256,6 +256,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def is_higher_order(node: fx.Node) -> bool:
+    """Whether a node calls a higher-order op: one that takes other ops or graphs."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
 def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:
     """The module that torch.compile was given, where this is what it returned."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module

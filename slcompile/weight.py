@@ -116,8 +116,9 @@ class SLWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """The composed weight, [rows, columns]."""
-        where = self.seed if self.support == "stratified" else self.index
-        return compose(self.B, self.A, self.values, where, self.scale)
+        # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
+        B, A, values = self.B, self.A, self.values
+        return compose(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

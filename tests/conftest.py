@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,18 @@ class CountingBackend:
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         self.calls += 1
         return sltrain(gm, example_inputs, **kwargs)
+
+
+@pytest.fixture
+def target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Triton driver that is not there, of which torch asks what kind of GPU it has: kernels can be traced."""
+    triton = pytest.importorskip("triton", reason="the kernels need triton")
+    from slcompile.kernels.build import TARGETS
+
+    if triton.knobs.runtime.interpret:
+        pytest.skip("TRITON_INTERPRET is set: there is nothing to trace in this process")
+    driver = SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"])
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
 
 
 @pytest.fixture

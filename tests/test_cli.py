@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,10 @@ from transformers import (
 )
 
 import slcompile
+from slcompile import cli, cost
 from slcompile.cli import example_inputs, main
 from slcompile.export.checkpoint import load_factorized, save_factorized
+from slcompile.measure import measure_rates
 
 # As in tests/export/test_architectures.py: at most 100 operators in sequence, sums of at most 256 terms.
 BOUND = {torch.float32: 160 * 2**-24, torch.float16: 10 * 2**-11}
@@ -159,3 +162,33 @@ def test_example_inputs_fit_the_model(make):
     text = {0: "batch_size", 1: "sequence_length"}
     expected = {"use_cache": None, "pixel_values": {0: "batch_size"}}
     assert dynamic_shapes == {name: expected.get(name, text) for name in inputs}
+
+
+def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cli, "measure_rates", functools.partial(measure_rates, seconds=0.001))
+    threads = str(torch.get_num_threads())
+    cost._rates.cache_clear()
+    try:
+        assert main(["rates", "--threads", threads]) == 0
+        defaults = capsys.readouterr().out
+        assert defaults.startswith("defaults of the device's class")
+        assert main(["rates", "--threads", threads, "--measure"]) == 0
+        (file,) = tmp_path.iterdir()
+        measured = capsys.readouterr().out
+        assert measured.startswith(f"measured, stored in {file}")
+        assert main(["rates", "--threads", threads]) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == measured.splitlines()[1:]
+        file.write_text("{}")
+        cost._rates.cache_clear()
+        assert main(["rates", "--threads", threads]) == 2
+        assert "holds no rates" in capsys.readouterr().err
+        assert main(["rates", "--threads", threads, "--measure"]) == 0
+    finally:
+        cost._rates.cache_clear()
+
+
+@pytest.mark.parametrize("flags", [["--device", "tpu"], ["--threads", "0"]])
+def test_rates_refuse_a_bad_flag(capsys, flags):
+    assert main(["rates", *flags]) == 2
+    assert f"{flags[0]} must be" in capsys.readouterr().err

@@ -20,6 +20,10 @@ def test_defaults() -> None:
         "include": ("*",),
         "exclude": ("*lm_head*", "*embed*"),
         "min_dim": 32,
+        "lowering": "auto",
+        "keep_weights": False,
+        "autotune": False,
+        "dryrun": False,
     }
 
 
@@ -33,6 +37,10 @@ BAD: dict[str, list[Any]] = {
     "include": ["", [""], [1], ["a", None], None, 1, {"*": 1}],
     "exclude": ["", [""], [1], ["a", None], None, 1, {"*": 1}],
     "min_dim": [0, -1, 1.0, True, None],
+    "lowering": ["", "Factored", "dense", None, 1],
+    "keep_weights": [0, 1, None, "yes"],
+    "autotune": [0, 1, None, "yes"],
+    "dryrun": [0, 1, None, "yes"],
 }
 
 
@@ -52,6 +60,10 @@ GOOD: dict[str, list[Any]] = {
     "init": ["auto", "kaiming", "spectral"],
     "seed": [None, 0, 2**63 - 1],
     "min_dim": [1, 4096],
+    "lowering": ["auto", "composed", "factored"],
+    "keep_weights": [False, True],
+    "autotune": [False, True],
+    "dryrun": [False, True],
 }
 
 
@@ -73,6 +85,7 @@ def test_patterns_are_kept_as_a_tuple(field: str, given: Any, kept: tuple[str, .
     [
         ("support", "stratfied", "stratified"),
         ("support", "unifrom", "uniform"),
+        ("lowering", "factorized", "factored"),
         ("init", "kaimin", "kaiming"),
         ("init", "spectrum", "spectral"),
     ],
@@ -128,7 +141,9 @@ class TestFromOptions:
             SLConfig.from_options({key: 1})
 
     def test_unknown_key_lists_what_is_allowed(self) -> None:
-        with pytest.raises(ValueError, match=r"unknown option 'zzz'; allowed: rank, density, .*, min_dim, inductor$"):
+        with pytest.raises(
+            ValueError, match=r"unknown option 'zzz'; allowed: rank, density, .*, min_dim, .*, inductor$"
+        ):
             SLConfig.from_options({"zzz": 1})
 
     def test_key_that_is_no_string_is_unknown(self) -> None:

@@ -24,6 +24,12 @@ def capture(model: nn.Module, *args: torch.Tensor, dynamic: bool | None = None, 
     return gm
 
 
+def symbolic_input(gm):
+    """The tensor among a graph's inputs whose first size is symbolic."""
+    tensors = [each for each in torch_private.captured_inputs(gm) if isinstance(each, torch.Tensor)]
+    return next(each for each in tensors if isinstance(each.shape[0], torch.SymInt))
+
+
 def test_captured_inputs_are_fake_and_in_order(block, batch):
     gm = capture(block, batch[0])
     inputs = torch_private.captured_inputs(gm)
@@ -82,10 +88,12 @@ def _flat(name: str) -> str:
 
 def test_settings_and_passes():
     assert {"joint_custom_pre_pass", "max_autotune"} <= torch_private.inductor_settings()
-    assert torch_private.joint_passes_of({}) == []
-    assert torch_private.joint_passes_of({"joint_custom_pre_pass": print}) == [print]
+    hook = "joint_custom_pre_pass"
+    assert torch_private.passes_of({}, hook) == []
+    assert torch_private.passes_of({hook: print}, hook) == [print]
     with torch._inductor.config.patch(joint_custom_pre_pass=repr):
-        assert torch_private.joint_passes_of({}) == [repr]
+        assert torch_private.passes_of({}, hook) == [repr]
+        assert torch_private.passes_of({}, "post_grad_custom_pre_pass") == []
 
 
 def test_without_dynamo_wrapper(block):
@@ -161,3 +169,49 @@ def test_the_collector_is_paused_and_goes_on():
     with torch_private.collector_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_size_hints_and_fakes_of_a_graph_with_symbolic_sizes(block):
+    seen = {}
+
+    def within(gm, inputs):
+        x = symbolic_input(gm)
+        seen["hints"] = [torch_private.size_hint(size) for size in x.shape]
+        seen["fake"] = torch_private.run_fake(torch.ops.aten.mm.default, (x, x.t()))
+        traced = torch_private.trace(lambda x: torch.nn.functional.silu(x), [x], for_inductor=True)
+        seen["ops"] = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
+
+    capture(block, torch.randn(5, 64), dynamic=True, within=within)
+    assert seen["hints"] == [5, 64]
+    assert isinstance(seen["fake"], torch._subclasses.FakeTensor)
+    assert len(set(map(str, seen["fake"].shape))) == 1
+    assert "aten.silu.default" not in seen["ops"], "silu was not decomposed as for Inductor"
+    assert "aten.exp.default" in seen["ops"]
+
+
+def test_strides_that_are_numbers_of_one_call_follow_from_symbolic_sizes(block):
+    seen = []
+
+    def within(gm, inputs):
+        x = symbolic_input(gm)
+        with x.fake_mode:
+            stale = torch.empty_strided(x.shape, (1, 5))
+            gaps = torch.empty_strided(x.shape, (1, 8))
+            rows = torch.empty_strided(x.shape, (64, 1))
+        seen.extend(torch_private._with_symbolic_strides(each) for each in (stale, gaps, rows, 3))
+        assert str(seen[0].stride()) == f"(1, {x.shape[0]})"
+
+    capture(block, torch.randn(5, 64), dynamic=True, within=within)
+    assert [each if isinstance(each, int) else each.stride() for each in seen[1:]] == [(1, 8), (64, 1), 3]
+
+
+def test_amx_is_known():
+    assert torch_private.has_amx() in (True, False)
+
+
+def test_higher_order_ops_are_known():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    plain = graph.call_function(torch.ops.aten.sin.default, (x,))
+    wrapped = graph.call_function(torch.ops.higher_order.run_and_save_rng_state, (torch.ops.aten.sin.default, x))
+    assert [torch_private.is_higher_order(node) for node in (x, plain, wrapped)] == [False, False, True]

@@ -13,7 +13,11 @@ from slcompile.ops.weight_grads import weight_grads
 WEIGHT_OPS = (torch.ops.slcompile.compose.default,)
 """Ops that make a dense weight from trained parameters. Passes treat them alike and know nothing else of them."""
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the Triton kernels of these ops compute with; other dtypes run in ATen on every device."""
+
 __all__ = [
+    "KERNEL_DTYPES",
     "WEIGHT_OPS",
     "compose",
     "compose_backward",

@@ -2,12 +2,14 @@
 
 Both take dense operands transposed, a row of tokens for each feature: then each row of ``S @ x_KT`` is a weighted sum
 of rows, an embedding bag, whose kernels are vectorised over the tokens and do irregular bags. Neither a scatter nor a
-dense S is needed. They are ops of their own for their tag: Inductor, free to choose, hands over strided operands, for
-which the same ATen calls take 30 times as long.
+dense S is needed. Of few tokens, MKL's sparse products are faster. They are ops of their own for their tag: Inductor,
+free to choose, hands over strided operands, for which the same ATen calls take 30 times as long.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -18,6 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slcompile.support import stratified_columns
 
 _TAGS = (torch.Tag.needs_contiguous_strides,)
+
+FEW_TOKENS = 12
+"""Below so many, rows are too short for embedding bags; measured with 2 threads of an AMD EPYC (Zen 4)."""
 
 
 @torch.library.custom_op("slcompile::sparse_addmm", mutates_args=(), tags=_TAGS)
@@ -40,13 +45,14 @@ def sparse_addmm(
     rows, columns = (dense.shape[0], result) if transposed else (result, dense.shape[0])
     weights = values.flatten()
     if transposed:
-        entry, starts, order = _kept(_bags_of_columns, values, support, rows, columns)
+        bounds, entry, order = _kept(_by_column, values, support, rows, columns)
         weights = weights.index_select(0, order)
     else:
-        _, entry = _kept(entries, values, support, rows, columns)
-        starts = _starts(values, support, rows, columns)
+        bounds, entry, _ = _kept(_by_row, values, support, rows, columns)
     with torch.autocast(dense.device.type, enabled=False):
-        sparse = torch.ops.aten._embedding_bag_forward_only(dense, entry, starts, False, 0, False, weights)[0]
+        if dense.shape[1] < FEW_TOKENS and torch.backends.mkl.is_available():
+            return _few_addmm(factor, hidden, bounds, entry, weights, dense)
+        sparse = torch.ops.aten._embedding_bag_forward_only(dense, entry, bounds, False, 0, False, weights, True)[0]
         return sparse.addmm_(factor, hidden.t())
 
 
@@ -67,8 +73,8 @@ def sparse_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor) ->
     Returns:
         Shape and dtype of ``values``.
     """
-    row, column = _kept(entries, values, support, left.shape[0], right.shape[0])
-    starts = row[:1]  # not read: the bag of each entry is given, which is its row
+    bounds, column, row = _kept(_by_row, values, support, left.shape[0], right.shape[0])
+    starts = bounds[:1]  # not read: the bag of each entry is given, which is its row
     # The gradient of an embedding bag's weights is this dot product.
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, column, starts, row, 0)
     return dots.to(values.dtype).view(values.shape)
@@ -94,51 +100,71 @@ def entries(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[T
     return row, stratified_columns(support, rows, columns, groups).flatten().to(dtype)
 
 
-def _starts(values: Tensor, support: Tensor, rows: int, columns: int) -> Tensor:
-    """Where each row's entries begin, of the dtype of ``entries``."""
-    if values.dim() == 2:
-        dtype = _index_dtype(values, rows, columns)
-        return torch.arange(0, values.numel(), values.shape[1], dtype=dtype, device=values.device)
-    return _begins(entries(values, support, rows, columns)[0], rows)
+def _by_row(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries in CSR: where each row's begin, and the last one's end; their columns; and their rows."""
+    row, column = entries(values, support, rows, columns)
+    return _bounds(row, rows), column, row
 
 
-def _bags_of_columns(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries sorted by column: their rows, where each column's begin, and their positions among ``values``."""
+def _by_column(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries in CSC: where each column's begin; their rows; and their positions among ``values``."""
     row, column = entries(values, support, rows, columns)
     column, order = column.sort(stable=True)
-    return row.index_select(0, order), _begins(column, columns), order.to(row.dtype)
+    return _bounds(column, columns), row.index_select(0, order), order.to(row.dtype)
 
 
-def _begins(bag: Tensor, bags: int) -> Tensor:
+def _bounds(bag: Tensor, bags: int) -> Tensor:
     counts = torch.bincount(bag, minlength=bags)
-    return (counts.cumsum(0) - counts).to(bag.dtype)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(bag.dtype)
+
+
+def _few_addmm(factor: Tensor, hidden: Tensor, bounds: Tensor, entry: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
+    """``sparse_addmm`` for few tokens; MKL's sparse products are of float32 and float64 only."""
+    wide = torch.promote_types(dense.dtype, torch.float32)
+    shape = (bounds.numel() - 1, dense.shape[0])
+    _announce_csr()
+    matrix = torch.sparse_csr_tensor(bounds, entry, weights.to(wide), shape, check_invariants=False)
+    sparse = torch.mm(matrix, dense.to(wide)).to(dense.dtype)
+    if dense.dtype == wide and len(hidden) == 1 and factor.is_contiguous():
+        # Twice the same token: MKL reads a row-major matrix faster for two vectors than for one.
+        return sparse.add_(torch.mm(factor, hidden.expand(2, -1).contiguous().t())[:, :1])
+    return sparse.addmm_(factor, hidden.t())
 
 
 def _index_dtype(values: Tensor, rows: int, columns: int) -> torch.dtype:
     return torch.int32 if max(rows, columns, values.numel()) < 2**31 else torch.int64
 
 
+@functools.cache
+def _announce_csr() -> None:
+    """Has torch warn once of its CSR tensors' beta state where no user sees it: they meet none of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
+
+
 _memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Seed -> what was made from it: 16 bytes for each non-zero, as long as the seed tensor lives."""
+"""Support -> what was made from it: 16 bytes for each non-zero, as long as the seed or flat index lives."""
 
 
 def _kept(
     make: Callable[..., tuple[Tensor, ...]], values: Tensor, support: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, ...]:
-    """What ``make`` returns, made once for a seed: it takes longer than the product. A flat index is not kept."""
-    if values.dim() == 1:
+    """What ``make`` returns, made once for a support: it takes longer than the product."""
+    if values.dim() == 1 and support.is_inference():  # it does not count what is written to it
         return make(values, support, rows, columns)
     made = _memory.setdefault(support, {})
-    key = (make, int(support), rows, columns, values.shape[1])
+    state = int(support) if values.dim() == 2 else (support._version, support.data_ptr())
+    key = (make, state, rows, columns, values.shape)
     if key not in made:
-        for old in [each for each in made if each[1:] != key[1:]]:  # of a seed that was overwritten
+        for old in [each for each in made if each[1:] != key[1:]]:  # of a support that was overwritten
             del made[old]
         made[key] = make(values, support, rows, columns)
     return cast(tuple[Tensor, ...], made[key])
 
 
 def kept_bytes() -> int:
-    """Bytes of what is kept for the seeds that are alive."""
+    """Bytes of what is kept for the supports that are alive."""
     return sum(each.nbytes for made in _memory.values() for tensors in made.values() for each in tensors)
 
 

@@ -5,9 +5,6 @@ Run as a script, this file saves what the kernels return for CASES.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -170,43 +167,6 @@ def name_of(case: Case) -> str:
     return "-".join(str(each).removeprefix("torch.") for each in case)
 
 
-def repair_interpreter() -> None:
-    """Gives the interpreter bfloat16 as GPUs have it: by itself it multiplies the bit patterns, as if they were
-    integers, in tl.dot, and truncates where a GPU rounds to nearest. And triton 3.6 takes an int from an array of one
-    dimension for the bounds of loops, which numpy 2.4 refuses."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def create_dot(self, a, b, *rest):
-        wide = [self.cast_impl(each, tl.float32) if each.dtype.scalar == tl.bfloat16 else each for each in (a, b)]
-        return dot(self, *wide, *rest)
-
-    def cast_impl(self, source, kind):
-        if (source.dtype.scalar, kind.scalar) == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(source.data.copy()).bfloat16()
-            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
-        return cast(self, source, kind)
-
-    def patch_tensor(tensor, *rest):
-        patch(tensor, *rest)
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
-
-    patch = interpreter._patch_lang_tensor
-    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
-    interpreter._patch_lang_tensor = patch_tensor
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Tensor]]]:
-    """Results of CASES, from a process of its own: triton reads TRITON_INTERPRET as it is imported."""
-    path = tmp_path_factory.mktemp("interpreted") / "results.pt"
-    subprocess.run([sys.executable, __file__, str(path)], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
-    return torch.load(path)
-
-
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[list[Tensor]]], case: Case) -> None:
     assert_within_the_references_error(case, make_operands(case), interpreted[name_of(case)])
@@ -332,17 +292,6 @@ TRACED = [
 
 
 class TestTracing:
-    @pytest.fixture
-    def target(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A driver that is not there, of which torch asks what kind of GPU it has."""
-        from slcompile.kernels.build import TARGETS
-
-        class Driver:
-            def get_current_target(self) -> Any:
-                return TARGETS["sm_90"]
-
-        monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-
     @pytest.mark.parametrize("autotune", [False, True])
     @pytest.mark.parametrize("mode", ["fake", "symbolic"])
     @pytest.mark.parametrize("case", TRACED, ids=name_of)
@@ -409,8 +358,6 @@ class TestOnCuda:
 
 
 if __name__ == "__main__":
-    repair_interpreter()
-    # torch.empty returns NaN, so that an element which is never written shows.
-    torch.use_deterministic_algorithms(True)
-    assert bool(torch.empty(3).isnan().all())
-    torch.save({name_of(case): run(case, make_operands(case)) for case in CASES}, sys.argv[1])
+    from interpreter import save_results
+
+    save_results(lambda: {name_of(case): run(case, make_operands(case)) for case in CASES})

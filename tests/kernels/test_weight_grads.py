@@ -6,11 +6,7 @@ Run as a script, this file saves what the kernel returns for CASES.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -126,14 +122,6 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
 
 def name_of(case: Case) -> str:
     return "-".join(str(each).removeprefix("torch.") for each in case)
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
-    """Results of CASES, from a process of its own: triton reads TRITON_INTERPRET as it is imported."""
-    path = tmp_path_factory.mktemp("interpreted") / "results.pt"
-    subprocess.run([sys.executable, __file__, str(path)], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
-    return torch.load(path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -252,14 +240,6 @@ def test_every_configuration_is_one_that_triton_compiles() -> None:
 
 
 class TestTracing:
-    @pytest.fixture
-    def target(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A driver that is not there, of which torch asks what kind of GPU it has."""
-        from slcompile.kernels.build import TARGETS
-
-        driver = SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"])
-        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-
     @pytest.mark.parametrize("autotune", [False, True])
     @pytest.mark.parametrize("mode", ["fake", "symbolic"])
     @pytest.mark.parametrize("support", SUPPORTS)
@@ -311,11 +291,6 @@ class TestOnCuda:
 
 
 if __name__ == "__main__":
-    # A script finds the files beside it.
-    from test_compose import repair_interpreter
+    from interpreter import save_results
 
-    repair_interpreter()
-    # torch.empty returns NaN, so that an element which is never written shows.
-    torch.use_deterministic_algorithms(True)
-    assert bool(torch.empty(3).isnan().all())
-    torch.save({name_of(case): run(case, make_operands(case)) for case in CASES}, sys.argv[1])
+    save_results(lambda: {name_of(case): run(case, make_operands(case)) for case in CASES})

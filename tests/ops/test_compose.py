@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -72,16 +71,6 @@ def scattered(operands: Operands) -> Tensor:
     ):
         dense[position // columns, position % columns] = value
     return dense
-
-
-@pytest.fixture
-def nan_filled_memory() -> Iterator[None]:
-    """What torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def test_the_package_knows_compose_as_a_weight_op() -> None:

@@ -70,7 +70,8 @@ class Joint:
         for node in gm.graph.nodes:
             if node.op == "call_function":
                 target = re.sub(r"<built-in function (\w+)>", r"\1", str(node.target)).removesuffix(".default")
-                lines.append(f"{node.name} = {target}({', '.join(map(str, node.args))})")
+                keywords = [f"{key}={value}" for key, value in node.kwargs.items()]
+                lines.append(f"{node.name} = {target}({', '.join([*map(str, node.args), *keywords])})")
         return lines
 
     @staticmethod

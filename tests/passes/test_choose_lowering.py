@@ -26,26 +26,28 @@ def test_graph(stratified_joint):
         ("compose", "factored"),
         ("weight_grads_default gradients", "factored"),
     ]
-    # W is not composed any more, and the hidden matrices of the products, mul_tensor and mul_tensor_1, are those of the
-    # gradients.
+    # W is not composed any more, and the hidden matrices of the products, addmm_default and addmm_default_1, are
+    # those of the gradients.
     assert stratified_joint.text_of(gm) == [
+        "slice_tensor = aten.slice.Tensor(a_1, 0, 0, 1)",
+        "slice_tensor_1 = aten.slice.Tensor(slice_tensor, 1, 0, 1)",
         "permute_default = aten.permute(a_1, [1, 0])",
-        "mm_default = aten.mm(x_1, permute_default)",
-        "mul_tensor = aten.mul.Tensor(mm_default, 0.5)",
-        "linear_factored_default = slcompile.linear_factored(x_1, [mul_tensor], [b_1], [values_1], [support_1], "
-        "[None], False)",
+        "addmm_default = aten.addmm(slice_tensor_1, x_1, permute_default, beta=0, alpha=0.5)",
+        "linear_factored_default = slcompile.linear_factored(x_1, [addmm_default], [b_1], [values_1], "
+        "[support_1], [None], False)",
         "getitem_3 = getitem(linear_factored_default, 0)",
         "permute_default_1 = aten.permute(b_1, [1, 0])",
+        "slice_tensor_2 = aten.slice.Tensor(permute_default_1, 0, 0, 1)",
+        "slice_tensor_3 = aten.slice.Tensor(slice_tensor_2, 1, 0, 1)",
         "permute_default_2 = aten.permute(permute_default_1, [1, 0])",
-        "mm_default_1 = aten.mm(tangents_1, permute_default_2)",
-        "mul_tensor_1 = aten.mul.Tensor(mm_default_1, 0.5)",
-        "linear_factored_default_1 = slcompile.linear_factored(tangents_1, [mul_tensor_1], [a_1], [values_1], "
+        "addmm_default_1 = aten.addmm(slice_tensor_3, tangents_1, permute_default_2, beta=0, alpha=0.5)",
+        "linear_factored_default_1 = slcompile.linear_factored(tangents_1, [addmm_default_1], [a_1], [values_1], "
         "[support_1], [None], True)",
         "getitem_4 = getitem(linear_factored_default_1, 0)",
         "permute_default_3 = aten.permute(tangents_1, [1, 0])",
-        "mm_default_2 = aten.mm(permute_default_3, mul_tensor)",
-        "permute_default_4 = aten.permute(mul_tensor_1, [1, 0])",
-        "mm_default_3 = aten.mm(permute_default_4, x_1)",
+        "mm_default = aten.mm(permute_default_3, addmm_default)",
+        "permute_default_4 = aten.permute(addmm_default_1, [1, 0])",
+        "mm_default_1 = aten.mm(permute_default_4, x_1)",
         "values_grad_default = slcompile.values_grad(tangents_1, x_1, values_1, support_1)",
     ]
 
@@ -171,3 +173,18 @@ def test_a_symbolic_number_of_tokens_gets_one_guard(stratified_joint, monkeypatc
     assert all("at 24 tokens" in each.detail for each in report.rewritten + report.skipped)
     lower_ops(gm)
     stratified_joint.assert_close(gm(*inputs), expected)
+
+
+def test_a_matmul_that_reads_the_result_of_another(stratified_joint):
+    """The first one's result is replaced after both were found."""
+
+    def twice(x, w):
+        return (x @ w.t()) @ w
+
+    gm, inputs = stratified_joint.graph(twice)
+    expected = gm(*inputs)
+    fuse_weight_grads(gm)
+    choose_lowering(gm, "factored")
+    stratified_joint.assert_close(gm(*inputs), expected)
+    ours = stratified_joint.ours(gm)
+    assert (ours.count("compose"), ours.count("linear_factored")) == (0, 4)

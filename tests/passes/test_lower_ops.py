@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from slcompile.passes import choose_lowering, fuse_weight_grads, lower_ops
+from slcompile.ops import compose
+from slcompile.passes import choose_lowering, fuse_weight_grads, group_projections, lower_ops
 
 
 def test_graph_of_a_factored_matmul_on_cpu(stratified_joint):
@@ -17,16 +23,45 @@ def test_graph_of_a_factored_matmul_on_cpu(stratified_joint):
         "values_grad_default",
     ]
     assert [line for line in stratified_joint.text_of(gm) if "clone" in line or "sparse" in line] == [
-        "clone_default = aten.clone(permute_default_5)",
-        "sparse_addmm_default = slcompile.sparse_addmm(b_1, mul_tensor, values_1, support_1, clone_default, False)",
+        "clone_default = aten.clone(permute_default_5, memory_format=torch.contiguous_format)",
+        "sparse_addmm_default = slcompile.sparse_addmm(b_1, addmm_default, values_1, support_1, clone_default, False)",
         "permute_default_6 = aten.permute(sparse_addmm_default, [1, 0])",
-        "clone_default_1 = aten.clone(permute_default_7)",
-        "sparse_addmm_default_1 = slcompile.sparse_addmm(a_1, mul_tensor_1, values_1, support_1, clone_default_1, "
+        "clone_default_1 = aten.clone(permute_default_7, memory_format=torch.contiguous_format)",
+        "sparse_addmm_default_1 = slcompile.sparse_addmm(a_1, addmm_default_1, values_1, support_1, clone_default_1, "
         "True)",
         "permute_default_8 = aten.permute(sparse_addmm_default_1, [1, 0])",
         # Both transposed copies are there already.
         "sparse_dots_default = slcompile.sparse_dots(clone_default_1, clone_default, values_1, support_1)",
     ]
+
+
+def test_a_result_that_a_higher_order_op_may_read_keeps_its_layout(stratified_joint):
+    """Inductor hands those their operands as they come; the lowered product comes transposed."""
+    gm, inputs = stratified_joint.graph(lambda x, w: x @ w.t())
+    fuse_weight_grads(gm)
+    choose_lowering(gm, "factored")
+    expected = gm(*inputs)
+    (product, *_) = gm.graph.find_nodes(op="call_function", target=torch.ops.slcompile.linear_factored.default)
+    (result,) = product.users
+    with gm.graph.inserting_after(result):
+        run_and_save = torch.ops.higher_order.run_and_save_rng_state
+        wrapped = gm.graph.call_function(run_and_save, (torch.ops.aten.sin.default, result))
+        wrapped.meta["val"] = None
+    with gm.graph.inserting_after(wrapped):
+        second = gm.graph.call_function(operator.getitem, (wrapped, 1))
+        second.meta["val"] = result.meta["val"]
+    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
+    output.args = ((*output.args[0], second),)
+    report = lower_ops(gm)
+    assert [each.name for each in report.rewritten] == ["values_grad_default"]
+    assert [(each.name, each.reason) for each in report.skipped] == [
+        ("linear_factored_default", "layout"),
+        ("linear_factored_default_1", "layout"),
+    ]
+    gm.recompile()
+    *got, sine = gm(*inputs)
+    stratified_joint.assert_close(got, expected)
+    torch.testing.assert_close(sine, expected[0].sin())
 
 
 def test_composed_ops_on_cpu(stratified_joint):
@@ -53,6 +88,84 @@ def test_same_numbers_and_twice_changes_nothing(joint, dtype):
     before = joint.text_of(gm)
     assert lower_ops(gm).rewritten == []
     assert joint.text_of(gm) == before
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with an accelerator, for which tensors on the meta device stand; its Triton driver is ``target``."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+
+
+LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
+
+
+def on_meta(gm, inputs):
+    """The same graph with tensors on the meta device."""
+    with FakeTensorMode():
+        fakes = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta") for each in inputs]
+        return make_fx(gm, decomposition_table=select_decomp_table())(*fakes)
+
+
+def lowered_on_gpu(joint, lowering, function=lambda x, w: x @ w.t(), **kwargs):
+    gm = on_meta(*joint.graph(function, **kwargs))
+    fuse_weight_grads(gm)
+    choose_lowering(gm, lowering)
+    group_projections(gm)
+    return gm, lower_ops(gm)
+
+
+@pytest.mark.usefixtures("target", "gpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_every_op_becomes_launches_on_a_gpu(stratified_joint, support, lowering, dtype):
+    joint = type(stratified_joint)(support, dtype)
+    gm, report = lowered_on_gpu(joint, lowering)
+    assert joint.ours(gm) == []
+    assert report.skipped == []
+    ops = {"composed": ["compose", "weight_grads"], "factored": ["linear_factored", "linear_factored", "values_grad"]}
+    expected = ops[lowering]
+    if (support, lowering) == ("uniform", "factored"):  # x @ W would scatter, see choose_lowering
+        expected = ["compose", "linear_factored", "values_grad"]
+    assert sorted(each.name.split("_default")[0] for each in report.rewritten) == expected
+    assert len(gm.graph.find_nodes(op="call_function", target=LAUNCH)) >= len(expected)
+    shapes = [tuple(each.meta["val"].shape) for each in gm.graph.find_nodes(op="output")[0].all_input_nodes]
+    values = joint.factors[2].shape
+    assert shapes == [(24, 40), (24, 48), (40, 8), (8, 48), tuple(values)]
+
+
+@pytest.mark.usefixtures("target", "gpu")
+@pytest.mark.parametrize(("tokens", "projects"), [(16, 1), (128, 0)])
+def test_siblings_of_few_tokens_share_launches_on_a_gpu(tokens, projects):
+    def siblings(x, *factors):
+        return [x @ compose(*factors[first : first + 4], 0.5).t() for first in (0, 4, 8)]
+
+    shapes = [(tokens, 48), *[(40, 8), (8, 48), (40, 5), (1,)] * 3]
+    with FakeTensorMode():
+        fakes = [torch.empty(each, device="meta", dtype=torch.int64 if each == (1,) else None) for each in shapes]
+        gm = make_fx(siblings)(*fakes)
+    choose_lowering(gm, "factored")
+    assert [each.matmuls for each in group_projections(gm).rewritten] == [3]
+    lowered = [each.name for each in lower_ops(gm).rewritten]
+    assert lowered == ["project_default"] * projects + ["linear_factored_default_3"]
+
+
+@pytest.mark.usefixtures("target", "gpu")
+def test_a_cast_is_folded_into_the_composition_on_a_gpu(stratified_joint):
+    gm, _ = lowered_on_gpu(stratified_joint, "composed", lambda x, w: x @ w.t(), cast=torch.bfloat16)
+    (launch, *_) = gm.graph.find_nodes(op="call_function", target=LAUNCH)
+    written = {key: each.meta["val"].dtype for key, each in launch.kwargs["kwargs"].items() if key == "p_W"}
+    assert written == {"p_W": torch.bfloat16}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+def test_float64_runs_in_aten_on_a_gpu(stratified_joint, lowering):
+    joint = type(stratified_joint)("stratified", torch.float64)
+    gm, report = lowered_on_gpu(joint, lowering)
+    assert joint.ours(gm) == ["compose", "compose_backward"]
+    assert [(each.name, each.reason) for each in report.skipped] == [("compose", "in_place")]
+    assert gm.graph.find_nodes(op="call_function", target=LAUNCH) == []
 
 
 def test_a_graph_without_our_ops_is_left():

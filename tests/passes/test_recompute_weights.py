@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
+from functorch.compile import (
+    aot_function,
+    default_partition,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+    nop,
+)
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -151,3 +157,68 @@ def test_partitioner_keeps_no_composed_weight() -> None:
     shape = (8, 6)
     assert shape in saved_for_backward(with_pass=False)
     assert shape not in saved_for_backward(with_pass=True)
+
+
+def partitioned(
+    function: Callable[..., Tensor], *, keep: bool, partition: Callable[..., Any]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The graphs of forward and backward of a function of an activation and factors."""
+    graphs: list[fx.GraphModule] = []
+
+    def after_the_pass(joint: fx.GraphModule, inputs: object, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        recompute_weights(joint, keep)
+        return partition(joint, inputs, **options)
+
+    def record(gm: fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    *trained, seed = (x_TK, *FACTORS)
+    trained = [each.clone().requires_grad_() for each in trained]
+    aot_function(function, record, record, partition_fn=after_the_pass)(*trained, seed).sum().backward()
+    forward, backward = graphs
+    return forward, backward
+
+
+def saved_weights(forward: fx.GraphModule) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and sizes, in ascending order, of what is saved and as large as the weight or a view of it."""
+    (outputs,) = forward.graph.output_node().args
+    values = [node.meta["val"] for node in outputs[1:]]  # the first is the function's own
+    return [(each.dtype, tuple(sorted(each.shape))) for each in values if each.numel() == 8 * 6]
+
+
+def composed(gm: fx.GraphModule) -> int:
+    return len(gm.graph.find_nodes(op="call_function", target=torch.ops.slcompile.compose.default))
+
+
+def concatenated(W: Tensor) -> Tensor:
+    return torch.cat([W[4:], W[:4]])
+
+
+# What an activation meets: the weight, its cast, or a concatenation of its parts.
+MET = {
+    "weight": (lambda x, *factors: F.linear(x.tanh(), weight(*factors)), torch.float32),
+    "cast": (lambda x, *factors: F.linear(x.tanh().bfloat16(), weight(*factors).bfloat16()), torch.bfloat16),
+    "concatenation": (lambda x, *factors: F.linear(x.tanh(), concatenated(weight(*factors))), torch.float32),
+}
+DEFAULT = pytest.param(default_partition, id="default")
+MIN_CUT = pytest.param(min_cut_rematerialization_partition, id="min cut")
+
+
+@pytest.mark.parametrize("partition", [DEFAULT, MIN_CUT])
+@pytest.mark.parametrize("name", MET)
+def test_keep_saves_what_an_activation_meets(name: str, partition: Callable[..., Any]) -> None:
+    function, dtype = MET[name]
+    forward, backward = partitioned(function, keep=True, partition=partition)
+    # Once, and not what leads to it: the float32 weight of a cast, the weight of a concatenation.
+    assert saved_weights(forward) == [(dtype, (6, 8))]
+    assert (composed(forward), composed(backward)) == (1, 0)
+
+
+@pytest.mark.parametrize("partition", [DEFAULT, MIN_CUT])
+@pytest.mark.parametrize("name", MET)
+def test_without_keep_the_backward_composes_again(name: str, partition: Callable[..., Any]) -> None:
+    function, _ = MET[name]
+    forward, backward = partitioned(function, keep=False, partition=partition)
+    assert saved_weights(forward) == []
+    assert (composed(forward), composed(backward)) == (1, 1)

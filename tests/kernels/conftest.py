@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the test module saves when it runs as a script, by name of the case.
+
+    In a process of its own: triton reads TRITON_INTERPRET as it is imported.
+    """
+    path = tmp_path_factory.mktemp("interpreted") / "results.pt"
+    command = [sys.executable, str(request.path), str(path)]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    return torch.load(path)

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slcompile import cost
+from slcompile.cost import DTYPES, Matmul, Rates, crossover, rates, store_rates
+
+CPU = torch.device("cpu")
+NAMES = tuple(DTYPES.values())
+# 40 rows, 30 columns, rank 5, 60 non-zeros, and ten tokens below.
+MATMUL = Matmul(40, 30, 5, 60, torch.float32)
+TOKENS = 10
+# Where nothing but operations counts, a dense product takes half its FLOPs in seconds and a sparse one a quarter; ten
+# positions are computed in a second. Where nothing but bytes counts, one float32 is moved in a second.
+BY_OPERATIONS = Rates({"float32": 2.0}, {"float32": 4.0}, memory=1e30, entries=10.0)
+BY_BYTES = Rates({"float32": 1e30, "bfloat16": 1e30}, {"float32": 1e30, "bfloat16": 1e30}, memory=4.0)
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No rates are stored but those that a test stores."""
+    monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    cost._rates.cache_clear()
+    yield tmp_path / "cache"
+    cost._rates.cache_clear()
+
+
+class TestFormulas:
+    @pytest.mark.parametrize(
+        ("name", "arguments", "operations", "floats"),
+        [
+            # B @ A is 40 * 30 * 5 multiply-adds of 200 + 150 numbers to 1200; 60 positions.
+            ("compose", {}, 6000 + 6, 1550),
+            # x W^T: 10 * 30 * 40, 300 + 1200 + 400, and one or half a composition.
+            ("composed", {"tokens": TOKENS}, 12000 + 6006, 1900 + 1550),
+            ("composed", {"tokens": TOKENS, "composes": 0.5}, 12000 + 3003, 1900 + 775),
+            # Through the rank 10 * 5 * (30 + 40), 300 + 150 + 50 and 50 + 200 + 400; S 10 * 60 of 60 values.
+            ("factored", {"tokens": TOKENS}, 3500 + 300, 1150 + 60),
+            # G 40 * 30 * 10, and two projections as large as a composition.
+            ("grads_composed", {"tokens": TOKENS}, 12000 + 2 * 6000 + 6, 1900 + 2 * 1550),
+            # dB 40 * 5 * 10 and dA 5 * 30 * 10, 400 + 50 + 200 and 50 + 300 + 150; as much again for two hidden
+            # matrices that are not at hand, half of it for one.
+            ("grads_factored", {"tokens": TOKENS}, 2 * 3500 + 300, 2 * 1150 + 60),
+            ("grads_factored", {"tokens": TOKENS, "hiddens": 1}, 1.5 * 3500 + 300, 1.5 * 1150 + 60),
+            ("grads_factored", {"tokens": TOKENS, "hiddens": 0}, 3500 + 300, 1150 + 60),
+        ],
+    )
+    def test_by_hand(self, name: str, arguments: dict[str, float], operations: float, floats: float) -> None:
+        assert getattr(MATMUL, name)(**arguments, rates=BY_OPERATIONS) == pytest.approx(operations)
+        assert getattr(MATMUL, name)(**arguments, rates=BY_BYTES) == pytest.approx(floats)
+        half = dataclasses.replace(MATMUL, dtype=torch.bfloat16)
+        assert getattr(half, name)(**arguments, rates=BY_BYTES) == pytest.approx(floats / 2)
+
+    @pytest.mark.parametrize("name", ["factored", "grads_factored"])
+    def test_a_sparse_product_copies_its_operands(self, name: str) -> None:
+        copying = dataclasses.replace(BY_BYTES, transposes=3)
+        added = getattr(MATMUL, name)(TOKENS, copying) - getattr(MATMUL, name)(TOKENS, BY_BYTES)
+        assert added == pytest.approx(3 * 2 * TOKENS * (40 + 30))
+
+    def test_the_larger_of_operations_and_bytes_counts_for_each_product(self) -> None:
+        # Of x A^T and hidden B^T the first moves 500 numbers for 3000 operations, the second 650 for 4000.
+        both = Rates({"float32": 3000 / 500}, {"float32": math.inf}, memory=4.0)
+        assert MATMUL.factored(TOKENS, both) == pytest.approx(500 + 4000 / 6 + 60)
+
+    def test_a_sparse_product_reads_positions(self) -> None:
+        reading = dataclasses.replace(BY_BYTES, index_bytes=8)
+        assert MATMUL.factored(TOKENS, reading) - MATMUL.factored(TOKENS, BY_BYTES) == pytest.approx(60 * 8 / 4)
+
+
+class TestCrossover:
+    @given(st.integers(0, 400), st.integers(0, 5), st.integers(0, 400), st.integers(0, 5), st.integers(2, 150))
+    def test_is_the_switching_point(self, a: int, b: int, c: int, d: int, limit: int) -> None:
+        def first(tokens: int) -> int:
+            return a + b * tokens
+
+        def second(tokens: int) -> int:
+            return c + d * tokens
+
+        lower = [first(tokens) < second(tokens) for tokens in range(1, limit)]
+        switches = [index + 1 for index in range(1, len(lower)) if lower[index] != lower[index - 1]]
+        assert crossover(first, second, limit) == (switches[0] if switches else None)
+
+    @given(st.integers(2, 2**31 - 1))
+    def test_however_far_away(self, where: int) -> None:
+        # The second is lower below `where`.
+        assert crossover(lambda tokens: where - 0.5, lambda tokens: tokens) == where
+
+    @pytest.mark.parametrize("at", [0, 2**31])
+    def test_none_where_one_is_always_lower(self, at: int) -> None:
+        assert crossover(lambda tokens: at, lambda tokens: tokens) is None
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_of_real_costs(self, dtype: torch.dtype) -> None:
+        """Composing costs the same however few tokens there are, so it is never cheaper for few only."""
+        matmul = Matmul(4096, 1024, 128, 4096 * 31, dtype)
+        at = cost.default_rates(CPU)
+        limit = crossover(lambda tokens: matmul.composed(tokens, at), lambda tokens: matmul.factored(tokens, at))
+        assert matmul.factored(1, at) < matmul.composed(1, at)
+        if limit is not None:
+            assert matmul.factored(limit - 1, at) <= matmul.composed(limit - 1, at)
+            assert matmul.factored(limit, at) > matmul.composed(limit, at)
+
+
+def measured(memory: float = 3.0) -> Rates:
+    return Rates(dict.fromkeys(NAMES, 1.5), dict.fromkeys(NAMES, 2.5), memory, entries=7.0, transposes=2)
+
+
+class TestRates:
+    def test_defaults_of_a_cpu_grow_with_its_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        one = rates(CPU)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        three = rates(CPU)
+        assert set(one.matmul) == set(one.sparse) == set(NAMES)
+        assert three.matmul == {name: pytest.approx(3 * rate) for name, rate in one.matmul.items()}
+        assert three.sparse == {name: pytest.approx(3 * rate) for name, rate in one.sparse.items()}
+        assert (three.memory, three.entries) == (pytest.approx(3 * one.memory), pytest.approx(3 * one.entries))
+
+    @pytest.mark.parametrize("name", cost._GPUS)
+    def test_defaults_of_gpus(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cost, "device_class", lambda device: name)
+        found = rates(torch.device("cuda"))
+        assert set(found.matmul) == set(found.sparse) == set(NAMES)
+        assert all(0 < rate < math.inf for rate in (*found.matmul.values(), *found.sparse.values(), found.memory))
+        # Kernels compute positions in registers and read operands in any layout.
+        assert (found.entries, found.transposes) == (math.inf, 0)
+
+    @pytest.mark.parametrize("entries", [7.0, math.inf])
+    def test_stored_ones_are_read(self, cache_dir: Path, entries: float) -> None:
+        defaults, stored = rates(CPU), dataclasses.replace(measured(), entries=entries)
+        assert cost.stored_rates(CPU) is None
+        path = store_rates(CPU, stored)
+        assert path.parent == cache_dir
+        assert list(cache_dir.iterdir()) == [path]  # and nothing of its writing is left
+        assert cost.stored_rates(CPU) == path
+        # Stored ones hold at once, and for the next process, which has nothing cached.
+        assert rates(CPU) == stored
+        cost._rates.cache_clear()
+        assert rates(CPU) == stored
+        assert cost.default_rates(CPU) == defaults
+
+    def test_they_are_read_once_and_replaced_by_the_next(self, cache_dir: Path) -> None:
+        path = store_rates(CPU, measured(3.0))
+        assert rates(CPU).memory == 3.0
+        text = path.read_text()
+        # An edit while the process runs does not give it two kinds of choices.
+        path.write_text(text.replace("3.0", "5.0"))
+        assert rates(CPU).memory == 3.0
+        assert store_rates(CPU, measured(4.0)) == path
+        assert rates(CPU).memory == 4.0
+
+    def test_they_are_those_of_one_number_of_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads = torch.get_num_threads()
+        store_rates(CPU, measured())
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+        assert rates(CPU) == cost.default_rates(CPU)
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", '{"speed": 1}', "{}"])
+    def test_a_file_that_holds_none_is_named(self, text: str) -> None:
+        path = store_rates(CPU, measured())
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no rates") as caught:
+            rates(CPU)
+        assert str(path) in str(caught.value)
+        path.unlink()
+        assert rates(CPU) == cost.default_rates(CPU)
+
+    def test_without_a_folder_they_lie_in_the_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLCOMPILE_CACHE_DIR", "")
+        monkeypatch.setattr(Path, "home", lambda: tmp_path)
+        assert store_rates(CPU, measured()).parent == tmp_path / ".cache" / "slcompile"
+
+
+class TestFingerprint:
+    def test_changes_with_the_rates_and_with_nothing_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        default = cost.fingerprint()
+        assert cost.fingerprint() == default
+        path = store_rates(CPU, measured(3.0))
+        stored = cost.fingerprint()
+        cost._rates.cache_clear()
+        assert cost.fingerprint() == stored
+        store_rates(CPU, measured(4.0))
+        other = cost.fingerprint()
+        assert len({default, stored, other}) == 3
+        path.unlink()
+        cost._rates.cache_clear()
+        assert cost.fingerprint() == default
+
+    def test_a_gpu_counts_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = []
+
+        def recorded(device: torch.device) -> Rates:
+            found.append(device.type)
+            return measured()
+
+        monkeypatch.setattr(cost, "rates", recorded)
+        for available in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+            cost.fingerprint()
+        assert found == ["cpu", "cpu", "cuda"]
+
+
+def test_device_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cost.device_class(CPU) == "cpu"
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, name in ((8, "sm_80"), (9, "sm_90"), (10, "sm_90")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert cost.device_class(cuda) == name
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cost.device_class(cuda) == "sm_80"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert cost.device_class(cuda) == "gfx942"

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from slcompile import cost, measure
+from slcompile.cost import DTYPES
+from slcompile.measure import measure_rates
+from slcompile.support import stratified_columns
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What is measured here is not kept for the machine."""
+    monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
+    cost._rates.cache_clear()
+    yield tmp_path
+    cost._rates.cache_clear()
+
+
+def test_rates_are_positive_and_stored(cache_dir: Path) -> None:
+    found, path = measure_rates("cpu", seconds=0.001)
+    assert set(found.matmul) == set(found.sparse) == set(DTYPES.values())
+    for rate in (*found.matmul.values(), *found.sparse.values(), found.memory, found.entries):
+        assert 0 < rate < math.inf
+    assert path.parent == cache_dir
+    assert cost.rates(CPU) == found
+    # It was measured, all of it, and not taken over.
+    defaults = cost.default_rates(CPU)
+    for name in DTYPES.values():
+        assert found.matmul[name] != defaults.matmul[name]
+        assert found.sparse[name] != defaults.sparse[name]
+    assert (found.memory, found.entries) != (defaults.memory, defaults.entries)
+    assert found.transposes == defaults.transposes
+
+
+def test_rates_are_what_was_done_by_the_time_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2048 tokens, a weight of 1024 x 1024 for the product and of 1024 x 512 with 16 non-zeros in a row for S.
+
+    A quarter of each for float16.
+    """
+    asked = []
+
+    def fastest(run: functools.partial[object], device: torch.device, seconds: float) -> float:
+        asked.append((device, seconds))
+        return {torch.mm: 2.0, stratified_columns: 0.5}.get(getattr(run, "func", None), 8.0)
+
+    monkeypatch.setattr(measure, "_fastest", fastest)
+    found, _ = measure_rates("cpu", seconds=3.0)
+    product, sparse = 2 * 2048 * 1024 * 1024 / 2.0, 2 * 2048 * 1024 * 16 / 8.0
+    assert found.matmul == {**dict.fromkeys(DTYPES.values(), product), "float16": product / 4**3}
+    assert found.sparse == {**dict.fromkeys(DTYPES.values(), sparse), "float16": sparse / 4**3}
+    assert found.entries == 1024 * 16 / 0.5
+    assert set(asked) == {(CPU, 3.0)}
+
+
+def test_measuring_again_does_not_start_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(1, 1000))
+    monkeypatch.setattr(measure, "_fastest", lambda *args: 1 / next(seconds))
+    cost.store_rates(CPU, cost.Rates({"float8": 1.0}, {"float8": 1.0}, 1.0, transposes=5))
+    found, _ = measure_rates("cpu")
+    assert set(found.matmul) == set(found.sparse) == set(DTYPES.values())
+    assert found.transposes == cost.default_rates(CPU).transposes
+
+
+def test_the_fastest_of_at_least_three_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ran = [0.0], []
+    durations = iter([9.0, 3.0, 1.0, 2.0, 4.0, 5.0])  # the first one warms up
+
+    def run() -> None:
+        ran.append(1)
+        clock[0] += next(durations)
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    assert measure._fastest(run, CPU, seconds=0.0) == 1.0
+    assert len(ran) == 1 + 3
+    durations = iter([9.0, 3.0, 2.0, 2.0, 4.0, 5.0])
+    ran.clear()
+    assert measure._fastest(run, CPU, seconds=10.0) == 2.0
+    assert len(ran) == 1 + 4

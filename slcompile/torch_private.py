@@ -171,9 +171,34 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
+        with _right_scatter_indices():
+            return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
 
     return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=inner, config_patches=settings))
+
+
+def _right_scatter_indices() -> contextlib.AbstractContextManager[Any]:
+    """While it is entered, Inductor's C++ kernels scatter from transposed tiles to where they should.
+
+    Its tiled kernel adds the position in the tile to the index of an atomic addition twice: once in ``store`` and once
+    in ``index_expr``, which that calls. An embedding's gradient then goes to wrong places, even beyond the buffer,
+    where it is fused with a product whose tokens are in the columns. Seen in torch 2.11.0 and 2.13.0.
+    """
+    from unittest import mock
+
+    from torch._inductor import config
+    from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
+
+    original: Any = CppTile2DKernel.store
+
+    def store(self: Any, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        is_parallel = config.cpp.dynamic_threads or self.num_threads != 1
+        if mode == "atomic_add" and is_parallel and not self.need_vec_transpose(self.rename_indexing(index)):
+            CppVecKernel.store(self, name, index, value, mode)
+        else:
+            original(self, name, index, value, mode)
+
+    return mock.patch.object(CppTile2DKernel, "store", store)
 
 
 def _with_symbolic_strides(value: Any) -> Any:

@@ -484,3 +484,31 @@ def test_weights_are_composed_again_kept_or_never_composed(block, options, compo
         loss.backward()
     events = [profile.key_averages() for profile in (forward, backward)]
     assert composes == tuple(sum(e.count for e in each if e.key == "slcompile::compose") for each in events)
+
+
+class Embedded(nn.Module):
+    """Three factored products of a normed embedding: their transposed gradients are fused with its scatter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.norm = nn.RMSNorm(64)
+        self.up = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        hidden = self.norm(x)
+        return x + sum(torch.tanh(up(hidden)) for up in self.up)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 100, 1024])
+def test_the_gradient_of_an_embedding_under_factored_products(tokens):
+    model = slcompile.factorize_(Embedded(), slcompile.SLConfig(**OPTIONS))
+    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, "lowering": "factored"})
+    ids = torch.randint(0, 96, (2, tokens // 2))
+    gradients = []
+    for run in (compiled, model):
+        run(ids).square().mean().backward()
+        gradients.append(model.embed.weight.grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -54,7 +54,8 @@ class Resources(NamedTuple):
 
 def device_class(device: torch.device) -> str:
     """The key of ``TARGETS`` whose configuration fits a device best; "sm_80" where there is no GPU."""
-    return "sm_80" if device.type == "cpu" else cost.device_class(device)
+    kind = cost.device_class(device)
+    return "sm_80" if kind == "cpu" else kind
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

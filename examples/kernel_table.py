@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from slcompile.kernels import compose, linear_factored, support, weight_grads
+from slcompile.kernels import compose, linear_factored, project, siblings, support, weight_grads
 from slcompile.kernels.build import TARGETS, Resources, compile_for, resources, signature_of
 from slcompile.support import groups_per_row
 
@@ -134,7 +134,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.multiple(compose, **replaced),
         mock.patch.multiple(weight_grads, **replaced),
-        mock.patch.multiple(linear_factored, **replaced),
+        mock.patch.multiple(siblings, **replaced),
     ):
         yield found
 
@@ -151,8 +151,8 @@ def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
     dense, factors, non_zeros = rows * columns, rank * (rows + columns), rows * groups
     left, right, x, grad = empty(many, rows), empty(many, columns), empty(few, columns), empty(few, rows)
     hidden = empty(few, rank)
-    splits = triton.cdiv(columns, linear_factored.SPLIT)
-    back_splits = triton.cdiv(rows, linear_factored.SPLIT)
+    splits = triton.cdiv(columns, siblings.SPLIT)
+    back_splits = triton.cdiv(rows, siblings.SPLIT)
 
     # What is called, and for each launch that it makes: name, elements moved (of two bytes each), and FLOPs.
     calls: list[tuple[Callable[[], Any], list[tuple[str, int, int]]]] = [
@@ -169,7 +169,7 @@ def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
             [("values_grad", many * (rows + columns) + non_zeros, 2 * many * dense)],
         ),
         (
-            lambda: linear_factored.project(x, [A], [SCALE]),
+            lambda: project.project(x, [A], [SCALE]),
             [
                 ("project", few * columns + rank * columns + 2 * splits * few * rank, 2 * few * rank * columns),
                 ("sum_splits", (2 * splits + 1) * few * rank, 0),

@@ -80,12 +80,12 @@ def _aten() -> Mapping[Any, Callable[..., Any]]:
 @functools.cache
 def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
     """The launchers; functional, since Inductor's graphs are: it decides what is written in place."""
-    from slcompile.kernels import compose, linear_factored, weight_grads
+    from slcompile.kernels import compose, linear_factored, project, weight_grads
 
     launchers: dict[Any, Callable[..., Any]] = {
         _OPS.compose.default: compose.compose,
         _OPS.linear_factored.default: linear_factored.linear_factored,
-        _OPS.project.default: linear_factored.project,
+        _OPS.project.default: project.project,
         _OPS.values_grad.default: weight_grads.values_grad,
         _OPS.weight_grads.default: weight_grads.weight_grads,
     }

@@ -58,6 +58,11 @@ def device_class(device: torch.device) -> str:
     return "sm_80" if kind == "cpu" else kind
 
 
+def dot_precision() -> str:
+    """Of float32 dots: what torch's own matmuls do."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, whatever device the arguments are on: makes theirs the current one."""
     # Without a GPU a launch is interpreted, or only traced.

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slcompile.kernels.build import device_class, launchable, on_device_of
+from slcompile.kernels.build import device_class, dot_precision, launchable, on_device_of
 from slcompile.kernels.support import mix32, stratified_column
 
 CONFIGS = {
@@ -273,11 +273,6 @@ def tuned_kernel() -> Any:
     ]
     key = ["rows", "columns", "rank"]
     return triton.autotune([*CONFIGS.values(), CONFIG_32, *wide], key, cache_results=True)(compose_kernel)
-
-
-def dot_precision() -> str:
-    """Of float32 dots: what torch's own matmuls do."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def launch_options(config: triton.Config) -> dict[str, int]:

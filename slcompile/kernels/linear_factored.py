@@ -14,158 +14,28 @@ Prefixes: p_ pointer, b_ block, o_ offset, i_ program index. A parameter of one 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from slcompile.kernels.build import device_class, launchable, on_device_of
+from slcompile.kernels.build import dot_precision, on_device_of
+from slcompile.kernels.siblings import (
+    SPLIT,
+    Tiled,
+    batches,
+    bias_parameters,
+    check,
+    four,
+    partial_sums,
+    pick,
+    strides,
+    sum_splits,
+    token_block,
+)
 from slcompile.kernels.support import mix32, stratified_column
-
-SIBLINGS = 4
-"""Most projections in one launch; more take several."""
-
-SPLIT = 512
-"""Terms of a long sum that one program adds up, see ``project``."""
-
-SUM_BLOCK = 256
-
-# What counts is how many bytes are under way: many small programs, each with several tiles of its factor in flight,
-# whose rows are 128 bytes. Of the tiles that were tried, these need no spilled registers at any of the paper's shapes.
-CONFIGS: dict[str, dict[str, dict[str, int]]] = {
-    "project": {
-        "sm_80": {"BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 6},
-        "sm_90": {"BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
-        "gfx942": {"BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-    },
-    "linear_factored": {
-        "sm_80": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 6},
-        "sm_90": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 6},
-        "gfx942": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 2},
-    },
-    "linear_factored_transposed": {
-        "sm_80": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
-        "sm_90": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-        "gfx942": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    },
-}
-"""One tile for each kernel and device class, unless autotuning is asked for."""
-
-CONFIGS_32: dict[str, dict[str, int]] = {
-    "project": {"BLOCK_R": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
-    "linear_factored": {"BLOCK_N": 16, "BLOCK_R": 32, "GATHER": 4096, "num_warps": 8, "num_stages": 3},
-    "linear_factored_transposed": {"BLOCK_K": 32, "BLOCK_R": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-}
-"""The same for float32, on any device: without matrix instructions, the same tile takes several times the registers."""
-
-
-@triton.jit
-def pick(i_sibling, first, second, third, fourth, COUNT: tl.constexpr):
-    """The parameter of a sibling. Only for what is read: torch does not see through a call that a pointer is written
-    to, so a kernel's results are picked where it stands."""
-    found = first
-    if COUNT > 1:
-        found = tl.where(i_sibling == 1, second, found)
-    if COUNT > 2:
-        found = tl.where(i_sibling == 2, third, found)
-    if COUNT > 3:
-        found = tl.where(i_sibling == 3, fourth, found)
-    return found
-
-
-@triton.jit
-def project_kernel(
-    p_x, p_partial,
-    p_factor_0, p_factor_1, p_factor_2, p_factor_3,
-    scale_0, scale_1, scale_2, scale_3,
-    ranks_0, ranks_1, ranks_2, ranks_3,
-    s_rank_0, s_rank_1, s_rank_2, s_rank_3,
-    s_column_0, s_column_1, s_column_2, s_column_3,
-    begin_1, begin_2, begin_3,
-    tokens, columns, total, s_x_token, s_x_column,
-    COUNT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """partial[split, t, r] = scale * sum of x[t, k] * factor[r, k] over the columns k of the split, float32."""
-    i_split = tl.program_id(1)
-    i_sibling = tl.program_id(2)
-    p_factor = pick(i_sibling, p_factor_0, p_factor_1, p_factor_2, p_factor_3, COUNT)
-    scale = pick(i_sibling, scale_0, scale_1, scale_2, scale_3, COUNT)
-    ranks = pick(i_sibling, ranks_0, ranks_1, ranks_2, ranks_3, COUNT)
-    s_rank = pick(i_sibling, s_rank_0, s_rank_1, s_rank_2, s_rank_3, COUNT)
-    s_column = pick(i_sibling, s_column_0, s_column_1, s_column_2, s_column_3, COUNT)
-    begin = pick(i_sibling, 0, begin_1, begin_2, begin_3, COUNT)
-
-    token_blocks = tl.cdiv(tokens, BLOCK_T)
-    # 64-bit, after the division: the weights and the partial sums may have more than 2**31 elements.
-    i_t = (tl.program_id(0) % token_blocks).to(tl.int64)
-    i_r = (tl.program_id(0) // token_blocks).to(tl.int64)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_t, in_r = o_t < tokens, o_r < ranks
-
-    b_sum = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    first = i_split * SPLIT
-    # The grid fits the widest sibling: in a narrower one, the blocks after the last have nothing to read.
-    end = tl.where(i_r * BLOCK_R < ranks, tl.minimum(first + SPLIT, columns), first)
-    for k in range(first, end, BLOCK_K):
-        o_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
-        in_k = o_k < columns
-        b_x = tl.load(
-            p_x + o_t[:, None] * s_x_token + o_k[None, :] * s_x_column, mask=in_t[:, None] & in_k[None, :], other=0.0
-        )
-        b_factor = tl.load(
-            p_factor + o_k[:, None] * s_column + o_r[None, :] * s_rank, mask=in_k[:, None] & in_r[None, :], other=0.0
-        )
-        b_sum = tl.dot(b_x, b_factor, b_sum, input_precision=PRECISION)
-    o_partial = i_split.to(tl.int64) * total + begin + o_t[:, None] * ranks + o_r[None, :]
-    tl.store(p_partial + o_partial, b_sum * scale, mask=in_t[:, None] & in_r[None, :])
-
-
-@triton.jit
-def sum_splits_kernel(
-    p_partial,
-    p_sum_0, p_sum_1, p_sum_2, p_sum_3,
-    p_bias_0, p_bias_1, p_bias_2, p_bias_3,
-    size_0, size_1, size_2, size_3,
-    width_0, width_1, width_2, width_3,
-    begin_1, begin_2, begin_3,
-    total, splits,
-    COUNT: tl.constexpr, BIASES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """sum[t, j] = partial[0, t, j] + partial[1, t, j] + ... + bias[j], always in this order.
-
-    BIASES has a bit for each sibling that has a bias.
-    """
-    i_sibling = tl.program_id(1)
-    size = pick(i_sibling, size_0, size_1, size_2, size_3, COUNT)
-    begin = pick(i_sibling, 0, begin_1, begin_2, begin_3, COUNT)
-    p_sum = p_sum_0
-    if COUNT > 1:
-        p_sum = tl.where(i_sibling == 1, p_sum_1, p_sum)
-    if COUNT > 2:
-        p_sum = tl.where(i_sibling == 2, p_sum_2, p_sum)
-    if COUNT > 3:
-        p_sum = tl.where(i_sibling == 3, p_sum_3, p_sum)
-
-    o_sum = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    in_sum = o_sum < size
-    p_split = p_partial + begin + o_sum
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for _ in range(splits):
-        b_sum += tl.load(p_split, mask=in_sum, other=0.0)
-        p_split += total
-    if BIASES != 0:
-        p_bias = pick(i_sibling, p_bias_0, p_bias_1, p_bias_2, p_bias_3, COUNT)
-        width = pick(i_sibling, width_0, width_1, width_2, width_3, COUNT)
-        has_bias = ((BIASES >> i_sibling) & 1) != 0
-        b_sum += tl.load(p_bias + o_sum % width, mask=in_sum & has_bias, other=0.0).to(tl.float32)
-    tl.store(p_sum + o_sum, b_sum, mask=in_sum)
 
 
 @triton.jit
@@ -362,79 +232,30 @@ def linear_factored_transposed_kernel(
     tl.store(p_partial + o_partial, b_sum, mask=in_t[:, None] & in_k[None, :])
 
 
-# What autotuning tries, and the integers whose change makes it try again. SPLIT is not among it: it shapes a buffer.
-AUTOTUNED: dict[str, tuple[Any, dict[str, tuple[int, ...]], list[str]]] = {
-    "project": (
-        project_kernel,
-        {"BLOCK_R": (16, 32), "BLOCK_K": (64, 128)},
-        ["columns", "ranks_0", "ranks_1", "s_column_0", "BLOCK_T"],
-    ),
-    "linear_factored": (
-        linear_factored_kernel,
-        {"BLOCK_N": (16, 32), "BLOCK_R": (64,), "GATHER": (4096, 8192)},
-        ["columns", "rows_0", "rows_1", "ranks_0", "groups_0", "BLOCK_T"],
-    ),
-    "linear_factored_transposed": (
-        linear_factored_transposed_kernel,
-        {"BLOCK_K": (32, 64), "BLOCK_R": (64,), "BLOCK_N": (64, 128)},
-        ["rows", "columns_0", "columns_1", "ranks_0", "groups_0", "BLOCK_T"],
-    ),
-}
-
-
-@functools.cache
-def autotuner(name: str) -> Any:
-    """The kernel that CONFIGS and AUTOTUNED have under this name, as one that tries several tiles."""
-    kernel, sizes, key = AUTOTUNED[name]
-    tiles: list[dict[str, int]] = [{}]
-    for size, choices in sizes.items():
-        tiles = [{**tile, size: choice} for tile in tiles for choice in choices]
-    configs = [triton.Config(tile, num_warps=4, num_stages=4) for tile in tiles]
-    return triton.autotune(configs, key=key, cache_results=True)(kernel)
-
-
-def project(x: Tensor, factors: Sequence[Tensor], scales: Sequence[float], *, autotune: bool = False) -> list[Tensor]:
-    """Projects tokens to ranks: ``scale * x @ factor^T`` for each sibling.
-
-    A long sum over few tokens has too few results to fill a GPU: at rank 512, 16 blocks of ranks are 16 programs,
-    and one multiprocessor draws a small part of the memory's bandwidth. So the columns are cut into pieces of SPLIT,
-    each summed by its own program (64 of them for [512, 2048], 256 for [1024, 4096], each with 32 KiB in flight), and
-    a second, small launch adds up the pieces in float32, in one order, without atomics: the same bits each time. The
-    pieces are a share of T / SPLIT of the factor's elements. Summed by whoever reads them, they would be read again by
-    each of ``linear_factored``'s programs, more than the factor itself.
-
-    Args:
-        x: [T, K], float32, bfloat16 or float16, of any strides.
-        factors: [R, K] each, like x, of any strides: B^T, a view, for the input gradient.
-        scales: One for each factor.
-        autotune: Measures several tiles at the first call for a shape, instead of taking the one in CONFIGS.
-
-    Returns:
-        [T, R] each, like x, contiguous.
-    """
-    assert len(factors) == len(scales)
-    _check(x, factors)
-    tokens, columns = x.shape
-    results = [x.new_empty(tokens, factor.shape[0]) for factor in factors]
-    block_t = max(16, _token_block(tokens))
-    kernel, tile = _launchable("project", x, autotune)
-    for some in _batches(len(factors)):
-        outputs, part = results[some], factors[some]
-        partial, begins = _partial(x, outputs, columns)
-        ranks = [factor.shape[0] for factor in part]
-
-        def grid(meta, ranks=ranks):
-            blocks = triton.cdiv(max(ranks), meta["BLOCK_R"]) * triton.cdiv(tokens, block_t)
-            return blocks, triton.cdiv(columns, SPLIT), len(ranks)
-
-        with on_device_of(x):
-            kernel[grid](
-                x, partial, *_four(part), *_four(scales[some]), *_four(ranks), *_strides(part), *begins,
-                tokens, columns, partial.shape[1], *x.stride(),
-                COUNT=len(part), PRECISION=_precision(x), SPLIT=SPLIT, BLOCK_T=block_t, **tile,
-            )  # fmt: skip
-        _sum_splits(partial, begins, outputs, [None] * len(part))
-    return results
+# What counts is how many bytes are under way, as in ``project``. Of the tiles that were tried, these need no spilled
+# registers at any of the paper's shapes.
+FACTORED = Tiled(
+    linear_factored_kernel,
+    {
+        "sm_80": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 6},
+        "sm_90": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 6},
+        "gfx942": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 2},
+    },
+    {"BLOCK_N": 16, "BLOCK_R": 32, "GATHER": 4096, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": (16, 32), "BLOCK_R": (64,), "GATHER": (4096, 8192)},
+    ["columns", "rows_0", "rows_1", "ranks_0", "groups_0", "BLOCK_T"],
+)
+TRANSPOSED = Tiled(
+    linear_factored_transposed_kernel,
+    {
+        "sm_80": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        "sm_90": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        "gfx942": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    },
+    {"BLOCK_K": 32, "BLOCK_R": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    {"BLOCK_K": (32, 64), "BLOCK_R": (64,), "BLOCK_N": (64, 128)},
+    ["rows", "columns_0", "columns_1", "ranks_0", "groups_0", "BLOCK_T"],
+)
 
 
 def linear_factored(
@@ -479,7 +300,7 @@ def linear_factored(
     biases = [None] * len(factors) if biases is None else biases
     assert len(hiddens) == len(factors) == len(values) == len(supports) == len(biases)
     assert len({each.dim() for each in values}) == 1, "one kind of support for all siblings"
-    _check(x, [*hiddens, *factors, *values, *(bias for bias in biases if bias is not None)])
+    check(x, [*hiddens, *factors, *values, *(bias for bias in biases if bias is not None)])
     hiddens, values = [each.contiguous() for each in hiddens], [each.contiguous() for each in values]
     supports = [each.contiguous() for each in supports]
     if transposed:
@@ -487,30 +308,30 @@ def linear_factored(
 
     tokens, columns = x.shape
     results = [x.new_empty(tokens, factor.shape[0]) for factor in factors]
-    block_t = _token_block(tokens)
+    block_t = token_block(tokens)
     token_blocks = triton.cdiv(tokens, block_t)
     # [token blocks, K, BLOCK_T], see the kernel. One token is in this form already.
     padded = torch.nn.functional.pad(x, (0, 0, 0, token_blocks * block_t - tokens))
     x_blocks = padded.view(token_blocks, block_t, columns).transpose(1, 2).contiguous()
     uniform = values[0].dim() == 1
-    kernel, tile = _launchable("linear_factored", x, autotune)
-    for some in _batches(len(factors)):
+    kernel, tile = FACTORED.to_launch(x, autotune)
+    for some in batches(len(factors)):
         part = factors[some]
         rows, ranks = [each.shape[0] for each in part], [each.shape[1] for each in part]
         groups = [None if uniform else each.shape[1] for each in values[some]]
         entries = [_row_entries(each, count, columns) if uniform else None
                    for each, count in zip(supports[some], rows, strict=True)]  # fmt: skip
-        bias, has_bias = _biases(biases[some])
+        bias, has_bias = bias_parameters(biases[some])
 
         def grid(meta, rows=rows):
             return triton.cdiv(max(rows), meta["BLOCK_N"]) * token_blocks, len(rows)
 
         with on_device_of(x):
             kernel[grid](
-                x_blocks, *_four(hiddens[some]), *_four(part), *_four(values[some]), *_four(supports[some]),
-                *_four(entries), *bias, *_four(results[some]),
-                *_four(rows), *_four(ranks), *_four(groups), *_strides(part), tokens, columns,
-                COUNT=len(part), UNIFORM=uniform, BIASES=has_bias, PRECISION=_precision(x), BLOCK_T=block_t, **tile,
+                x_blocks, *four(hiddens[some]), *four(part), *four(values[some]), *four(supports[some]),
+                *four(entries), *bias, *four(results[some]),
+                *four(rows), *four(ranks), *four(groups), *strides(part), tokens, columns,
+                COUNT=len(part), UNIFORM=uniform, BIASES=has_bias, PRECISION=dot_precision(), BLOCK_T=block_t, **tile,
             )  # fmt: skip
     return results
 
@@ -528,15 +349,15 @@ def _transposed(
         raise NotImplementedError("linear_factored(transposed=True) has no kernel for the uniform support: compose it")
     tokens, rows = x.shape
     results = [x.new_empty(tokens, factor.shape[1]) for factor in factors]
-    block_t = max(16, _token_block(tokens))
-    kernel, tile = _launchable("linear_factored_transposed", x, autotune)
+    block_t = max(16, token_block(tokens))
+    kernel, tile = TRANSPOSED.to_launch(x, autotune)
     # Of all tiles that may be used: the widest block of columns, and the most threads to a row, 64 to a warp.
-    tiles = AUTOTUNED["linear_factored_transposed"][1]
+    tiles = TRANSPOSED.tried
     widest = tile.get("BLOCK_K", max(tiles["BLOCK_K"]))
     least = triton.cdiv(64 * tile.get("num_warps", 4), tile.get("BLOCK_N", min(tiles["BLOCK_N"])))
-    for some in _batches(len(factors)):
+    for some in batches(len(factors)):
         outputs, part = results[some], factors[some]
-        partial, begins = _partial(x, outputs, rows)
+        partial, begins = partial_sums(x, outputs, rows)
         ranks, columns = [each.shape[0] for each in part], [each.shape[1] for each in part]
         groups = [each.shape[1] for each in values[some]]
         # With fewer, tl.gather would have a source smaller than the program, for which AMD's compiler fails.
@@ -552,83 +373,16 @@ def _transposed(
 
         with on_device_of(x):
             kernel[grid](
-                x, partial, *_four(hiddens[some]), *_four(part), *_four(values[some]), *_four(supports[some]),
-                *_four(columns), *_four(ranks), *_four(groups), *_strides(part), *begins,
+                x, partial, *four(hiddens[some]), *four(part), *four(values[some]), *four(supports[some]),
+                *four(columns), *four(ranks), *four(groups), *strides(part), *begins,
                 tokens, rows, partial.shape[1], *x.stride(),
-                COUNT=len(part), PRECISION=_precision(x), SPLIT=SPLIT, TOUCHED=touched, BLOCK_T=block_t, **tile,
+                COUNT=len(part), PRECISION=dot_precision(), SPLIT=SPLIT, TOUCHED=touched, BLOCK_T=block_t, **tile,
             )  # fmt: skip
-        _sum_splits(partial, begins, outputs, biases[some])
+        sum_splits(partial, begins, outputs, biases[some])
     return results
-
-
-def _check(x: Tensor, others: Sequence[Tensor]) -> None:
-    assert x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    assert all(each.dtype == x.dtype for each in others), "one dtype for all"
-
-
-def _token_block(tokens: int) -> int:
-    """BLOCK_T: the smallest there is that holds all tokens, or 64. An unbacked SymInt counts as many tokens."""
-    return next((block for block in (1, 16, 32) if guard_or_false(tokens <= block)), 64)
-
-
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _launchable(name: str, x: Tensor, autotune: bool) -> tuple[Any, dict[str, int]]:
-    """The kernel to launch and its tile; autotuning adds the tile itself."""
-    if autotune:
-        return launchable(autotuner(name)), {}
-    tile = CONFIGS_32[name] if x.dtype == torch.float32 else CONFIGS[name][device_class(x.device)]
-    return launchable(AUTOTUNED[name][0]), tile
-
-
-def _batches(count: int) -> list[slice]:
-    """Which siblings each launch takes."""
-    return [slice(first, first + SIBLINGS) for first in range(0, count, SIBLINGS)]
-
-
-def _four(values: Sequence[Any]) -> list[Any]:
-    """One parameter for each sibling that there may be; Triton drops a None."""
-    return [*values, *[None] * (SIBLINGS - len(values))]
-
-
-def _strides(factors: Sequence[Tensor]) -> list[Any]:
-    return _four([each.stride(0) for each in factors]) + _four([each.stride(1) for each in factors])
 
 
 def _row_entries(index: Tensor, rows: int, columns: int) -> Tensor:
     """Where each row's entries begin in a sorted flat index, and where the last ends, [rows + 1], in its dtype."""
     starts = torch.arange(0, rows * columns + 1, columns, dtype=index.dtype, device=index.device)
     return torch.searchsorted(index, starts, out_int32=index.dtype == torch.int32)
-
-
-def _partial(x: Tensor, outputs: Sequence[Tensor], terms: int) -> tuple[Tensor, list[Any]]:
-    """Room for the pieces of long sums, float32 [splits, elements of all outputs]; where outputs 1, 2, 3 begin."""
-    begins = [0]
-    for each in outputs:
-        begins.append(begins[-1] + each.numel())
-    partial = torch.empty(triton.cdiv(terms, SPLIT), begins[-1], dtype=torch.float32, device=x.device)
-    return partial, _four(begins[:-1])[1:]
-
-
-def _biases(biases: Sequence[Tensor | None]) -> tuple[list[Any], int]:
-    """The biases as parameters, and a bit for each one that there is."""
-    present = [bias for bias in biases if bias is not None]
-    bits = sum(1 << index for index, bias in enumerate(biases) if bias is not None)
-    # Beside siblings that have one, a missing bias is an address too, but is not read.
-    return _four([(present[0] if bias is None else bias).contiguous() for bias in biases] if present else []), bits
-
-
-def _sum_splits(
-    partial: Tensor, begins: Sequence[Any], outputs: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> None:
-    """Fills outputs, [T, any] each."""
-    sizes, widths = [each.numel() for each in outputs], [each.shape[1] for each in outputs]
-    splits, total = partial.shape
-    bias, has_bias = _biases(biases)
-    with on_device_of(partial):
-        launchable(sum_splits_kernel)[triton.cdiv(max(sizes), SUM_BLOCK), len(sizes)](
-            partial, *_four(outputs), *bias, *_four(sizes), *_four(widths), *begins, total, splits,
-            COUNT=len(sizes), BIASES=has_bias, BLOCK=SUM_BLOCK,
-        )  # fmt: skip

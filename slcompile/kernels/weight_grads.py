@@ -17,14 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slcompile.kernels.build import device_class, launchable, on_device_of
+from slcompile.kernels.build import device_class, dot_precision, launchable, on_device_of
 from slcompile.kernels.compose import (
     ALIGNMENT,
     BAND,
     PIECE,
     SEGMENT,
     TABLE,
-    dot_precision,
     launch_options,
     stratified_groups,
     stratified_table,

@@ -111,7 +111,8 @@ def make_operands(case: Case) -> Operands:
 
 def run(case: Case, operands: Operands, autotune: bool = False) -> list[list[Tensor]]:
     """What the kernels return: the hiddens, the results for given hiddens, and those for its own hiddens."""
-    from slcompile.kernels.linear_factored import linear_factored, project
+    from slcompile.kernels.linear_factored import linear_factored
+    from slcompile.kernels.project import project
 
     x, firsts, seconds, hiddens, values, supports, biases = operands
     factors = [each.t() for each in seconds] if case.transposed else seconds
@@ -187,7 +188,7 @@ class Launch(NamedTuple):
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Launches of the kernels are written here instead of done."""
-    from slcompile.kernels import linear_factored as module
+    from slcompile.kernels import siblings as module
 
     found: list[Launch] = []
 
@@ -219,7 +220,8 @@ PAPER = {
 
 def launch_all(shape: tuple[int, int, int, int, int], tokens: int, dtype: torch.dtype) -> None:
     """Projects, completes with either support, and does the same transposed, on meta tensors."""
-    from slcompile.kernels.linear_factored import linear_factored, project
+    from slcompile.kernels.linear_factored import linear_factored
+    from slcompile.kernels.project import project
 
     rows, columns, rank, groups, siblings = shape
 
@@ -246,7 +248,7 @@ def test_compiles_at_the_papers_shapes_without_spills(
     target: str, tokens: int, dtype: torch.dtype, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from slcompile.kernels import build
-    from slcompile.kernels import linear_factored as module
+    from slcompile.kernels import siblings as module
 
     monkeypatch.setattr(module, "device_class", lambda device: target)
     for shape in PAPER.values():
@@ -265,15 +267,14 @@ def test_compiles_at_the_papers_shapes_without_spills(
         assert usage.has_mma == (kernel is not module.sum_splits_kernel and dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["project", "linear_factored", "linear_factored_transposed"])
+@pytest.mark.parametrize("name", ["PROJECT", "FACTORED", "TRANSPOSED"])
 @pytest.mark.usefixtures("compiler")
 def test_autotuning_tries_tiles_that_do_not_spill(name: str, launches: list[Launch]) -> None:
-    from slcompile.kernels import build
-    from slcompile.kernels import linear_factored as module
+    from slcompile.kernels import build, linear_factored, project
 
-    kernel = module.AUTOTUNED[name][0]
-    tuner = module.autotuner(name)
-    assert tuner is module.autotuner(name)
+    tiled = getattr(project if name == "PROJECT" else linear_factored, name)
+    kernel, tuner = tiled.kernel, tiled.tuner
+    assert tuner is tiled.tuner
     assert tuner.fn is kernel
     assert set(tuner.keys) <= set(kernel.arg_names)
     launch_all(PAPER["7B_qkv"], 64, torch.bfloat16)
@@ -335,7 +336,7 @@ def test_transposed_uniform_support_is_refused() -> None:
 
 
 def test_mixed_dtypes_are_refused() -> None:
-    from slcompile.kernels.linear_factored import project
+    from slcompile.kernels.project import project
 
     with pytest.raises(AssertionError, match="one dtype"):
         project(torch.zeros(1, 2), [torch.zeros(3, 2, dtype=torch.bfloat16)], [1.0])

@@ -6,7 +6,8 @@ from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
-from slcompile.inspect.explain import Explanation, explain
+from slcompile.inspect.explain import explain
+from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite

@@ -25,7 +25,8 @@ from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training, remember_owners
 from slcompile.passes import Decision, PassReport, joint_passes, parameterize_weights, post_passes, run
 from slcompile.passes.find_matmuls import WeightUse
-from slcompile.passes.graph import GraphPass, Watch, lines
+from slcompile.passes.graph import GraphPass, Watch
+from slcompile.passes.graph_text import lines
 from slcompile.step_hook import successor_of
 from slcompile.weight import SLWeight, dense_names, template
 

@@ -22,7 +22,8 @@ from slcompile.export.files import writable_file
 from slcompile.export.onnx import export_onnx
 from slcompile.export.safetensors import save_merged
 from slcompile.export.twin import arguments_for
-from slcompile.inspect.explain import Explanation, explain
+from slcompile.inspect.explain import explain
+from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff
 from slcompile.inspect.onnx_graph import onnx_diff
 from slcompile.measure import measure_rates
@@ -161,12 +162,10 @@ def _from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any
         raise ValueError(f"{module_name} has no function {attribute!r}{did_you_mean(attribute, functions)}")
     with _errors_of(f"the factory {name}"):
         made = factory()
-    model, inputs, kwargs = (*made, (), {})[:3] if isinstance(made, tuple) and len(made) in (1, 3) else (None, (), {})
-    if isinstance(made, nn.Module):
-        model = made
-    elif isinstance(made, tuple) and len(made) == 2:
-        model, inputs = made
-    if not (isinstance(model, nn.Module) and isinstance(inputs, (tuple, list)) and isinstance(kwargs, Mapping)):
+    parts = made if isinstance(made, tuple) else (made,)
+    model, inputs, kwargs = (*parts, *(None, (), {})[len(parts) :])[:3]
+    is_model = isinstance(model, nn.Module) and len(parts) <= 3
+    if not (is_model and isinstance(inputs, (tuple, list)) and isinstance(kwargs, Mapping)):
         raise ValueError(f"the factory {name} must return (model, args) or (model, args, kwargs), got {made!r:.200}")
     return model, inputs, kwargs
 

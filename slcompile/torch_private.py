@@ -6,6 +6,7 @@ Tried with torch 2.11.0 and 2.13.0; tests/test_torch_private.py exercises each.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -171,21 +172,21 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        with _right_scatter_indices():
-            return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
+        return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
 
+    _mend_scatters()
     return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=inner, config_patches=settings))
 
 
-def _right_scatter_indices() -> contextlib.AbstractContextManager[Any]:
-    """While it is entered, Inductor's C++ kernels scatter from transposed tiles to where they should.
+@functools.cache
+def _mend_scatters() -> None:
+    """Makes Inductor's C++ kernels scatter from transposed tiles to where they should, in this process from now on.
 
     Its tiled kernel adds the position in the tile to the index of an atomic addition twice: once in ``store`` and once
     in ``index_expr``, which that calls. An embedding's gradient then goes to wrong places, even beyond the buffer,
-    where it is fused with a product whose tokens are in the columns. Seen in torch 2.11.0 and 2.13.0.
+    where it is fused with a product whose tokens are in the columns. Seen in torch 2.11.0 and 2.13.0. For good, and
+    not while a graph is compiled: another thread may be compiling when that ends.
     """
-    from unittest import mock
-
     from torch._inductor import config
     from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
 
@@ -198,7 +199,7 @@ def _right_scatter_indices() -> contextlib.AbstractContextManager[Any]:
         else:
             original(self, name, index, value, mode)
 
-    return mock.patch.object(CppTile2DKernel, "store", store)
+    cast(Any, CppTile2DKernel).store = store
 
 
 def _with_symbolic_strides(value: Any) -> Any:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,216 +19,18 @@ from slcompile.config import SLConfig
 from slcompile.conversion import linear_modules
 from slcompile.cost import Matmul
 from slcompile.factorize import checked_config, unwrapped
-from slcompile.inspect import files, text
+from slcompile.inspect.explanation import Break, Change, Explanation, MatmulRow, PassRow, Summary
 from slcompile.inspect.graph_diff import GraphDiff, Snapshot, compare, named, snapshot, source_line
 from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, plain_name
 from slcompile.passes import Decision, PassReport, joint_passes, post_passes, run
 from slcompile.passes.find_matmuls import MatmulRead, find_matmuls
-from slcompile.passes.graph import Watch, diff
+from slcompile.passes.graph import Watch
+from slcompile.passes.graph_text import diff
 from slcompile.weight import SUFFIX, SLWeight, base_class, dense_names
 
-SCHEMA = "slcompile.explain/1"
 ADAM = 4
 """Copies of each trained parameter in training: itself, its gradient and Adam's two states."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A number of the dense model, and of the one that is trained."""
-
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Totals of a model.
-
-    Attributes:
-        replaced, total: Matmuls that read a parameter.
-        parameters: Of the whole model.
-        bytes: Of weights, gradients and Adam's two states, in the parameters' dtype.
-        flops: Of a training step's matmuls that read a parameter.
-    """
-
-    replaced: int
-    total: int
-    parameters: Change
-    bytes: Change
-    flops: Change
-
-
-@dataclass(frozen=True)
-class MatmulRow:
-    """What becomes of one matmul that reads a parameter.
-
-    Attributes:
-        name: The parameter's fully qualified name.
-        shape: Of the parameter.
-        tokens: Vectors that are multiplied with it, a number or a symbol; None where no graph shows the matmul.
-        graph: Number of the captured graph; None likewise.
-        decision: ``"replaced"`` or ``"left"``.
-        reason: A fixed code where it is left, and ...
-        detail: ... the same as a sentence.
-        rank, density, nonzeros: Of the weight that takes its place.
-        lowering: ``"composed"``, ``"factored"``, ``"mixed"``, or empty where there is none to choose.
-        costs: Predicted seconds of each lowering, forward and backward.
-        bytes: Of the weight, its gradient and Adam's states; those of a weight that is read twice stand in both rows.
-        flops: Of a training step.
-        source: Where the model's code calls for it.
-        node: Id of its node in the captured graph.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    tokens: int | str | None
-    graph: int | None
-    decision: str
-    reason: str
-    detail: str
-    rank: int | None
-    density: float | None
-    nonzeros: int | None
-    lowering: str
-    costs: Mapping[str, float]
-    bytes: Change
-    flops: Change
-    source: str
-    node: str
-
-
-@dataclass(frozen=True)
-class PassRow:
-    """What one pass did to one graph.
-
-    Attributes:
-        graph: Number of the captured graph.
-        stage: ``"captured"``, ``"joint"``, ``"forward"`` or ``"backward"``.
-        name: Of the pass.
-        seconds: That it took.
-        changed: Whether the graph is another one than before.
-        created, erased: Number of nodes.
-        rewritten, skipped: Number of candidates.
-        diff: What changed, as text.
-    """
-
-    graph: int
-    stage: str
-    name: str
-    seconds: float
-    changed: bool
-    created: int
-    erased: int
-    rewritten: int
-    skipped: int
-    diff: str
-
-
-@dataclass(frozen=True)
-class Break:
-    """Where Dynamo ended one graph and went on with the next, and why."""
-
-    reason: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What ``backend="sltrain"`` would do to a model; ``print`` it, or write it as JSON or as a page.
-
-    Attributes:
-        model: Name of its class.
-        versions: Of slcompile and torch.
-        config: The fields of the ``SLConfig``.
-        summary: Totals.
-        matmuls: A row for each matmul that reads a parameter.
-        passes: A row for each pass on each graph, in order.
-        breaks: Where the model fell into several graphs.
-        graphs: For each captured graph its stages, each before and after our passes: captured, joint (forward and
-            backward in one), forward, backward.
-    """
-
-    model: str
-    versions: Mapping[str, str]
-    config: Mapping[str, Any]
-    summary: Summary
-    matmuls: tuple[MatmulRow, ...]
-    passes: tuple[PassRow, ...]
-    breaks: tuple[Break, ...]
-    graphs: tuple[GraphDiff, ...]
-
-    def __str__(self) -> str:
-        return text.render(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: slcompile/inspect/SCHEMA.md."""
-        summary = dataclasses.asdict(self.summary)
-        replaced, total = summary.pop("replaced"), summary.pop("total")
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "versions": dict(self.versions),
-            "config": {key: list(each) if isinstance(each, tuple) else each for key, each in self.config.items()},
-            "summary": {"matmuls": {"replaced": replaced, "total": total}, **summary},
-            "matmuls": [{**dataclasses.asdict(row), "shape": list(row.shape)} for row in self.matmuls],
-            "passes": [dataclasses.asdict(row) for row in self.passes],
-            "breaks": [dataclasses.asdict(row) for row in self.breaks],
-            "graphs": [each.to_dict() for each in self.graphs],
-        }
-
-    @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Explanation:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: It has another schema.
-        """
-        files.require_schema(given, SCHEMA)
-        summary = given["summary"]
-        changes = [Change(**summary[key]) for key in ("parameters", "bytes", "flops")]
-        rows = [
-            MatmulRow(**{**row, "shape": tuple(row["shape"])} | {key: Change(**row[key]) for key in ("bytes", "flops")})
-            for row in given["matmuls"]
-        ]
-        return cls(
-            given["model"],
-            given["versions"],
-            {key: tuple(each) if isinstance(each, list) else each for key, each in given["config"].items()},
-            Summary(summary["matmuls"]["replaced"], summary["matmuls"]["total"], *changes),
-            tuple(rows),
-            tuple(PassRow(**row) for row in given["passes"]),
-            tuple(Break(**row) for row in given["breaks"]),
-            tuple(GraphDiff.from_dict(each) for each in given["graphs"]),
-        )
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a JSON file, moved into place when it is whole; returns its absolute path.
-
-        Raises:
-            ValueError: ``path`` cannot be written.
-        """
-        return files.write_json(path, self.to_dict())
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> Explanation:
-        """Reads what ``to_json`` wrote.
-
-        Raises:
-            ValueError: It is no such file.
-        """
-        return cls.from_dict(files.read_json(path))
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one self-contained page; returns its absolute path.
-
-        Raises:
-            ValueError: ``path`` cannot be written.
-        """
-        return files.write_html(path, self.to_dict())
-
-    def _repr_html_(self) -> str:
-        return files.frame(self.to_dict())
 
 
 def explain(

@@ -8,17 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.inspect import files
-from slcompile.passes.graph import arguments_text, diff, target_name
-
-SCHEMA = "slcompile.graph_diff/1"
+from slcompile.inspect.document import Document
+from slcompile.passes.graph_text import arguments_text, diff, target_name
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,10 @@ class Node:
 
 
 @dataclass(frozen=True)
-class GraphDiff:
+class GraphDiff(Document):
     """Two graphs, each a tuple of nodes in topological order that say what became of them."""
+
+    SCHEMA = "slcompile.graph_diff/1"
 
     name: str
     before: tuple[Node, ...]
@@ -93,48 +92,14 @@ class GraphDiff:
         return self.text()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: slcompile/inspect/SCHEMA.md."""
         graphs = {side: {"nodes": [node.to_dict() for node in getattr(self, side)]} for side in ("before", "after")}
-        return {"schema": SCHEMA, "name": self.name, **graphs, "counts": self.counts}
+        return {"schema": self.SCHEMA, "name": self.name, **graphs, "counts": self.counts}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> GraphDiff:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: It has another schema.
-        """
-        files.require_schema(given, SCHEMA)
+        cls._require_schema(given)
         sides = (tuple(Node.from_dict(node) for node in given[side]["nodes"]) for side in ("before", "after"))
         return cls(given["name"], *sides)
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a JSON file, moved into place when it is whole; returns its absolute path.
-
-        Raises:
-            ValueError: ``path`` cannot be written.
-        """
-        return files.write_json(path, self.to_dict())
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> GraphDiff:
-        """Reads what ``to_json`` wrote.
-
-        Raises:
-            ValueError: It is no such file.
-        """
-        return cls.from_dict(files.read_json(path))
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one self-contained page; returns its absolute path.
-
-        Raises:
-            ValueError: ``path`` cannot be written.
-        """
-        return files.write_html(path, self.to_dict())
-
-    def _repr_html_(self) -> str:
-        return files.frame(self.to_dict())
 
 
 def _lines(nodes: Sequence[Node], renamed: Mapping[str, str]) -> dict[str, str]:

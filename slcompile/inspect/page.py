@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-SCHEMAS = ("slcompile.explain/1", "slcompile.graph_diff/1")
+from slcompile.inspect.explanation import Explanation
+from slcompile.inspect.graph_diff import GraphDiff
+
+SCHEMAS = (Explanation.SCHEMA, GraphDiff.SCHEMA)
 # In the order in which they use each other.
 SCRIPTS = (
     "dagre.min.js",

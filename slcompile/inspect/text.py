@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slcompile.inspect.explain import Break, Change, Explanation, MatmulRow, PassRow
+    from slcompile.inspect.explanation import Break, Change, Explanation, MatmulRow, PassRow
 
 WIDTH = 100
 _NAME = 24  # columns that a weight's name has at least
@@ -112,13 +113,9 @@ def _folded(rows: Sequence[MatmulRow]) -> list[tuple[MatmulRow, int]]:
         if len(group) > 1:
             names = [row.name.split(".") for row in group]
             parts = [each[0] if len(set(each)) == 1 else "*" for each in zip(*names, strict=True)]
-            first = _renamed(first, ".".join(parts))
+            first = replace(first, name=".".join(parts))
         folded.append((first, len(group)))
     return folded
-
-
-def _renamed(row: MatmulRow, name: str) -> MatmulRow:
-    return type(row)(**{**vars(row), "name": name})
 
 
 def _predicted(row: MatmulRow) -> str:

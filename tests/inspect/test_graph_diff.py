@@ -8,7 +8,7 @@ from torch import fx, nn
 
 import slcompile
 from slcompile.inspect.graph_diff import snapshot, source_line
-from slcompile.passes.graph import diff
+from slcompile.passes.graph_text import diff
 
 
 class TwoLayers(nn.Module):

@@ -217,13 +217,13 @@ def test_higher_order_ops_are_known():
     assert [torch_private.is_higher_order(node) for node in (x, plain, wrapped)] == [False, False, True]
 
 
-def test_a_scatter_of_a_transposed_product_goes_where_it_should():
+def test_a_scatter_of_transposed_tiles_goes_where_it_should():
     """Inductor's own tiled kernel writes beyond the result, see _mend_scatters."""
 
-    def scattered(columns, rows, ids):
-        return torch.zeros(96, 64).index_put((ids,), columns.t() * rows, accumulate=True)
+    def scattered(first, second, third, rows, ids):
+        return torch.zeros(96, 64).index_put((ids,), (first.t() + second.t() + third.t()) * rows, accumulate=True)
 
-    args = torch.randn(64, 128), torch.randn(128, 64), torch.randint(0, 32, (128,))
+    args = *torch.randn(3, 64, 128).unbind(), torch.randn(128, 64), torch.randint(0, 32, (128,))
     gm = capture(scattered, *args)
     (found,) = torch_private.inductor(gm, list(args), {"fx_graph_cache": False})(*args)
     torch.testing.assert_close(found, scattered(*args))

@@ -122,7 +122,7 @@ def _few_addmm(factor: Tensor, hidden: Tensor, bounds: Tensor, entry: Tensor, we
     """``sparse_addmm`` for few tokens; MKL's sparse products are of float32 and float64 only."""
     wide = torch.promote_types(dense.dtype, torch.float32)
     shape = (bounds.numel() - 1, dense.shape[0])
-    _announce_csr()
+    _spend_csr_warning()
     matrix = torch.sparse_csr_tensor(bounds, entry, weights.to(wide), shape, check_invariants=False)
     sparse = torch.mm(matrix, dense.to(wide)).to(dense.dtype)
     if dense.dtype == wide and len(hidden) == 1 and factor.is_contiguous():
@@ -136,7 +136,7 @@ def _index_dtype(values: Tensor, rows: int, columns: int) -> torch.dtype:
 
 
 @functools.cache
-def _announce_csr() -> None:
+def _spend_csr_warning() -> None:
     """Has torch warn once of its CSR tensors' beta state where no user sees it: they meet none of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.func import functionalize
 
+from slcompile import torch_private
 from slcompile.ops import KERNEL_DTYPES
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
@@ -27,7 +28,9 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     is recomputed as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written.
     On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
     Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused,
-    and for float64.
+    and for float64. The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
+    every op but higher-order ones: attention in a checkpointed region is run by one, which saves the state of the
+    random numbers, and would misread it. In a graph with such an op, it stays a call.
 
     Args:
         gm: A graph with ``meta["val"]``; changed in place.
@@ -35,6 +38,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     """
     report = PassReport("lower_ops")
     insert = Inserter(gm.graph)
+    has_fixed_layouts = any(map(torch_private.is_higher_order, gm.graph.nodes))
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
@@ -44,6 +48,10 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         lowered = table.get(node.target)
         if lowered is None:
             report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
+            continue
+        if has_fixed_layouts and not on_gpu and node.target is _OPS.linear_factored.default:
+            detail = "a higher-order op may read its result, in the layout that it was traced with"
+            report.skipped.append(Decision(node.name, "layout", detail))
             continue
         results = insert.inline(node, lowered, *arguments(node))
         if isinstance(results, fx.Node):

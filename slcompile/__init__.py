@@ -6,6 +6,7 @@ from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
+from slcompile.memory import MemoryReport, estimate_memory
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
 from slcompile.weight import Factors, SLWeight
@@ -16,9 +17,11 @@ __all__ = [
     "Decision",
     "ExportReport",
     "Factors",
+    "MemoryReport",
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "estimate_memory",
     "export_onnx",
     "factorize_",
     "factors",

@@ -16,8 +16,8 @@ ROOT = Path(slcompile.__file__).parent
 
 def test_public_names():
     assert set(slcompile.__all__) == {
-        "Decision", "ExportReport", "Factors", "PassReport", "SLConfig", "SLWeight",
-        "export_onnx", "factorize_", "factors", "last_report", "load_factorized",
+        "Decision", "ExportReport", "Factors", "MemoryReport", "PassReport", "SLConfig", "SLWeight",
+        "estimate_memory", "export_onnx", "factorize_", "factors", "last_report", "load_factorized",
         "merge_", "merged_state_dict", "rewrite", "save_factorized", "save_merged",
     }  # fmt: skip
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
@@ -26,7 +26,7 @@ def test_public_names():
 def test_importing_needs_neither_triton_nor_the_extras():
     script = """
 import sys
-for name in ("triton", "onnx", "onnxruntime", "onnxscript", "transformers", "rich"):
+for name in ("triton", "onnx", "onnxruntime", "onnxscript", "transformers", "rich", "matplotlib"):
     sys.modules[name] = None  # an import of it raises
 import slcompile, slcompile.backend
 layer = slcompile.factorize_(__import__("torch").nn.Sequential(__import__("torch").nn.Linear(64, 64)))

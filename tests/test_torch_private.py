@@ -135,3 +135,57 @@ def test_strides_that_are_numbers_of_one_call_follow_from_symbolic_sizes(block):
 
 def test_amx_is_known():
     assert torch_private.has_amx() in (True, False)
+
+
+def test_partitioned_graphs_are_those_of_forward_and_backward(block, batch):
+    graphs = []
+    capture(block, batch[0], within=lambda gm, inputs: graphs.extend(torch_private.partitioned(gm, inputs, {})))
+    forward, backward = graphs
+    assert any(node.name.startswith("tangents") for node in backward.graph.find_nodes(op="placeholder"))
+    assert not any(node.name.startswith("tangents") for node in forward.graph.find_nodes(op="placeholder"))
+    with torch.no_grad():
+        torch._dynamo.reset()
+        graphs.clear()
+        capture(block, batch[0], within=lambda gm, inputs: graphs.extend(torch_private.partitioned(gm, inputs, {})))
+    assert len(graphs) == 1
+
+
+def test_a_new_fake_mode_makes_tensors_without_memory():
+    with torch_private.new_fake_mode():
+        huge = torch.empty(2**50)
+    assert huge.shape == (2**50,)
+
+
+def test_realize_reads_threshold_is_inductors():
+    assert torch_private.realize_reads_threshold() == torch._inductor.config.realize_reads_threshold > 0
+
+
+def test_post_accumulate_hooks(block):
+    assert torch_private.post_accumulate_hooks(block.mix) == []
+    hooks = [lambda p: None, lambda p: None]
+    handles = [block.mix.register_post_accumulate_grad_hook(each) for each in hooks]
+    assert torch_private.post_accumulate_hooks(block.mix) == hooks
+    handles[0].remove()
+    assert torch_private.post_accumulate_hooks(block.mix) == hooks[1:]
+
+
+def test_a_step_without_its_hooks(block):
+    class Fresh(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    bare = Fresh.step
+    assert torch_private.step_without_hooks(Fresh) is bare
+    Fresh(block.parameters(), lr=0.1)  # puts the hooks there
+    assert Fresh.step is not bare
+    assert torch_private.step_without_hooks(Fresh) is bare
+
+
+def test_higher_order_ops_are_known(checkpointed_block, batch):
+    targets = {}
+
+    def within(gm, inputs):
+        targets.update({str(node.target): torch_private.is_higher_order(node) for node in gm.graph.nodes})
+
+    capture(checkpointed_block, batch[0], within=within)
+    assert [name for name, found in targets.items() if found] == ["tag_activation_checkpoint"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch._inductor.decomposition import select_decomp_table
@@ -31,6 +33,35 @@ def test_graph_of_a_factored_matmul_on_cpu(stratified_joint):
         # Both transposed copies are there already.
         "sparse_dots_default = slcompile.sparse_dots(clone_default_1, clone_default, values_1, support_1)",
     ]
+
+
+def test_a_result_that_a_higher_order_op_may_read_keeps_its_layout(stratified_joint):
+    """Inductor hands those their operands as they come; the lowered product comes transposed."""
+    gm, inputs = stratified_joint.graph(lambda x, w: x @ w.t())
+    fuse_weight_grads(gm)
+    choose_lowering(gm, "factored")
+    expected = gm(*inputs)
+    (product, *_) = gm.graph.find_nodes(op="call_function", target=torch.ops.slcompile.linear_factored.default)
+    (result,) = product.users
+    with gm.graph.inserting_after(result):
+        run_and_save = torch.ops.higher_order.run_and_save_rng_state
+        wrapped = gm.graph.call_function(run_and_save, (torch.ops.aten.sin.default, result))
+        wrapped.meta["val"] = None
+    with gm.graph.inserting_after(wrapped):
+        second = gm.graph.call_function(operator.getitem, (wrapped, 1))
+        second.meta["val"] = result.meta["val"]
+    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
+    output.args = ((*output.args[0], second),)
+    report = lower_ops(gm)
+    assert [each.name for each in report.rewritten] == ["values_grad_default"]
+    assert [(each.name, each.reason) for each in report.skipped] == [
+        ("linear_factored_default", "layout"),
+        ("linear_factored_default_1", "layout"),
+    ]
+    gm.recompile()
+    *got, sine = gm(*inputs)
+    stratified_joint.assert_close(got, expected)
+    torch.testing.assert_close(sine, expected[0].sin())
 
 
 def test_composed_ops_on_cpu(stratified_joint):

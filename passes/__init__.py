@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import functools
 
+import torch
+
 from slcompile.config import SLConfig
 from slcompile.passes.choose_lowering import choose_lowering
 from slcompile.passes.find_matmuls import find_matmuls
@@ -44,11 +46,11 @@ from slcompile.passes.parameterize_weights import parameterize_weights
 from slcompile.passes.recompute_weights import recompute_weights
 
 
-def joint_passes(config: SLConfig) -> tuple[GraphPass, ...]:
-    """The passes on the joint graph, in order."""
+def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[GraphPass, ...]:
+    """The passes on the joint graph, in order; for another device than it was captured on, if one is given."""
     return (
         fuse_weight_grads,
-        functools.partial(choose_lowering, lowering=config.lowering),
+        functools.partial(choose_lowering, lowering=config.lowering, device=device),
         group_projections,
         functools.partial(recompute_weights, keep=config.keep_weights),
     )

@@ -22,7 +22,7 @@ _COMPOSE = torch.ops.slcompile.compose.default
 _GRADS = torch.ops.slcompile.weight_grads.default
 
 
-def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
+def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.device | None = None) -> PassReport:
     """Replaces matmuls with composed weights by factored ones where those are predicted to be faster.
 
     ``x W^T`` becomes ``hidden = scale * x A^T`` and ``linear_factored(x, hidden, B, ...)``, ``x W`` likewise with the
@@ -37,6 +37,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
     Args:
         gm: A graph with ``meta["val"]``, forward and backward in one or either alone; changed in place.
         lowering: ``"auto"``, or ``"composed"`` or ``"factored"`` for each matmul that can be.
+        device: Where the graph will run; the device of its tensors by default.
     """
     report = PassReport("choose_lowering")
     sites: list[Site] = []
@@ -46,15 +47,15 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
         report.skipped += left
     backward = _depends_on_tangents(gm.graph)
     phases = Counter((site.weight, site.node in backward) for site in sites)
-    costs = [_costs(site, phases[site.weight, site.node in backward]) for site in sites]
+    costs = [_costs(site, phases[site.weight, site.node in backward], device) for site in sites]
     grads = gm.graph.find_nodes(op="call_function", target=_GRADS)
     if lowering == "auto":
-        _guard_to_one_side([*costs, *(_grads_costs(node, 0) for node in grads)])
+        _guard_to_one_side([*costs, *(_grads_costs(node, 0, device) for node in grads)])
     chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
     hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
         phase = "backward" if site.node in backward else "forward"
-        why_not = _why_not(site.x, arguments(site.weight)[2], site.transposed)
+        why_not = _why_not(site.x, arguments(site.weight)[2], site.transposed, device)
         decision = _choose(_name(site.weight), cost, lowering, why_not)
         decision = replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
         report.add(decision, decision.lowering == "factored")
@@ -64,8 +65,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto") -> PassReport:
     for node in grads:
         left, right, B, A, *_ = arguments(node)
         missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
-        why_not = _why_not(left, arguments(node)[4], False)
-        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing), lowering, why_not)
+        why_not = _why_not(left, arguments(node)[4], False, device)
+        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing, device), lowering, why_not)
         decision = replace(decision, node=node.name, factor=B.name, phase="gradients")
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
@@ -202,10 +203,10 @@ class Costs:
     factored: Callable[[int], float]
 
 
-def _costs(site: Site, composes: int) -> Costs:
+def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
     """Of a product; ``composes`` products share one composition."""
     B, A, values, *_ = arguments(site.weight)
-    x, at = site.x.meta["val"], rates(site.x.meta["val"].device)
+    x, at = site.x.meta["val"], rates(device or site.x.meta["val"].device)
     matmul = _matmul(B, A, values, x.dtype)
     return Costs(
         matmul,
@@ -215,10 +216,10 @@ def _costs(site: Site, composes: int) -> Costs:
     )
 
 
-def _grads_costs(node: fx.Node, missing: int) -> Costs:
+def _grads_costs(node: fx.Node, missing: int, device: torch.device | None) -> Costs:
     """Of a weight_grads; ``missing`` hidden matrices are made for it alone."""
     left, _, B, A, values, *_ = arguments(node)
-    at = rates(left.meta["val"].device)
+    at = rates(device or left.meta["val"].device)
     matmul = _matmul(B, A, values, left.meta["val"].dtype)
     return Costs(
         matmul,
@@ -246,9 +247,9 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
     return sum(getattr(each, lowering)(tokens) for each in costs)
 
 
-def _why_not(x: fx.Node, values: fx.Node, transposed: bool) -> tuple[str, str] | None:
+def _why_not(x: fx.Node, values: fx.Node, transposed: bool, device: torch.device | None) -> tuple[str, str] | None:
     """A reason and a sentence, where a product has no factored lowering on its device."""
-    if device_class(x.meta["val"].device) == "cpu":
+    if device_class(device or x.meta["val"].device) == "cpu":
         return None
     if x.meta["val"].dtype not in KERNEL_DTYPES:
         return "dtype", f"no kernel multiplies factors in {x.meta['val'].dtype}"

@@ -9,6 +9,7 @@ from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
+from slcompile.memory import MemoryReport, estimate_memory
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
 from slcompile.weight import Factors, SLWeight
@@ -21,9 +22,11 @@ __all__ = [
     "ExportReport",
     "Factors",
     "GraphDiff",
+    "MemoryReport",
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "estimate_memory",
     "explain",
     "export_onnx",
     "factorize_",

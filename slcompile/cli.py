@@ -1,10 +1,11 @@
-"""The command line: ``slcompile diff``, ``slcompile export``, ``slcompile rates``."""
+"""The command line: ``slcompile diff``, ``slcompile export``, ``slcompile memory``, ``slcompile rates``."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from slcompile import cost
-from slcompile.config import SLConfig, did_you_mean
+from slcompile import cost, memory
+from slcompile.config import LOWERINGS, SUPPORTS, SLConfig, did_you_mean
 from slcompile.export.checkpoint import load_factorized
-from slcompile.export.files import writable_file
+from slcompile.export.files import beside, move_into_place, writable_file
 from slcompile.export.onnx import export_onnx
 from slcompile.export.safetensors import save_merged
 from slcompile.export.twin import arguments_for
@@ -79,11 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     rates.add_argument("--device", default="cpu", help="cpu or cuda")
     rates.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     rates.add_argument("--measure", action="store_true", help="measure and store them for later compiles")
+    _add_memory(commands)
     args = parser.parse_args(argv)
     if args.command == "export" and args.onnx is None and args.merged is None:
         export.error("give --onnx FILE, --merged DIR, or both")
     try:
-        {"diff": _diff, "export": _export, "rates": _rates}[args.command](args)
+        {"diff": _diff, "export": _export, "memory": _memory, "rates": _rates}[args.command](args)
     except (ValueError, OSError, ImportError) as error:
         print(f"slcompile: {error}", file=sys.stderr)
         return 2
@@ -263,3 +265,62 @@ def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> tuple[
     if hasattr(config, "use_cache"):
         inputs["use_cache"], shapes["use_cache"] = False, None
     return inputs, shapes
+
+
+def _add_memory(commands: Any) -> None:
+    parser = commands.add_parser(
+        "memory",
+        help="what training a model takes, without the GPU and without the weights",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", choices=memory.LLAMAS, help="one of the paper's models")
+    which.add_argument("--hf", type=Path, metavar="CONFIG.json", help="configuration of a causal language model")
+    defaults = SLConfig()
+    parser.add_argument("--rank", type=_rank, default=defaults.rank, help="an int, or a fraction of min(rows, columns)")
+    parser.add_argument("--density", type=float, default=defaults.density, help="share of non-zeros")
+    parser.add_argument("--support", choices=SUPPORTS, default=defaults.support, help="of the non-zeros")
+    parser.add_argument("--lowering", choices=LOWERINGS, default=defaults.lowering, help="of matmuls")
+    parser.add_argument("--optimizer", choices=memory.OPTIMIZERS, default="adamw", help="whose state is counted")
+    parser.add_argument("--per-layer", action="store_true", help="update parameters in the backward pass")
+    parser.add_argument("--compiled", choices=memory.COMPILED, help="default: layers with --per-layer, else model")
+    parser.add_argument("--batch", type=int, default=1, help="sequences a step")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
+    parser.add_argument("--device", choices=memory.DEVICES, default="cuda", help="whose kernels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it here, .png or .svg")
+
+
+def _rank(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _memory(args: argparse.Namespace) -> None:
+    for name in ("batch", "seq_len"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    json_file = None if args.json is None else writable_file(args.json)
+    if args.plot is not None:
+        from slcompile.plot import plot_file, plot_memory  # matplotlib is an extra
+
+        plot_file(args.plot)
+    ids = torch.empty(args.batch, args.seq_len, dtype=torch.int64, device="meta")
+    report = memory.estimate_memory(
+        memory.hf_config(args.hf) if args.model is None else memory.llama_config(args.model),
+        kwargs={"input_ids": ids, "labels": ids},
+        config=SLConfig(rank=args.rank, density=args.density, support=args.support, lowering=args.lowering),
+        optimizer=args.optimizer,
+        per_layer=args.per_layer,
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        compiled=args.compiled,
+    )
+    print(f"{args.model or args.hf}, batch {args.batch} x {args.seq_len} tokens")
+    print(report)
+    if json_file is not None:
+        with beside(json_file) as scratch:
+            (scratch / json_file.name).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+            move_into_place(scratch, json_file.parent, last=json_file.name)
+    if args.plot is not None:
+        print(f"chart in {plot_memory(report, args.plot)}")

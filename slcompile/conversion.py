@@ -15,6 +15,7 @@ from torch import fx, nn
 from slcompile.config import SLConfig
 from slcompile.eligibility import decide
 from slcompile.init import looks_trained, spectral_factors
+from slcompile.optim import Update
 from slcompile.optimizers import mend, positions, require_mendable
 from slcompile.owners import LiveObjects, hooks_of, plain_name, wrapper_of
 from slcompile.passes import Decision, PassReport
@@ -221,7 +222,7 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
             raise ValueError(
                 f"{name} is already held by {wrapper}; factorize the model first (slcompile.factorize_), then wrap it"
             )
-    hook = hooks_of(weight)
+    hook = hooks_of(weight, allowed=Update)  # which mend moves to the factors
     if hook is not None:
         raise ValueError(f"{name} carries {hook}, which would be lost; register it after conversion, on the factors")
     if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):

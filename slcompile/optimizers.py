@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from slcompile.optim import PerLayer
 from slcompile.step_hook import MATRIX_ONLY, is_matrix_only
 from slcompile.weight import SUFFIX, SLWeight
 
@@ -58,7 +59,7 @@ def mend(
     """Puts B, A and values in the place of each dense weight, in the groups that hold it.
 
     Lists are edited in place, all or none. A group that was in the order of ``parameters()`` is so afterwards, so that
-    the optimizer's state dict fits an optimizer made of the converted model.
+    the optimizer's state dict fits an optimizer made of the converted model. Per-layer optimizers hook the new ones.
 
     Args:
         optimizers: All live ones.
@@ -86,3 +87,6 @@ def mend(
                 edits.append((old_names, [name for _, name in new]))
     for target, content in edits:
         target[:] = content
+    for optimizer in optimizers:
+        if isinstance(optimizer, PerLayer):
+            optimizer.watch()

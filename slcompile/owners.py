@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slcompile import torch_private
+
 WRAPPED = "_orig_mod"
 """Name of the model inside torch.compile's wrapper: the wrapper is no part of a weight's name."""
 
@@ -133,10 +135,10 @@ def wrapper_of(ancestors: Iterable[nn.Module], parameter: Tensor) -> str | None:
     return type(parameter.data).__name__ if type(parameter.data) is not Tensor else None
 
 
-def hooks_of(parameter: torch.Tensor) -> str | None:
-    """What kind of hook is registered on a parameter, if there is any."""
+def hooks_of(parameter: torch.Tensor, allowed: type) -> str | None:
+    """What kind of hook is registered on a parameter, if there is any but post-accumulate ones of the allowed type."""
     if parameter._backward_hooks:
         return "a gradient hook (register_hook)"
-    if getattr(parameter, "_post_accumulate_grad_hooks", None):
+    if any(not isinstance(hook, allowed) for hook in torch_private.post_accumulate_hooks(parameter)):
         return "a post-accumulate-grad hook"
     return None

@@ -52,8 +52,12 @@ def _watch() -> None:
 
 
 def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return  # Dynamo cannot trace a look into a parameter's attributes
+    if not torch.compiler.is_compiling():  # Dynamo cannot trace a look into a parameter's attributes
+        require_steppable(optimizer)
+
+
+def require_steppable(optimizer: Optimizer) -> None:
+    """Raises RuntimeError where an optimizer holds a parameter that it may not step."""
     kind = type(optimizer).__name__
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         marks = vars(parameter)

@@ -228,6 +228,32 @@ def add_artifact(name: str, text: Callable[[], str], encoding: str = "string") -
     )
 
 
+def partitioned(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> list[fx.GraphModule]:
+    """What Inductor would be given for a captured graph, forward and backward, or one for inference; not compiled."""
+    import torch._functorch.config
+    from torch._inductor.compile_fx import compile_fx
+
+    graphs: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
+    return graphs
+
+
+def new_fake_mode() -> Any:
+    """A mode in which tensors have shapes and no memory."""
+    return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def realize_reads_threshold() -> int:
+    """Up to how many buffers Inductor reads again rather than write what several kernels compute from them."""
+    return int(torch._inductor.config.realize_reads_threshold)
+
+
 def has_amx() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in AMX tiles."""
     return bool(torch.cpu._is_amx_tile_supported())
@@ -285,6 +311,17 @@ def in_backward() -> bool:
 def is_higher_order(node: fx.Node) -> bool:
     """Whether a node calls a higher-order op: one that takes other ops or graphs."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def post_accumulate_hooks(parameter: Tensor) -> list[Any]:
+    """The hooks that were registered on a parameter with ``register_post_accumulate_grad_hook``."""
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
+def step_without_hooks(optimizer_cls: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """A class's ``step`` without the step hooks around it, which the first instance of the class puts there."""
+    step: Any = optimizer_cls.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:

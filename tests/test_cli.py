@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,48 @@ def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
 def test_rates_refuse_a_bad_flag(capsys, flags):
     assert main(["rates", *flags]) == 2
     assert f"{flags[0]} must be" in capsys.readouterr().err
+
+
+TINY_MEMORY = ["--rank", "0.25", "--density", "0.05", "--seq-len", "32"]
+
+
+def test_memory_prints_writes_json_and_draws(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
+    )
+    config.save_pretrained(tmp_path)
+    (tmp_path / "report.json").write_text("old")
+    outputs = ["--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "chart.svg")]
+    assert main(["memory", "--hf", str(tmp_path / "config.json"), *TINY_MEMORY, *outputs]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["rank"] == 0.25
+    assert report["settings"]["compiled"] == "model"
+    assert f"{report['variants']['sltrain']['peak'] / 1e6:,.2f}" in printed
+    assert f"chart in {tmp_path / 'chart.svg'}" in printed
+    drawn = (tmp_path / "chart.svg").read_text()
+    assert drawn.count("<svg") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["chart.svg", "config.json", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--seq-len", "0"], "--seq-len must be at least 1, got 0"),
+        (["--plot", "chart.pdf"], "path of the chart must end in .png or .svg, got 'chart.pdf'"),
+        (["--json", "no/such/report.json"], "does not exist"),
+        (["--density", "2"], "density must be a number in (0, 1], got 2.0"),
+    ],
+)
+def test_memory_refuses_before_it_estimates(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(cli.memory, "estimate_memory", lambda *args, **kwargs: pytest.fail("it went on"))
+    assert main(["memory", "--model", "llama-60m", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_drawing_without_matplotlib_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["memory", "--model", "llama-60m", "--plot", "chart.png"]) == 2
+    assert 'pip install "slcompile[plot]"' in capsys.readouterr().err

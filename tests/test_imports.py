@@ -16,8 +16,9 @@ ROOT = Path(slcompile.__file__).parent
 
 def test_public_names():
     assert set(slcompile.__all__) == {
-        "Decision", "Explanation", "ExportReport", "Factors", "GraphDiff", "PassReport", "SLConfig", "SLWeight",
-        "explain", "export_onnx", "factorize_", "factors", "graph_diff", "last_report", "load_factorized",
+        "Decision", "Explanation", "ExportReport", "Factors", "GraphDiff", "MemoryReport", "PassReport", "SLConfig",
+        "SLWeight", "estimate_memory", "explain", "export_onnx", "factorize_", "factors", "graph_diff", "last_report",
+        "load_factorized",
         "merge_", "merged_state_dict", "rewrite", "save_factorized", "save_merged",
     }  # fmt: skip
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
@@ -26,7 +27,7 @@ def test_public_names():
 def test_importing_needs_neither_triton_nor_the_extras():
     script = """
 import sys
-for name in ("triton", "onnx", "onnxruntime", "onnxscript", "transformers", "rich", "jinja2"):
+for name in ("triton", "onnx", "onnxruntime", "onnxscript", "transformers", "rich", "jinja2", "matplotlib"):
     sys.modules[name] = None  # an import of it raises
 import slcompile, slcompile.backend
 layer = slcompile.factorize_(__import__("torch").nn.Sequential(__import__("torch").nn.Linear(64, 64)))

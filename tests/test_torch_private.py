@@ -227,3 +227,47 @@ def test_a_scatter_of_transposed_tiles_goes_where_it_should():
     gm = capture(scattered, *args)
     (found,) = torch_private.inductor(gm, list(args), {"fx_graph_cache": False})(*args)
     torch.testing.assert_close(found, scattered(*args))
+
+
+def test_partitioned_graphs_are_those_of_forward_and_backward(block, batch):
+    graphs = []
+    capture(block, batch[0], within=lambda gm, inputs: graphs.extend(torch_private.partitioned(gm, inputs, {})))
+    forward, backward = graphs
+    assert any(node.name.startswith("tangents") for node in backward.graph.find_nodes(op="placeholder"))
+    assert not any(node.name.startswith("tangents") for node in forward.graph.find_nodes(op="placeholder"))
+    with torch.no_grad():
+        torch._dynamo.reset()
+        graphs.clear()
+        capture(block, batch[0], within=lambda gm, inputs: graphs.extend(torch_private.partitioned(gm, inputs, {})))
+    assert len(graphs) == 1
+
+
+def test_a_new_fake_mode_makes_tensors_without_memory():
+    with torch_private.new_fake_mode():
+        huge = torch.empty(2**50)
+    assert huge.shape == (2**50,)
+
+
+def test_realize_reads_threshold_is_inductors():
+    assert torch_private.realize_reads_threshold() == torch._inductor.config.realize_reads_threshold > 0
+
+
+def test_post_accumulate_hooks(block):
+    assert torch_private.post_accumulate_hooks(block.mix) == []
+    hooks = [lambda p: None, lambda p: None]
+    handles = [block.mix.register_post_accumulate_grad_hook(each) for each in hooks]
+    assert torch_private.post_accumulate_hooks(block.mix) == hooks
+    handles[0].remove()
+    assert torch_private.post_accumulate_hooks(block.mix) == hooks[1:]
+
+
+def test_a_step_without_its_hooks(block):
+    class Fresh(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    bare = Fresh.step
+    assert torch_private.step_without_hooks(Fresh) is bare
+    Fresh(block.parameters(), lr=0.1)  # puts the hooks there
+    assert Fresh.step is not bare
+    assert torch_private.step_without_hooks(Fresh) is bare

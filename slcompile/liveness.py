@@ -1,0 +1,502 @@
+"""When each buffer of a training step is allocated and freed, read from the graphs that Inductor would be given.
+
+The model is captured on fake tensors as ``backend="sltrain"`` captures it: Dynamo, AOTAutograd, our passes, Inductor's
+joint passes and its partitioner. The forward and the backward graph are then walked in order: every buffer that a
+kernel writes is allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the
+alternative: it sees what eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses
+away.
+
+What is assumed of Inductor, and nothing else:
+
+- A pointwise node is written only where something reads it that cannot be fused (a matmul, attention, an op of ours),
+  where it leaves the graph, or where it has several readers and reads more buffers than Inductor reads again
+  (``realize_reads_threshold``). Otherwise its readers compute it, and what it reads lives until they do.
+- A kernel may write its result over a buffer of the same size that it is the last to read, not over a graph's input.
+- A view shares its buffer. A graph frees an input after its last use, where nobody else holds it.
+- Kernels run in the graph's order. Inductor may reorder them; what that changes was up to 5 % of a peak.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from slcompile import torch_private
+from slcompile.backend import JOINT_HOOK, GraphPasses
+from slcompile.config import SLConfig
+from slcompile.ops import WEIGHT_OPS
+from slcompile.passes import joint_passes, post_passes, run
+from slcompile.passes.graph import arguments
+from slcompile.weight import SLWeight
+
+PARTS = (
+    "parameters",
+    "indices",
+    "buffers",
+    "optimizer state",
+    "gradients",
+    "activations",
+    "composed weights",
+    "temporaries",
+)
+"""What memory is for. ``indices``: of non-zeros, stored ones and, on CPU, those that the factored lowering keeps.
+``activations``: saved by the forward pass for the backward pass. ``composed weights``: W, and dense gradients of it."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of a model."""
+
+Place = tuple[str, int | None]
+"""A phase of the step and the layer whose code runs then; None outside the layers."""
+
+ALIGNMENT = 16
+"""As in kernels/compose.py, which cannot be imported without Triton."""
+
+START = "before the step"
+"""Place of what is held from the first step on."""
+
+PROOF_LAYERS = 3
+"""The fewest layers of which one has neighbours on both sides."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step runs.
+
+    Attributes:
+        config: Of the factorization.
+        device: ``"cpu"`` or ``"cuda"``: whose lowerings and kernels.
+        scratch: Bytes that the optimizer's step allocates for one parameter, by its elements and bytes an element.
+        together: Whether one step holds that for all parameters at once.
+        per_layer: Whether parameters are updated in the backward pass.
+        by_layers: Whether each layer is compiled by itself.
+    """
+
+    config: SLConfig
+    device: str
+    scratch: Callable[[int, int], int]
+    together: bool
+    per_layer: bool
+    by_layers: bool
+
+
+@dataclass(frozen=True)
+class Event:
+    """An allocation (positive) or a release of ``size`` bytes.
+
+    Attributes:
+        place: Phase of the step.
+        layer: Whose layer's code runs; None outside the layers.
+        part: One of ``PARTS``.
+        size: Bytes.
+        of_values: Whether it is there for ``values`` or their positions only.
+    """
+
+    place: str
+    layer: int | None
+    part: str
+    size: int
+    of_values: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.place if self.layer is None or self.place == START else f"{self.place} of layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Forward and backward graph.
+
+    Attributes:
+        of_values: Positions of ``values`` among the graph's inputs, and so among the gradients.
+    """
+
+    forward: fx.Graph
+    backward: fx.Graph
+    of_values: frozenset[int]
+
+
+def capture(model: nn.Module, call: Call, dtype: torch.dtype | None, plan: Plan, factorized: bool) -> Graphs:
+    """Captures a model on the meta device as one graph; under our passes where it is factorized.
+
+    Args:
+        model: Its parameters and buffers become fake tensors.
+        call: What it is called with.
+        dtype: Of floating-point arguments; their own by default.
+
+    Raises:
+        torch._dynamo.exc.Unsupported: It cannot be captured as one graph.
+        ValueError: It has nothing to train.
+    """
+    mode = torch_private.new_fake_mode()
+    made: dict[int, nn.Parameter] = {}  # of tied parameters one
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        to = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        # On the CPU whatever the plan says: autograd needs its device, and the passes are told where the graph runs.
+        return torch.empty(value.shape, dtype=to, device="cpu")
+
+    with mode:
+        args, kwargs = torch_private.map_leaves(fake, call)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    new = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                    module._parameters[name] = made.setdefault(id(parameter), new)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
+    values = {id(each.values) for each in model.modules() if isinstance(each, SLWeight)}
+    found: list[Graphs] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        settings = {}
+        if factorized:
+            passes = joint_passes(plan.config, torch.device(plan.device))
+            settings[JOINT_HOOK] = GraphPasses(passes, plan.config, [])
+        parts = torch_private.partitioned(gm, inputs, settings)
+        if len(parts) != 2:
+            raise ValueError("model_or_config has no parameter that its output depends on: there is nothing to train")
+        if factorized and plan.device == "cpu":  # kernels of GPUs are seen from outside, with their workspace
+            for part in parts:
+                run(post_passes(plan.config), part)
+        of_values = frozenset(position for position, each in enumerate(inputs) if id(each) in values)
+        found.append(Graphs(parts[0].graph, parts[1].graph, of_values))
+        return gm.forward
+
+    with mode, torch_private.unlimited_recompiles():
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
+    (graphs,) = found
+    return graphs
+
+
+_FUSED_NAMES = frozenset(
+    """cat clone constant_pad_nd embedding expand full full_like gather index index_select iota scalar_tensor
+    select_scatter slice_scatter""".split()
+)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).split(".")[-2] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether each element is computed by itself: Inductor computes those where they are read."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or _name(node) in _FUSED_NAMES
+
+
+_SCATTER_NAMES = frozenset(
+    "index_put _unsafe_index_put _unsafe_masked_index_put_accumulate scatter scatter_add scatter_reduce".split()
+)
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether Inductor writes a kernel of its own for it, which computes what it reads."""
+    tags = getattr(node.target, "tags", ())
+    # A scatter computes what it scatters into where its result will be.
+    return _is_pointwise(node) or torch.Tag.reduction in tags or _name(node) in _SCATTER_NAMES
+
+
+def _is_alias(node: fx.Node) -> bool:
+    return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a node, through views."""
+    for user in node.users:
+        if _is_alias(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A piece of memory that a graph writes or is given.
+
+    Attributes:
+        size: Bytes.
+        itemsize: Bytes of an element.
+        part: One of ``PARTS``.
+        of_values: As in ``Event``.
+        held: Whether somebody else holds it while the graph runs.
+        last: Position of the last node that reads it; -1 where none does.
+    """
+
+    size: int
+    itemsize: int
+    part: str = "temporaries"
+    of_values: bool = False
+    held: bool = False
+    last: int = -1
+
+
+@dataclass
+class _Walk:
+    """Which buffers the nodes of a graph write and read.
+
+    Attributes:
+        graph: Forward or backward.
+        given: Name of a placeholder -> the buffers that it is in; those of other placeholders are new.
+        reads: Node -> the buffers that its value is in or, where no kernel writes it, is computed from.
+        writes: Node that a kernel writes, or placeholder -> its buffers.
+        own: The buffers that its kernels write; only those are written over.
+    """
+
+    graph: fx.Graph
+    given: Mapping[str, list[Buffer]] = field(default_factory=dict)
+    reads: dict[fx.Node, list[Buffer]] = field(default_factory=dict)
+    writes: dict[fx.Node, list[Buffer]] = field(default_factory=dict)
+    own: set[Buffer] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        threshold = torch_private.realize_reads_threshold()
+        for position, node in enumerate(self.graph.nodes):
+            inputs = list(dict.fromkeys(buffer for each in node.all_input_nodes for buffer in self.reads[each]))
+            if node.op == "placeholder":
+                self.writes[node] = self.reads[node] = self.given.get(node.name) or _buffers(node)
+            elif node.target is operator.getitem and node.args[0] in self.writes:
+                self.reads[node] = [self.writes[node.args[0]][node.args[1]]]
+            elif _is_alias(node) or (_is_pointwise(node) and _computed_by_readers(node, len(inputs), threshold)):
+                self.reads[node] = inputs
+            else:
+                for buffer in inputs:
+                    buffer.last = position
+                self.writes[node] = self.reads[node] = [] if node.op == "output" else _buffers(node)
+                self.own.update(self.writes[node])
+
+
+def _computed_by_readers(node: fx.Node, inputs: int, threshold: int) -> bool:
+    readers = list(_readers(node))
+    is_read_by_kernels_only = all(_is_fused(each) for each in readers)  # and so does not leave the graph
+    return is_read_by_kernels_only and (len(readers) <= 1 or inputs <= threshold)
+
+
+def _buffers(node: fx.Node) -> list[Buffer]:
+    value = node.meta.get("val")
+    part = "composed weights" if _is_composed(node) else "temporaries"
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [
+        Buffer(int(each.untyped_storage().nbytes()), each.itemsize, part) if isinstance(each, Tensor) else Buffer(0, 0)
+        for each in values
+    ]
+
+
+def _is_composed(node: fx.Node) -> bool:
+    """Whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
+    projecting = torch.ops.slcompile.compose_backward.default
+    return node.target in WEIGHT_OPS or any(each.target is projecting for each in _readers(node))
+
+
+def _workspace(node: fx.Node, device: str) -> int:
+    """Bytes that an op of ours allocates besides its results while its kernels run."""
+    if device != "cuda" or node.target is not torch.ops.slcompile.weight_grads.default:
+        return 0
+    left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K], its rows padded
+    columns = right.shape[1]
+    return int(left.shape[1] * (columns + -columns % ALIGNMENT) * left.itemsize)
+
+
+def _layer(node: fx.Node, backward: bool) -> int | None:
+    """The layer in whose module a node was called; None where it is outside, -1 where the node does not say."""
+    # What the backward pass recomputes runs where it is needed, not where it was called; a composed weight just before.
+    stack = node.meta.get("fwd_nn_module_stack" if backward and node.target not in WEIGHT_OPS else "nn_module_stack")
+    if not stack:
+        return -1
+    number = re.search(r"\.(\d+)(?=\.|$)", str(list(stack.values())[-1][0]))
+    return int(number.group(1)) if number else None
+
+
+def _places(graph: fx.Graph, place: str) -> dict[fx.Node, Place]:
+    """Node -> what runs then. What is outside the layers but runs between them counts for the one before."""
+    backward = place == "backward"
+    nodes = list(graph.nodes)
+    owners = [_layer(node, backward) for node in nodes]
+    inside = [index for index, owner in enumerate(owners) if owner is not None and owner >= 0]
+    if not inside:
+        return dict.fromkeys(nodes, (place, None))
+    outside = ("backward of head and loss", "backward before the layers")
+    before, after = outside if backward else ("forward before the layers", "forward of head and loss")
+    found: dict[fx.Node, Place] = {}
+    current: int | None = None
+    ended = False
+    for index, (node, owner) in enumerate(zip(nodes, owners, strict=True)):
+        if owner is not None and owner >= 0:
+            current = owner if current is None else min(current, owner) if backward else max(current, owner)
+        ended = ended or (index > inside[-1] and owner is None)
+        found[node] = (after, None) if ended else (before, None) if current is None else (place, current)
+    return found
+
+
+def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
+    """The allocations of a step in order: forward, backward, optimizer; what is held all the time is not among them."""
+    held = {node.name: _buffers(node) for node in graphs.forward.find_nodes(op="placeholder")}
+    for buffers in held.values():
+        for buffer in buffers:
+            buffer.held = True
+    forward = _Walk(graphs.forward, held)
+    saved_names = {node.name for node in graphs.backward.find_nodes(op="placeholder")}
+    saved = {node.name: buffers for node, buffers in forward.reads.items() if node.name in saved_names}
+    saved_buffers = list(dict.fromkeys(each for buffers in saved.values() for each in buffers if not each.held))
+    for buffer in saved_buffers:
+        if buffer.part == "temporaries":
+            buffer.part = "activations"
+    events = [*_kept_positions(graphs)] if plan.device == "cpu" else []
+    events += _forward_events(forward, set(saved_buffers), plan)
+    for buffer in saved_buffers:
+        buffer.last = -1
+    backward = _Walk(graphs.backward, saved)
+    return events + _backward_events(backward, graphs.of_values, plan)
+
+
+def _forward_events(walk: _Walk, saved: set[Buffer], plan: Plan) -> list[Event]:
+    events: list[Event] = []
+    places = _places(walk.graph, "forward")
+    for position, node in enumerate(walk.graph.nodes):
+        if node.op not in ("placeholder", "output"):
+            events += _kernel_events(walk, node, position, saved, places[node], plan)
+        elif node.op == "output":  # the caller drops what it is given beside the loss
+            events += [Event(*places[node], each.part, -each.size) for each in _dying(walk, node, position, saved)]
+    return events
+
+
+def _backward_events(walk: _Walk, of_values: frozenset[int], plan: Plan) -> list[Event]:
+    events: list[Event] = []
+    places = _places(walk.graph, "backward")
+    output = next(iter(walk.graph.find_nodes(op="output")))
+    gradients: dict[Buffer, None] = {}
+    for position, node in enumerate(output.args[0]):
+        for buffer in walk.reads[node] if isinstance(node, fx.Node) else ():
+            buffer.part, buffer.of_values = "gradients", position in of_values
+            gradients[buffer] = None
+    waiting: list[Buffer] = []  # gradients that the graph of the layer at work will return
+    runs: Place | None = None
+    for position, node in enumerate(walk.graph.nodes):
+        if plan.per_layer and plan.by_layers and waiting and (places[node] != runs or runs[1] is None):
+            events += _updates(waiting, runs or places[node], plan)
+            waiting = []
+        runs = places[node]
+        if node.op == "placeholder":
+            if node.name.startswith("tangents"):  # of outputs beside the loss autograd makes zeros
+                events += [Event(*runs, each.part, each.size) for each in walk.writes[node]]
+        elif node.op != "output":
+            events += _kernel_events(walk, node, position, set(gradients), runs, plan)
+            waiting += [each for each in walk.writes.get(node, ()) if each in gradients]
+    never_read = {
+        each for node in walk.writes if node.op == "placeholder" for each in walk.writes[node] if each.last < 0
+    }
+    events += [Event(*places[output], each.part, -each.size) for each in never_read if not each.held]
+    if not (plan.per_layer and plan.by_layers):
+        waiting = list(gradients)
+    return events + _updates(waiting, ("optimizer step", None), plan)
+
+
+def _updates(gradients: Sequence[Buffer], place: Place, plan: Plan) -> list[Event]:
+    """The optimizer's step with these gradients, which are freed: one by one, or all at the end."""
+    events: list[Event] = []
+    scratch = {each: plan.scratch(each.size // each.itemsize, each.itemsize) for each in gradients}
+    together = plan.together and not plan.per_layer
+    for each, size in scratch.items():
+        events.append(Event(*place, "temporaries", size, each.of_values))
+        if not together:
+            events.append(Event(*place, "temporaries", -size, each.of_values))
+        if plan.per_layer:
+            events.append(Event(*place, "gradients", -each.size, each.of_values))
+    for each, size in scratch.items():
+        if together:
+            events.append(Event(*place, "temporaries", -size, each.of_values))
+        if not plan.per_layer:
+            events.append(Event(*place, "gradients", -each.size, each.of_values))
+    return [each for each in events if each.size]
+
+
+def _dying(walk: _Walk, node: fx.Node, position: int, kept: set[Buffer]) -> list[Buffer]:
+    """What a node is the last to read, and what it writes for nobody."""
+    read = dict.fromkeys(buffer for each in node.all_input_nodes for buffer in walk.reads[each])
+    unread = [each for each in walk.writes[node] if each.last < 0]
+    return [each for each in [*read, *unread] if not each.held and each not in kept and each.last in (position, -1)]
+
+
+def _kernel_events(
+    walk: _Walk, node: fx.Node, position: int, kept: set[Buffer], place: Place, plan: Plan
+) -> list[Event]:
+    """What a node allocates and frees; nothing for those that no kernel writes."""
+    if node not in walk.writes:
+        return []
+    written = walk.writes[node]
+    dying = _dying(walk, node, position, kept)
+    first: list[Buffer] = []
+    for buffer in written if _is_fused(node) else ():  # it may be written over what it reads
+        own = [each for each in dying if each in walk.own and each not in written and each not in first]
+        first += [each for each in own if each.size == buffer.size][:1]
+    work = _workspace(node, plan.device)
+    signed = [
+        *((each, -each.size) for each in first),
+        *((each, each.size) for each in written),
+        *((each, -each.size) for each in dying if each not in first),
+    ]
+    events = [Event(*place, each.part, size, each.of_values) for each, size in signed if size]
+    if work:
+        at = len(first) + len([each for each in written if each.size])
+        events[at:at] = [Event(*place, "composed weights", work), Event(*place, "composed weights", -work)]
+    return events
+
+
+def _kept_positions(graphs: Graphs) -> Iterator[Event]:
+    """What the factored lowering keeps for each support on CPU, from the first step on: see ops/sparse_cpu.py."""
+    sparse = {
+        torch.ops.slcompile.sparse_addmm.default: lambda args: (args[2], args[3], args[5]),
+        torch.ops.slcompile.sparse_dots.default: lambda args: (args[2], args[3], False),
+    }
+    seen: set[tuple[str, bool]] = set()
+    for graph, place in ((graphs.forward, "forward"), (graphs.backward, "backward")):
+        layers = _places(graph, place)
+        for node in graph.nodes:
+            if node.target not in sparse:
+                continue
+            values, support, transposed = sparse[node.target](arguments(node))
+            if (support.name, transposed) in seen:
+                continue
+            seen.add((support.name, transposed))
+            # Two int32 for each non-zero, beside the bounds of its rows or columns.
+            size = 8 * values.meta["val"].numel() + 4 * (node.meta["val"].shape[0] + 1)
+            yield Event(START, layers[node][1], "indices", size, of_values=True)
+
+
+def repeated(events: Sequence[Event], layers: int) -> list[Event]:
+    """The events of a model of ``layers`` layers, from one of ``PROOF_LAYERS``: its middle layer's are repeated."""
+    middle, last, more = PROOF_LAYERS // 2, PROOF_LAYERS - 1, layers - PROOF_LAYERS
+    result: list[Event] = []
+    pending: list[Event] = []
+    for event in [*events, None]:
+        if event is not None and event.layer == middle and (not pending or event.place == pending[0].place):
+            pending.append(event)
+            continue
+        if pending:
+            shifts = range(more + 1) if pending[0].place != "backward" else range(more, -1, -1)
+            result += [replace(each, layer=middle + shift) for shift in shifts for each in pending]
+            pending = []
+        if event is not None and event.layer == middle:
+            pending.append(event)
+        elif event is not None:
+            result.append(replace(event, layer=last + more) if event.layer == last else event)
+    return result
+
+
+def profile(events: Sequence[Event]) -> dict[str, tuple[int, dict[str, int]]]:
+    """The most allocated in each place, and of what it consists."""
+    now = dict.fromkeys(PARTS, 0)
+    found: dict[str, tuple[int, dict[str, int]]] = {}
+    for event in events:
+        now[event.part] += event.size
+        total = sum(now.values())
+        if event.label not in found or total > found[event.label][0]:
+            found[event.label] = total, dict(now)
+    return found

@@ -1,0 +1,503 @@
+"""Per-layer updates: the plain optimizer's numbers, groups and state; each gradient freed in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import slcompile
+from slcompile.optim import PerLayer, per_layer
+
+OPTIONS = {"rank": 8, "density": 0.05}
+CONFIG = slcompile.SLConfig(rank=8, density=0.05)
+MAKERS = {
+    "sgd-momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-2}),
+    "adamw-fused": (torch.optim.AdamW, {"lr": 1e-2, "fused": True}),
+    "adamw-amsgrad-foreach": (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True, "foreach": True}),
+    "nadam": (torch.optim.NAdam, {"lr": 1e-2}),
+}
+
+
+def groups_of(model: nn.Module) -> list[dict]:
+    """Decayed matrices at a rate of their own, and the rest."""
+    return [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1, "lr": 2e-2},
+        {"params": [p for p in model.parameters() if p.dim() <= 1]},
+    ]
+
+
+def train(model, forward, optimizer, batch, steps: int = 4, scheduler=None) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(forward(batch[0]), batch[1])
+        loss.backward()
+        if isinstance(optimizer, PerLayer):
+            assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same_state(model: nn.Module, other: nn.Module) -> None:
+    assert model.state_dict().keys() == other.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["dense", "factorized", "adopted"])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_trajectory_is_bit_equal_to_the_plain_optimizers(block_class, batch, maker, kind):
+    """With two groups, a schedule of the rate, and weights that the first step turns into factors ("adopted")."""
+    cls, kwargs = MAKERS[maker]
+    done = []
+    for make in (cls, lambda params, **kw: per_layer(cls, params, **kw)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = block_class()
+        forward = model
+        if kind == "factorized":
+            slcompile.factorize_(model, CONFIG)
+        if kind == "adopted":
+            forward = torch.compile(model, backend="sltrain", options=OPTIONS)
+        optimizer = make(groups_of(model), **kwargs)
+        scheduler = OneCycleLR(optimizer, max_lr=[2e-2, 1e-2], total_steps=8, cycle_momentum=False)
+        losses = train(model, forward, optimizer, batch, scheduler=scheduler)
+        done.append((losses, model, optimizer))
+    (losses, model, plain), (per_layer_losses, per_layer_model, optimizer) = done
+    assert per_layer_losses == losses
+    assert losses[-1] < losses[0]
+    assert bool(slcompile.factors(model)) == (kind != "dense")
+    assert_same_state(model, per_layer_model)
+    assert isinstance(optimizer, cls)
+    ours, theirs = optimizer.state_dict(), plain.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=0)
+
+
+def test_the_first_gradients_of_adopted_factors_are_applied(block, batch):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
+    dense = [p for p in block.parameters() if p.shape in {(96, 64), (64, 96), (64, 64)}]
+    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
+    loss = F.cross_entropy(compiled(batch[0]), batch[1])
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    gradients = torch.autograd.grad(F.cross_entropy(block(batch[0]), batch[1]), list(block.parameters()))
+    loss.backward()
+    for (name, p), gradient in zip(block.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(p, before[name] - 0.1 * gradient, rtol=1e-5, atol=1e-6, msg=name)
+    optimizer.step()
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in block.parameters()]
+    assert len(dense) == 3
+    assert not any(p._post_accumulate_grad_hooks for p in dense), "the dense weights keep their hooks"
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["per layer to plain", "plain to per layer"])
+def test_state_dicts_go_to_and_from_the_plain_class(block_class, batch, ours_first):
+    def start(ours: bool):
+        torch.manual_seed(0)
+        model = slcompile.factorize_(block_class(), CONFIG)
+        make = (lambda p, **kw: per_layer(torch.optim.AdamW, p, **kw)) if ours else torch.optim.AdamW
+        return model, make(groups_of(model), lr=1e-2)
+
+    reference, optimizer = start(False)
+    train(reference, reference, optimizer, batch, 6)
+    model, first = start(ours_first)
+    train(model, model, first, batch, 3)
+    state = copy.deepcopy(first.state_dict())
+    resumed, second = start(not ours_first)
+    resumed.load_state_dict(model.state_dict())
+    second.load_state_dict(state)
+    train(resumed, resumed, second, batch, 3)
+    assert_same_state(reference, resumed)
+
+
+class Layer(nn.Module):
+    """A layer that Dynamo traces when it is compiled in place, as it does not with torch's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x))
+
+
+def test_layers_that_are_adopted_one_after_another(batch):
+    """Each layer's first run converts it, in the forward pass of one step."""
+    done = []
+    for make in (torch.optim.AdamW, lambda params, **kw: per_layer(torch.optim.AdamW, params, **kw)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Layer(64) for _ in range(3)), nn.Linear(64, 5))
+        for layer in list(model)[:3]:
+            layer.compile(backend="sltrain", options=OPTIONS)
+        optimizer = make(model.parameters(), lr=1e-2)
+        losses = train(model, model, optimizer, batch, 3)
+        assert len(slcompile.factors(model)) == 3
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+        done.append((losses, model))
+    assert done[0][0] == done[1][0]
+    assert_same_state(done[0][1], done[1][1])
+
+
+def test_gradients_are_never_all_there_at_once(batch):
+    """In eager mode, and compiled layer by layer, each layer's gradients are gone before the next one's come."""
+    alive: list[int] = []
+    layers = nn.Sequential(*(Layer(64) for _ in range(6)))
+    slcompile.factorize_(layers, CONFIG)
+    parameters = list(layers.parameters())
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in parameters))
+        )
+    optimizer = per_layer(torch.optim.AdamW, parameters)
+    for compiled in (False, True):
+        if compiled:
+            for layer in layers:
+                layer.compile(backend="sltrain", options=OPTIONS)
+        alive.clear()
+        layers(batch[0]).square().mean().backward()
+        optimizer.step()
+        assert alive == [1] * len(parameters)
+
+
+def peak_above(run) -> int:
+    """Most bytes allocated during a run above what was allocated before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda each: each.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def test_peak_memory_has_one_layers_gradients_instead_of_all(batch):
+    layers_count, width = 8, 256
+    peaks, gradients = {}, 0
+    for make in (torch.optim.AdamW, lambda p: per_layer(torch.optim.AdamW, p)):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Layer(width) for _ in range(layers_count)))
+        slcompile.factorize_(model, slcompile.SLConfig(rank=64, density=0.05))
+        for layer in model:
+            layer.compile(backend="sltrain", options={"lowering": "composed"})
+        optimizer = make(model.parameters())
+        x = torch.randn(4, width)
+
+        def step(model=model, optimizer=optimizer, x=x):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        step()
+        peaks[type(optimizer)] = peak_above(step)
+        gradients = sum(p.nbytes for p in model.parameters())
+    plain, ours = peaks.values()
+    print(f"gradients {gradients:,} B; peak above the state: plain {plain:,} B, per layer {ours:,} B")
+    assert plain >= gradients
+    assert plain - ours >= 0.6 * gradients * (layers_count - 1) / layers_count
+
+
+def test_clipping_is_per_parameter(block, batch):
+    slcompile.factorize_(block, CONFIG)
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    gradients = torch.autograd.grad(F.cross_entropy(block(batch[0]), batch[1]), list(block.parameters()))
+    limit = float(torch.stack([each.norm() for each in gradients]).median())
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=1.0, max_grad_norm=limit)
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    optimizer.step()
+    clipped = 0
+    for (name, p), gradient in zip(block.named_parameters(), gradients, strict=True):
+        expected = gradient * (limit / (gradient.norm() + 1e-6)).clamp(max=1)
+        clipped += bool(gradient.norm() > limit)
+        torch.testing.assert_close(before[name] - p.detach(), expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert 0 < clipped < len(gradients)
+
+
+def test_step_hooks_run_once_a_step(block, batch):
+    torch.optim.AdamW(block.parameters())  # torch puts hooks around a class's step when it is first instantiated
+    optimizer = per_layer(torch.optim.AdamW, block.parameters())
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(block, block, optimizer, batch, 2)
+    assert calls == ["pre", "post"] * 2
+
+
+def test_parameters_come_and_thaw(block, batch):
+    block.head.requires_grad_(False)
+    optimizer = per_layer(torch.optim.SGD, [block.up.weight, *block.head.parameters()], lr=0.1)
+    optimizer.add_param_group({"params": [block.mix], "lr": 0.5})
+    head, mix = block.head.weight.detach().clone(), block.mix.detach().clone()
+    block.up.bias.requires_grad_(False)
+    block.down.weight.requires_grad_(False)
+    train(block, block, optimizer, batch, 1)
+    assert torch.equal(block.head.weight, head)
+    assert not torch.equal(block.mix, mix)
+    block.head.requires_grad_(True)
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert block.head.weight.grad is not None
+    optimizer.step()  # updates it once; from here on the backward pass does
+    assert not torch.equal(block.head.weight, head)
+    train(block, block, optimizer, batch, 1)
+
+
+def test_accumulation_is_refused(block, batch):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
+    (F.cross_entropy(block(batch[0]), batch[1]) / 2).backward()
+    with pytest.raises(RuntimeError, match=r"second gradient of a parameter .* call step\(\) after each backward"):
+        (F.cross_entropy(block(batch[0]), batch[1]) / 2).backward()
+    with pytest.raises(RuntimeError, match="that no backward pass brought"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    train(block, block, optimizer, batch, 1)
+
+
+def test_a_parameter_shared_by_reentrant_checkpoints_is_refused(batch):
+    layer = nn.Linear(64, 64)
+    optimizer = per_layer(torch.optim.SGD, layer.parameters(), lr=0.1)
+    hidden = checkpoint(layer, batch[0].clone().requires_grad_(), use_reentrant=True)
+    output = checkpoint(layer, hidden, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="several reentrant checkpoints that share a parameter"):
+        output.sum().backward()
+    assert optimizer is not None
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_is_refused(block, batch, unscale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer = per_layer(torch.optim.AdamW, block.parameters())
+    scaler.scale(F.cross_entropy(block(batch[0]), batch[1])).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="cannot be used with GradScaler"):
+        scaler.step(optimizer)
+
+
+def test_a_disabled_grad_scaler_changes_nothing(block, batch):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = per_layer(torch.optim.AdamW, block.parameters())
+    scaler.scale(F.cross_entropy(block(batch[0]), batch[1])).backward()
+    scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("sync", [True, False], ids=["sync", "no_sync"])
+def test_ddp_is_refused_before_anything_is_updated(block, batch, tmp_path, sync):
+    slcompile.factorize_(block, CONFIG)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        optimizer = per_layer(torch.optim.AdamW, block.parameters())
+        wrapped = DistributedDataParallel(block)
+        before = copy.deepcopy(block.state_dict())
+        with contextlib.nullcontext() if sync else wrapped.no_sync():
+            loss = F.cross_entropy(wrapped(batch[0]), batch[1])
+            with pytest.raises(RuntimeError, match="inside DistributedDataParallel"):
+                loss.backward()
+        for name, value in block.state_dict().items():
+            assert torch.equal(value, before[name])
+        assert optimizer.state == {}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class GroupCounter(torch.optim.SGD):
+    """Counts its steps in the group, as optimizers do that estimate something over all parameters."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_an_optimizer_that_writes_its_groups_is_refused(block, batch):
+    optimizer = per_layer(GroupCounter, block.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"GroupCounter cannot be used per layer: its step\(\) writes k of a group"):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert "k" not in optimizer.param_groups[0]
+
+
+def test_bad_arguments_are_refused_and_leave_no_hook(block, batch):
+    parameters = list(block.parameters())
+    with pytest.raises(ValueError, match=r"optimizer_cls must be a subclass of torch\.optim\.Optimizer, got 'adamw'"):
+        per_layer("adamw", parameters)
+    with pytest.raises(ValueError, match="optimizer_cls got LBFGS, which needs a closure"):
+        per_layer(torch.optim.LBFGS, parameters)
+    for bad in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="max_grad_norm must be a positive number or None, got"):
+            per_layer(torch.optim.SGD, parameters, lr=0.1, max_grad_norm=bad)
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    with pytest.raises(ValueError, match="already has a gradient"):
+        per_layer(torch.optim.SGD, parameters, lr=0.1)
+    assert not any(p._post_accumulate_grad_hooks for p in parameters)
+    block.zero_grad()
+    optimizer = per_layer(torch.optim.SGD, parameters[:-1], lr=0.1)
+    with pytest.raises(ValueError, match="already updated by another PerLayerSGD"):
+        per_layer(torch.optim.AdamW, parameters[:1])
+    with pytest.raises(ValueError, match="which is per layer already"):
+        per_layer(type(optimizer), parameters[-1:])
+    parameters[-1].grad = torch.zeros_like(parameters[-1])
+    with pytest.raises(ValueError, match="already has a gradient"):
+        optimizer.add_param_group({"params": parameters[-1:]})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="closure must be None"):
+        optimizer.step(lambda: 0.0)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+
+
+def test_an_optimizer_that_is_gone_updates_nothing(block, batch):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
+    del optimizer
+    gc.collect()
+    before = copy.deepcopy(block.state_dict())
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert all(p.grad is not None for p in block.parameters())
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name])
+    block.zero_grad()
+    successor = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
+    train(block, block, successor, batch, 1)
+
+
+def test_matrix_only_optimizers_and_stale_parameters_are_refused_at_once(block):
+    stale = [block.up.weight]
+    slcompile.factorize_(block, CONFIG)
+    with pytest.raises(RuntimeError, match="Muon orthogonalises matrices"):
+        per_layer(torch.optim.Muon, [p for p in block.parameters() if p.dim() == 2])
+    with pytest.raises(RuntimeError, match=r"up\.weight was converted to sparse-plus-low-rank factors"):
+        per_layer(torch.optim.SGD, stale, lr=0.1)
+
+
+def test_other_hooks_on_a_weight_are_still_refused_at_conversion(block):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
+    handle = block.up.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match=r"up\.weight carries a post-accumulate-grad hook"):
+        slcompile.factorize_(block, CONFIG)
+    handle.remove()
+    slcompile.factorize_(block, CONFIG)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in block.parameters()]
+
+
+VOCABULARY, STEPS = 256, 60
+
+
+def llama(seed: int = 0) -> LlamaForCausalLM:
+    """Small, with few shapes (torchao compiles once for each), its factors large enough for 8-bit states (4096)."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def sentences() -> list[Tensor]:
+    """Batches [8, 32] of a random walk: each token has four successors, so the loss can fall from 5.5 to 1.4 nats."""
+    generator = torch.Generator().manual_seed(0)
+    successors = torch.randint(0, VOCABULARY, (VOCABULARY, 4), generator=generator)
+    batches = []
+    for _ in range(STEPS):
+        tokens = [torch.randint(0, VOCABULARY, (8,), generator=generator)]
+        for _ in range(31):
+            tokens.append(successors[tokens[-1], torch.randint(0, 4, (8,), generator=generator)])
+        batches.append(torch.stack(tokens, dim=1))
+    return batches
+
+
+def curve(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> list[float]:
+    losses = []
+    for ids in batches:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def eight_bit(library: str) -> type[torch.optim.Optimizer]:
+    module = pytest.importorskip(f"{library}.optim", reason='needs pip install "slcompile[optim]"')
+    return module.AdamW8bit
+
+
+def is_eight_bit(state: dict) -> bool:
+    """Whether a parameter's two moments take one byte each and not four (bitsandbytes; torchao)."""
+    moments = [state[name] for name in ("state1", "state2") if name in state]
+    if moments:
+        return all(each.dtype == torch.uint8 for each in moments)
+    return all(type(state[name]).__name__ == "OptimState8bit" for name in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_eight_bit_states_learn_as_float32_adamw_does(library):
+    """Plain and per layer; per layer gives the plain library's weights, bit for bit."""
+    cls = eight_bit(library)
+    config = slcompile.SLConfig(rank=32, density=0.1)
+    hyper = {"lr": 3e-3, "weight_decay": 0.01}
+    curves, models = {}, {}
+    for name, make in (
+        ("AdamW", torch.optim.AdamW),
+        (library, cls),
+        (f"{library} per layer", lambda params, **kw: per_layer(cls, params, **kw)),
+    ):
+        model = slcompile.factorize_(llama(), config)
+        optimizer = make(model.parameters(), **hyper)
+        curves[name], models[name] = curve(model, optimizer, sentences()), model
+        if name != "AdamW":
+            for each in model.modules():
+                if isinstance(each, slcompile.SLWeight):
+                    assert all(is_eight_bit(optimizer.state[p]) for p in (each.B, each.A, each.values))
+    final = {name: sum(losses[-10:]) / 10 for name, losses in curves.items()}
+    for name, losses in curves.items():
+        print(f"{name:24}", *(f"{each:.3f}" for each in losses[9::10]), f"mean of the last ten {final[name]:.4f}")
+    assert final["AdamW"] < 2.5 < curves["AdamW"][0]
+    assert abs(final[library] - final["AdamW"]) <= 0.05
+    assert curves[f"{library} per layer"] == curves[library]
+    assert_same_state(models[library], models[f"{library} per layer"])
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_eight_bit_states_of_factors_that_the_first_step_makes(library, tmp_path):
+    """Adoption, and a state dict that goes through a file into the plain class of the library."""
+    cls = eight_bit(library)
+    model = llama()
+    model.compile(backend="sltrain", options={"rank": 32, "density": 0.1})
+    optimizer = per_layer(cls, model.parameters(), lr=3e-3)
+    batches = sentences()[:4]
+    losses = curve(model, optimizer, batches[:2])
+    weight = model.model.layers[1].mlp.up_proj.weight_sl
+    assert all(is_eight_bit(optimizer.state[p]) for p in weight.parameters())
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao's tensors warn about TypedStorage when they are read
+        weights, state = torch.load(tmp_path / "state.pt", weights_only=False)
+    resumed = slcompile.factorize_(llama(seed=1), slcompile.SLConfig(rank=32, density=0.1))
+    resumed.load_state_dict(weights)
+    plain = cls(resumed.parameters(), lr=1.0)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(
+        curve(resumed, plain, batches[2:]), curve(model, optimizer, batches[2:]), rtol=1e-4, atol=0
+    )
+    assert losses[1] < losses[0]

@@ -38,9 +38,9 @@ class Candidate:
 
     Attributes:
         name: Fully qualified name.
-        weight: The dense parameter, [rows, columns].
+        weight: The dense parameter, [rows, columns] or [experts, rows, columns].
         owners: Every (module, attribute) that holds it.
-        input_dim: Dimension of the weight that its matmul contracts.
+        input_dim: Dimension of the matrix that its matmul contracts.
     """
 
     name: str
@@ -233,10 +233,8 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
 
 def _make_weight(candidate: Candidate, config: SLConfig, init: str) -> SLWeight:
     dense = candidate.weight.detach()
-    rows, columns = dense.shape
     weight = SLWeight(
-        rows,
-        columns,
+        dense.shape,
         config,
         name=candidate.name,
         input_dim=candidate.input_dim,

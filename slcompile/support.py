@@ -89,7 +89,8 @@ def flat_positions(values: Tensor, support: Tensor, columns: int) -> Tensor:
     """Flat positions of ``values`` in a row-major weight.
 
     Args:
-        values: [rows, groups] for the stratified support, [non-zeros] for the uniform one.
+        values: [rows, groups] for the stratified support, [non-zeros] for the uniform one. The rows of a stack of
+            matrices, [matrices, rows, groups], follow one another.
         support: The seed, one element, for stratified; the flat index, shaped like ``values``, for uniform.
         columns: Columns of the weight.
 
@@ -98,7 +99,8 @@ def flat_positions(values: Tensor, support: Tensor, columns: int) -> Tensor:
     """
     if values.dim() == 1:
         return support
-    rows, groups = values.shape
+    groups = values.shape[-1]
+    rows = values.numel() // groups
     row_start = torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
     return (row_start + stratified_columns(support, rows, columns, groups)).flatten()
 

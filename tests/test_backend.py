@@ -166,7 +166,7 @@ def test_a_model_without_eligible_weights_is_warned_about_once(caplog):
 
 
 def composed_like(model: nn.Module) -> set[tuple[int, ...]]:
-    shapes = {(w.rows, w.columns) for w in model.modules() if isinstance(w, slcompile.SLWeight)}
+    shapes = {w.shape for w in model.modules() if isinstance(w, slcompile.SLWeight)}
     return shapes | {shape[::-1] for shape in shapes}
 
 

@@ -19,7 +19,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slcompile import cost, passes, torch_private
 from slcompile.capture import weight_uses
 from slcompile.config import SLConfig, did_you_mean
-from slcompile.conversion import EXPLICIT, Candidate, announce_dry_run, choose, convert, lock, warn_of_held_weights
+from slcompile.conversion import (
+    EXPLICIT,
+    Candidate,
+    announce_dry_run,
+    choose,
+    convert,
+    lock,
+    note_left,
+    warn_of_held_weights,
+)
 from slcompile.eligibility import require_possible_rank, structural_reason
 from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training, remember_owners
@@ -74,9 +83,12 @@ def sltrain(
         wanted = graph.wanted(example_inputs)
         graph.leave(report, graph.convertible - wanted)
         torch_private.add_artifact("slcompile_matmuls", lambda: json.dumps(report.to_dict()), "json")
+        roots = live.roots(example_inputs[index] for index in graph.uses)
         if config.dryrun:
-            announce_dry_run(live.roots(example_inputs[index] for index in graph.uses), report)
+            announce_dry_run(roots, report)
             wanted = frozenset()
+        elif not report.rewritten:
+            note_left(roots, report)
     graph.variants[wanted] = graph.compile(wanted, example_inputs)
     return graph.run
 

@@ -53,6 +53,7 @@ class Candidate:
 class _ModelState:
     """What is decided once for a whole model, however many graphs it is captured in."""
 
+    begun: bool = False  # whether weights of it were converted
     init: str | None = None  # what init="auto" came to, once it was asked
     report: PassReport = field(default_factory=lambda: PassReport("parameterize_weights"))
 
@@ -102,8 +103,8 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     global _newest
     roots = live.roots(each.weight for each in candidates)
     state = next((_states[root] for root in roots if root in _states), None)
-    is_first = state is None
     state = state or _ModelState()
+    is_first = not state.begun
     # With the first weights of a model, also those that will come: a refusal must not come half-way.
     coming = [each for root in roots if is_first for each in _linear_candidates(root, config, live)]
     checked = list({id(each.weight): each for each in [*coming, *candidates]}.values())
@@ -132,13 +133,24 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     for each, weight in zip(candidates, weights, strict=True):
         retire(each.weight, f"{each.name} was converted to sparse-plus-low-rank factors", weight)
         _converted.append(weakref.ref(each.weight))
+    state.begun = True
+    _newest = state.report
+    _add(state, roots, report)
+    _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, init, state.report)
+    return weights
+
+
+def note_left(roots: Sequence[nn.Module], report: PassReport) -> None:
+    """Keeps what a graph without anything to convert leaves dense, for the report of its model."""
+    if roots:
+        _add(next((_states[root] for root in roots if root in _states), None) or _ModelState(), roots, report)
+
+
+def _add(state: _ModelState, roots: Sequence[nn.Module], report: PassReport) -> None:
     state.report.rewritten += report.rewritten
     kept = {each.name: each for each in [*state.report.skipped, *report.skipped]}
     state.report.skipped = [kept[name] for name in kept if name not in {each.name for each in state.report.rewritten}]
-    _newest = state.report
     _states.update(dict.fromkeys(roots, state))
-    _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, init, state.report)
-    return weights
 
 
 def announce_dry_run(roots: Sequence[nn.Module], report: PassReport) -> None:

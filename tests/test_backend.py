@@ -286,18 +286,27 @@ def test_graph_breaks_convert_each_fragment(batch):
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.into, self.first, self.second, self.out = (
+                nn.Linear(*each) for each in ((9, 64), (64, 64), (64, 64), (64, 9))
+            )
 
         def forward(self, x):
+            x = self.into(x)
+            torch._dynamo.graph_break()
             x = self.first(x)
             torch._dynamo.graph_break()
-            return self.second(x)
+            x = self.second(x)
+            torch._dynamo.graph_break()
+            return self.out(x)
 
     model = Broken()
     compiled = torch.compile(model, backend="sltrain", options=OPTIONS)
-    compiled(batch[0]).sum().backward()
+    compiled(batch[0][:, :9]).sum().backward()
     assert set(slcompile.factors(model)) == {"first.weight", "second.weight"}
     assert all(p.grad is not None for p in model.parameters())
+    # What graphs without anything to convert leave is reported too, before the first conversion and after it.
+    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    assert reasons == {"into.weight": "too_small", "out.weight": "too_small"}
 
 
 def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):

@@ -329,6 +329,18 @@ def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
 
 
+def before_load_state_dict(check: Callable[[torch.nn.Module, Any], None]) -> None:
+    """Calls ``check`` with the module and the state dict before any module loads one; torch has hooks for one module."""
+    original = torch.nn.Module.load_state_dict
+
+    @functools.wraps(original)
+    def load_state_dict(self: torch.nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self, state_dict)
+        return original(self, state_dict, *args, **kwargs)
+
+    cast(Any, torch.nn.Module).load_state_dict = load_state_dict
+
+
 def leaves_with_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of nested arguments or outputs in torch.export's order, each with its keys, indices and fields."""
     from torch.utils._pytree import tree_flatten_with_path

@@ -331,6 +331,7 @@ def test_modes_and_inductor_settings_reach_inductor(block, block_class, batch):
     for kwargs, message in (
         ({"mode": "max-autotun"}, "did you mean 'max-autotune'"),
         ({"options": {"inductor": {"max_autotun": True}}}, "did you mean 'max_autotune'"),
+        ({"options": {"inductor": {"use_joint_graph_passes": False}}}, "use_joint_graph_passes .* must be True"),
         ({"options": {"rnk": 3}}, "did you mean 'rank'"),
         ({"options": {"rank": float("nan")}}, "rank must be"),
         ({"options": {"exclude": ["*nothing*"]}}, "matches no parameter"),
@@ -341,6 +342,15 @@ def test_modes_and_inductor_settings_reach_inductor(block, block_class, batch):
         with pytest.raises(Exception, match=message):
             torch.compile(model, backend="sltrain", **kwargs)(batch[0])
         assert not is_converted(model)
+
+
+def test_our_passes_run_in_inductors_lite_mode_too(block, batch):
+    compiled = torch.compile(block, backend="sltrain", mode="lite")
+    compiled(batch[0]).sum().backward()
+    loss, saved = saved_for_backward(lambda: compiled(batch[0]).sum())
+    loss.backward()
+    assert len(saved) > 3
+    assert not [tensor.shape for tensor in saved if tuple(tensor.shape) in composed_like(block)]
 
 
 def test_no_step_leaks_memory_or_compiles(block, batch, counting):

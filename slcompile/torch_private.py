@@ -308,6 +308,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def calls_aten() -> bool:
+    """Whether Inductor, as it is set now, calls ATen for every op and compiles none (its mode "lite")."""
+    return bool(torch._inductor.config.fallback_by_default)
+
+
 def is_higher_order(node: fx.Node) -> bool:
     """Whether a node calls a higher-order op: one that takes other ops or graphs."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)

@@ -353,6 +353,25 @@ def test_our_passes_run_in_inductors_lite_mode_too(block, batch):
     assert not [tensor.shape for tensor in saved if tuple(tensor.shape) in composed_like(block)]
 
 
+def test_attention_reads_factored_products_right_in_lite_mode():
+    """Its CPU kernel wants adjacent channels and does not look; a factored product comes transposed."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (each(x).view(1, 16, 4, 16).transpose(1, 2) for each in (self.q, self.k))
+            return F.scaled_dot_product_attention(q, k, k)
+
+    model = slcompile.factorize_(Attention(), slcompile.SLConfig(init="spectral"))
+    x = torch.randn(1, 16, 64)
+    inductor = {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(slcompile.backend.RUN, True)}
+    compiled = torch.compile(model, backend="sltrain", options={"lowering": "factored", "inductor": inductor})
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_no_step_leaks_memory_or_compiles(block, batch, counting):
     compiled = torch.compile(block, backend=counting, options=OPTIONS)
     optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)

@@ -209,6 +209,12 @@ def test_amx_is_known():
     assert torch_private.has_amx() in (True, False)
 
 
+def test_lite_mode_is_known():
+    assert not torch_private.calls_aten()
+    with torch._inductor.config.patch(torch._inductor.list_mode_options()["lite"]):
+        assert torch_private.calls_aten()
+
+
 def test_higher_order_ops_are_known():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")

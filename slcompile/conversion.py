@@ -15,6 +15,7 @@ from torch import fx, nn
 from slcompile.config import SLConfig
 from slcompile.eligibility import decide
 from slcompile.init import looks_trained, spectral_factors
+from slcompile.load_hook import watch_loading
 from slcompile.optim import Update
 from slcompile.optimizers import mend, positions, require_mendable
 from slcompile.owners import LiveObjects, hooks_of, plain_name, wrapper_of
@@ -24,6 +25,8 @@ from slcompile.step_hook import retire
 from slcompile.weight import SUFFIX, SLWeight, base_class, class_with, put_in_place, sl_names, take_out
 
 log = logging.getLogger("slcompile")
+
+watch_loading()  # now: a dense model may be given a checkpoint of factors before anything is converted
 
 EXPLICIT = "_slcompile_config"
 """Attribute of a model on which ``factorize_`` was called: the backend then converts nothing more below it."""

@@ -7,10 +7,11 @@ guards on the type, and N equal blocks must share one compiled graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -233,10 +234,12 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         base.register_parameter(self, name, param)
 
     def reset_parameters(self) -> None:
+        weights = [getattr(self, name + SUFFIX) for name in names]
         if hasattr(base, "reset_parameters"):
-            base.reset_parameters(self)  # bias and the like; what it does to a composed weight is discarded
-        for name in names:
-            getattr(self, name + SUFFIX).reset_parameters()
+            with _shapes_only(weights):
+                base.reset_parameters(self)  # bias and the like
+        for weight in weights:
+            weight.reset_parameters()
 
     def __reduce_ex__(self, protocol):
         make, args, *rest = cast(tuple, base.__reduce_ex__(self, max(protocol, 2)))
@@ -261,6 +264,18 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         **{name: compose_property(name) for name in names},
     }
     return types.new_class(f"SL{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(members))
+
+
+@contextlib.contextmanager
+def _shapes_only(weights: Sequence[SLWeight]) -> Iterator[None]:
+    """Within, these weights read as tensors on the meta device: what is drawn for them is discarded, not composed."""
+    for weight in weights:
+        vars(weight)["forward"] = functools.partial(torch.empty, weight.shape, device="meta")
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del vars(weight)["forward"]
 
 
 def _remake(base: Any, names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:

@@ -206,7 +206,11 @@ class CapturedGraph:
         torch_private.add_artifact("slcompile_before", lambda: "\n".join(lines(self.gm.graph).values()))
         torch_private.add_artifact("slcompile_after", lambda: "\n".join(lines(gm.graph).values()))
         joint = self.passes(JOINT_HOOK, joint_passes(self.config))
-        hooks = {JOINT_HOOK: joint, POST_HOOK: self.passes(POST_HOOK, post_passes(self.config)), **dict.fromkeys(RUN, True)}
+        hooks = {
+            JOINT_HOOK: joint,
+            POST_HOOK: self.passes(POST_HOOK, post_passes(self.config)),
+            **dict.fromkeys(RUN, True),
+        }
         composes = _composes(gm)
         compiled = torch_private.inductor(gm, inputs, {**self.settings, **hooks})
         if composes and joint.calls and not joint.seen:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -95,6 +96,10 @@ def read_text(path: Path | None) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
 
 
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(each.numel() for each in parameters)
+
+
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
     """Each process writes its own shards."""
     weights, states = get_state_dict(model, optimizer)
@@ -139,14 +144,12 @@ def main() -> None:
     config = slcompile.SLConfig(rank=rank, density=args.density, seed=args.seed)
     with torch.device("meta"):
         model = Transformer(*shape)
-    dense = sum(each.numel() for each in model.parameters())
+    dense = count(model.parameters())
     sharded(model, config, device, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     start = load(model, optimizer, args.out / "checkpoint")
-    local = sum(each.to_local().numel() for each in model.parameters())
-    say(
-        f"{dense:,} parameters when dense, {sum(each.numel() for each in model.parameters()):,} now, {local:,} of them here"
-    )
+    local = count(each.to_local() for each in model.parameters())
+    say(f"{dense:,} parameters when dense, {count(model.parameters()):,} now, {local:,} of them here")
 
     text = read_text(args.text)
     for step in range(start + 1, args.steps + 1):

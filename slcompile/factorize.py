@@ -156,7 +156,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, where torch.compile's wrapper is given."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return torch_private.without_dynamo_wrapper(model)
+    return torch_private.without_wrappers(model)
 
 
 def checked_config(config: SLConfig | None) -> SLConfig:

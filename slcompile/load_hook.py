@@ -23,7 +23,7 @@ def watch_loading() -> None:
 
 
 def require_same_form(model: nn.Module, state: Any) -> None:
-    """Raises RuntimeError, as loading does, where a weight is factorized in the state dict or the model, not in both."""
+    """Raises RuntimeError, as loading does, where a weight is factorized in the state dict or in the model only."""
     if not isinstance(state, Mapping):
         return  # load_state_dict says so itself
     factorized = {key.removesuffix(VALUES) for key in state if key.endswith(VALUES)}

@@ -14,13 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile import torch_private
 
-WRAPPED = "_orig_mod"
-"""Name of the model inside torch.compile's wrapper: the wrapper is no part of a weight's name."""
-
 
 def plain_name(name: str) -> str:
-    """A qualified name without the wrappers of torch.compile."""
-    return name.replace(f"{WRAPPED}.", "")
+    """A qualified name without the wrappers around modules, which are no part of a weight's name."""
+    for wrapped in torch_private.WRAPPED:
+        name = name.replace(f"{wrapped}.", "")
+    return name
 
 
 @dataclass
@@ -62,13 +61,13 @@ class LiveObjects:
         return list(found.values())
 
     def root(self, module: nn.Module) -> nn.Module:
-        """The outermost container of a module, without torch.compile's wrapper.
+        """The outermost container of a module, without wrappers.
 
         Of several (a list of layers made for convenience, beside the model) it is the one with the most parameters,
         then the one in which the module's own come first by name: whatever order they were made in.
         """
         tops = [each for each in self.ancestors(module) if not self.parents.get(id(each))]
-        tops = [each._modules[WRAPPED] or each if WRAPPED in each._modules else each for each in tops]
+        tops = [torch_private.without_wrappers(each) for each in tops]
         inside = [id(each) for each in module.parameters()]
 
         def preference(top: nn.Module) -> tuple[int, list[str]]:

@@ -329,13 +329,18 @@ def step_without_hooks(optimizer_cls: type[torch.optim.Optimizer]) -> Callable[.
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:
-    """The module that torch.compile was given, where this is what it returned."""
-    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Names of the module inside the wrappers of torch.compile and of torch's ``checkpoint_wrapper``."""
+
+
+def without_wrappers(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that torch.compile, or torch's ``checkpoint_wrapper``, was given, where this is what it returned."""
+    inner = next((module._modules[name] for name in WRAPPED if name in module._modules), None)
+    return module if inner is None else without_wrappers(inner)
 
 
 def before_load_state_dict(check: Callable[[torch.nn.Module, Any], None]) -> None:
-    """Calls ``check`` with the module and the state dict before any module loads one; torch has hooks for one module."""
+    """Calls ``check`` with module and state dict before any module loads one; torch's hooks are of one module each."""
     original = torch.nn.Module.load_state_dict
 
     @functools.wraps(original)

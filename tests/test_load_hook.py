@@ -12,9 +12,7 @@ CONFIG = slcompile.SLConfig(rank=8, density=0.05)
 def test_factors_that_meet_a_dense_model_are_refused_and_change_nothing(block, block_class, strict):
     state = slcompile.factorize_(block_class(), CONFIG).state_dict()
     before = {name: value.clone() for name, value in block.state_dict().items()}
-    with pytest.raises(
-        RuntimeError, match=r"the factors of up\.weight and 1 more, dense in this Block: call .*factorize_"
-    ):
+    with pytest.raises(RuntimeError, match=r"the factors of up\.weight and 1 more, dense in this Block: .*factorize_"):
         block.load_state_dict(state, strict=strict)
     with pytest.raises(RuntimeError, match=r"the factors of weight, dense in this Linear"):
         block.up.load_state_dict({"weight_sl.values": torch.zeros(1)}, strict=strict)
@@ -24,9 +22,7 @@ def test_factors_that_meet_a_dense_model_are_refused_and_change_nothing(block, b
 @pytest.mark.parametrize("strict", [True, False])
 def test_dense_weights_that_meet_a_factorized_model_are_refused(block, block_class, strict):
     slcompile.factorize_(block, CONFIG)
-    with pytest.raises(
-        RuntimeError, match=r"dense weights for up\.weight and 1 more, factorized in this Block: load it"
-    ):
+    with pytest.raises(RuntimeError, match=r"dense weights for up\.weight and 1 more, factorized in this Block"):
         block.load_state_dict(block_class().state_dict(), strict=strict)
 
 

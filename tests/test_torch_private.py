@@ -6,6 +6,7 @@ import gc
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from slcompile import torch_private
 
@@ -96,9 +97,11 @@ def test_settings_and_passes():
         assert torch_private.passes_of({}, "post_grad_custom_pre_pass") == []
 
 
-def test_without_dynamo_wrapper(block):
-    assert torch_private.without_dynamo_wrapper(torch.compile(block)) is block
-    assert torch_private.without_dynamo_wrapper(block) is block
+def test_without_wrappers(block):
+    assert torch_private.without_wrappers(torch.compile(block)) is block
+    assert torch_private.without_wrappers(checkpoint_wrapper(block)) is block
+    assert torch_private.without_wrappers(torch.compile(checkpoint_wrapper(block))) is block
+    assert torch_private.without_wrappers(block) is block
 
 
 def test_joint_forward_and_backward_graphs_know_where_they_come_from(block, batch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slcompile.factorize import merge_
 from slcompile.owners import plain_name
-from slcompile.torch_private import map_leaves, without_dynamo_wrapper
+from slcompile.torch_private import map_leaves, without_wrappers
 from slcompile.weight import SUFFIX, SLWeight
 
 MakeTensor = Callable[[], Tensor]
@@ -42,7 +42,8 @@ def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
 def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A dense copy of a model on the meta device, in eval mode; nothing of the model's size is allocated.
 
-    Modules that torch.compile wrapped stand in it without their wrapper, so that names are those of the dense model.
+    Modules that torch.compile or torch's checkpoint_wrapper wrapped stand in it without their wrapper, so that names
+    are those of the dense model.
 
     Args:
         model: Left as it is.
@@ -57,7 +58,7 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     twin = merge_(copy.deepcopy(model, memo)).eval()
     for module in list(twin.modules()):
         for name, child in module._modules.items():
-            module._modules[name] = None if child is None else without_dynamo_wrapper(child)
+            module._modules[name] = None if child is None else without_wrappers(child)
     for module in twin.modules():
         computed = module._non_persistent_buffers_set
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:

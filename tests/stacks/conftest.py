@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from slcompile.backend import RUN
+
+sys.path.insert(0, str(Path(__file__).parent))  # for ranks.py, which is a script, too
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterable
@@ -18,24 +17,18 @@ from torch.distributed.fsdp import fully_shard
 import slcompile
 from slcompile.backend import RUN, sltrain
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_distributed.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import pretrain_distributed as example
+
 STEPS = 3
 CONFIG = slcompile.SLConfig(rank=8, density=0.05)  # no seed: processes agree without one
 LIGHT = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(RUN, True)}}
 
 
-def example() -> Any:
-    """The example's module: it is a script, in no package."""
-    spec = importlib.util.spec_from_file_location("pretrain_distributed", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def transformer(layers: int = 2) -> nn.Module:
     """Of double precision, in which two ways of adding up the same gradients agree to many digits."""
-    return example().Transformer(width=64, heads=2, layers=layers, context=16).double()
+    return example.Transformer(width=64, heads=2, layers=layers, context=16).double()
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int], world: int = 1, rank: int = 0):
@@ -89,7 +82,7 @@ def fsdp(folder: Path) -> dict[str, Any]:
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = train(model, optimizer, range(STEPS), dist.get_world_size(), dist.get_rank())
-    example().save(model, optimizer, folder / "checkpoint", STEPS)
+    example.save(model, optimizer, folder / "checkpoint", STEPS)
     weight = model.layers[0].up.weight_sl
     shards = {name: (list(each.shape), list(each.to_local().shape)) for name, each in weight.named_parameters()}
     return {"losses": losses, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shards": shards}
@@ -101,7 +94,7 @@ def meta(folder: Path) -> dict[str, Any]:
         model = transformer()
     dense = {each.nbytes for name, each in model.named_parameters() if "layers." in name and each.dim() == 2}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        example().sharded(model, CONFIG, torch.device("cpu"), seed=0)
+        example.sharded(model, CONFIG, torch.device("cpu"), seed=0)
     events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
     weight = model.layers[0].up.weight_sl
     drawn = [each.to_local().double().std().item() for each in (weight.A, weight.values, model.embed.weight)]

@@ -1,8 +1,7 @@
-"""Two processes of torchrun (gloo): DDP, FSDP2, distributed checkpoints, the start from the meta device, the example."""
+"""Two processes of torchrun (gloo): DDP, FSDP2, distributed checkpoints, the start on the meta device, the example."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,22 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
 import slcompile
 
-RANKS = Path(__file__).parent / "ranks.py"
-
-
-def load_ranks() -> Any:
-    spec = importlib.util.spec_from_file_location("ranks", RANKS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ranks = load_ranks()
+RANKS = Path(ranks.__file__)
 
 
 def torchrun(*command: object, processes: int = 2) -> str:
@@ -75,7 +64,7 @@ def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(t
     torch.manual_seed(1)
     restored = slcompile.factorize_(ranks.transformer(), slcompile.SLConfig(rank=8, density=0.05))
     optimizer = torch.optim.AdamW(restored.parameters(), lr=3e-3)
-    assert ranks.example().load(restored, optimizer, tmp_path / "checkpoint") == ranks.STEPS
+    assert ranks.example.load(restored, optimizer, tmp_path / "checkpoint") == ranks.STEPS
     for name, value in model.state_dict().items():
         torch.testing.assert_close(restored.state_dict()[name], value, rtol=1e-7, atol=1e-9)
     assert slcompile.factors(restored)["layers.0.up.weight"].seed == slcompile.factors(model)["layers.0.up.weight"].seed
@@ -109,6 +98,6 @@ def test_the_example_trains_resumes_on_one_process_and_writes_a_dense_model(tmp_
     from safetensors.torch import load_file
 
     with torch.device("meta"):
-        model = ranks.example().Transformer(width=64, heads=4, layers=2, context=32)
+        model = ranks.example.Transformer(width=64, heads=4, layers=2, context=32)
     model.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"), assign=True)
     assert not any(each.is_meta for each in model.parameters())

@@ -31,8 +31,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused,
     and for float64. The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
     every op but higher-order ones: attention in a checkpointed region is run by one, which saves the state of the
-    random numbers, and would misread it. In a graph with such an op, it stays a call; so it does where Inductor is told
-    to call ATen for every op (``fallback_by_default``), which then get the strides that they get, whatever they need.
+    random numbers, and would misread it. In a graph with such an op, it stays a call.
 
     Args:
         gm: A graph with ``meta["val"]``; changed in place.
@@ -40,7 +39,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     """
     report = PassReport("lower_ops")
     insert = Inserter(gm.graph)
-    has_fixed_layouts = torch_private.falls_back() or any(map(torch_private.is_higher_order, gm.graph.nodes))
+    has_fixed_layouts = any(map(torch_private.is_higher_order, gm.graph.nodes))
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
@@ -52,7 +51,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
             report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
             continue
         if has_fixed_layouts and not on_gpu and node.target is _OPS.linear_factored.default:
-            detail = "an op that Inductor does not lower may read its result, in the layout that it was traced with"
+            detail = "a higher-order op may read its result, in the layout that it was traced with"
             report.skipped.append(Decision(node.name, "layout", detail))
             continue
         results = insert.inline(node, lowered, *arguments(node))

@@ -254,11 +254,6 @@ def realize_reads_threshold() -> int:
     return int(torch._inductor.config.realize_reads_threshold)
 
 
-def falls_back() -> bool:
-    """Whether Inductor, in the compile in progress, calls ATen for each op and gives it what strides there are."""
-    return bool(torch._inductor.config.fallback_by_default)
-
-
 def has_amx() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in AMX tiles."""
     return bool(torch.cpu._is_amx_tile_supported())

@@ -205,7 +205,7 @@ def matmul(args: argparse.Namespace) -> None:
     rows = {}
     for dtype in args.dtype:
         for rows_, columns in ((args.hidden, args.hidden), (args.intermediate, args.hidden)):
-            weight = slcompile.SLWeight(rows_, columns, slcompile.SLConfig(**options(args)), device=args.device)
+            weight = slcompile.SLWeight((rows_, columns), slcompile.SLConfig(**options(args)), device=args.device)
             weight.reset_parameters()
             weight.to(DTYPES[dtype])
             B, A, values, support = (each.detach() for each in weight.operands().values())

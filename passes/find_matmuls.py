@@ -24,9 +24,12 @@ MATMULS: dict[str, tuple[int | str, ...]] = {
     "mv": (0, "input", "self"),
     "addmv": (1, "mat"),
     "einsum": (1, 2, "operands"),
+    "grouped_mm": (0, 1, "input", "self", "mat2", "mat_b"),
+    "_grouped_mm": (0, 1, "input", "self", "mat2", "mat_b"),
+    "grouped_mm_fallback": (1, "weight"),  # an op of transformers, where torch's own cannot be compiled
 }
 # What ATen computes them with: the result has rows or columns of the one operand and of the other.
-_PRODUCTS = frozenset("addmm addmv baddbmm bmm mm mv".split())
+_PRODUCTS = frozenset("addmm addmv baddbmm bmm _grouped_mm grouped_mm_fallback mm mv".split())
 # What shows the same weight in another shape, layout or dtype. Slices too: a packed q/k/v is one weight whose parts
 # go to several matmuls. Names as above, with dtype methods of Tensor.
 VIEWS = frozenset(
@@ -34,6 +37,8 @@ VIEWS = frozenset(
     "movedim mT narrow permute reshape select slice split split_with_sizes squeeze swapaxes swapdims t T _to_copy to "
     "transpose type_as unbind unflatten unsafe_chunk unsafe_split _unsafe_view unsqueeze view".split()
 )
+# What takes whole matrices from a stack of them, such as each token's expert.
+_GATHERS = frozenset("getitem index index_select".split())
 _SWAPS = frozenset("mT permute swapaxes swapdims t T transpose".split())
 _COPIES = frozenset("clone contiguous _to_copy to".split())
 # What reads a weight's description and none of its numbers.
@@ -68,7 +73,8 @@ class WeightUse:
     Attributes:
         matmuls: Ops that multiply with it, directly or through views and casts.
         others: Names of the ops that read it otherwise; if there are any, the weight must stay dense.
-        input_dim: Dimension of the stored weight that the first matmul contracts.
+        input_dim: Dimension of the stored matrix that the first matmul contracts.
+        stacked: Whether the weight is three-dimensional, and all matmuls read it as a stack of matrices.
         composed: Whether it is itself an operand of a weight op: a factor, not a dense weight.
         without_grad: Whether everything that reads it runs under ``torch.no_grad()`` (seen by the capture).
         reads: The matmuls, where the graph has shapes.
@@ -77,6 +83,7 @@ class WeightUse:
     matmuls: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     input_dim: int = 1
+    stacked: bool = False
     composed: bool = False
     without_grad: bool = False
     reads: list[MatmulRead] = field(default_factory=list)
@@ -84,7 +91,9 @@ class WeightUse:
     def add(self, other: WeightUse) -> None:
         """Adds what another graph does with the same weight."""
         if not self.matmuls:
-            self.input_dim = other.input_dim
+            self.input_dim, self.stacked = other.input_dim, other.stacked
+        elif other.matmuls:
+            self.stacked &= other.stacked
         self.matmuls += other.matmuls
         self.reads += other.reads
         self.others += other.others
@@ -113,14 +122,18 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
         if user.target in WEIGHT_OPS:
             use.composed = True
         elif name in MATMULS and _is_matrix_operand(user, node, MATMULS[name]):
+            stacked = _is_stack(weight, node)
             if not use.matmuls:
-                use.input_dim = _contracted_dim(weight, user, node, swapped)
+                use.input_dim, use.stacked = _contracted_dim(weight, user, node, swapped), stacked
+            use.stacked &= stacked
             use.matmuls.append(name)
             if name in _PRODUCTS and isinstance(user.meta.get("val"), Tensor) and node.meta["val"].dim() >= 2:
                 use.reads.append(_read(user, node))
         elif name in VIEWS and user.args[:1] == (node,) and (user.all_input_nodes == [node] or name == "type_as"):
             # In-place and out= variants have other names; another tensor that it reads must be for its dtype alone.
             _follow(weight, user, swapped ^ _swaps(user, name), use, seen)
+        elif name in _GATHERS and _gathers_matrices(weight, user, node, name):
+            _follow(weight, user, swapped, use, seen)
         elif name not in _METADATA and not (name == "type_as" and user.args[0] is not node):
             use.others.append(name)
 
@@ -172,11 +185,32 @@ def _contracted_dim(weight: fx.Node, user: fx.Node, node: fx.Node, swapped: bool
         return _einsum_dim(user, node) ^ swapped
     dim = -1 if _is_left(user, node) or name == "linear" else -2
     stored, used = weight.meta.get("val"), node.meta.get("val")
-    if isinstance(used, Tensor) and isinstance(stored, Tensor) and stored.dim() == 2 and used.dim() >= 2:
-        row_stride, column_stride = stored.stride()
+    if isinstance(used, Tensor) and isinstance(stored, Tensor) and stored.dim() in (2, 3) and used.dim() >= 2:
+        row_stride, column_stride = stored.stride()[-2:]
         if used.stride(dim) in (row_stride, column_stride) and row_stride != column_stride and not _relaid(node):
             return 1 if used.stride(dim) == column_stride else 0
     return (1 if dim == -1 else 0) ^ swapped
+
+
+def _is_stack(weight: fx.Node, node: fx.Node) -> bool:
+    """Whether a three-dimensional weight reaches a matmul as whole matrices ``weight[i]`` or their transposes."""
+    stored, used = weight.meta.get("val"), node.meta.get("val")
+    if not isinstance(stored, Tensor) or not isinstance(used, Tensor) or stored.dim() != 3 or used.dim() < 2:
+        return False  # without shapes nobody knows
+    if _relaid(node):
+        return False  # strides no longer tell where a dimension comes from
+    matrix = list(zip(stored.shape, stored.stride(), strict=True))[-2:]
+    return list(zip(used.shape, used.stride(), strict=True))[-2:] in (matrix, matrix[::-1])
+
+
+def _gathers_matrices(weight: fx.Node, user: fx.Node, node: fx.Node, name: str) -> bool:
+    """Whether an indexing takes matrices from a three-dimensional weight, by its first dimension alone."""
+    stored, seen = weight.meta.get("val"), node.meta.get("val")
+    if not (isinstance(stored, Tensor) and isinstance(seen, Tensor) and stored.dim() == seen.dim() == 3):
+        return False
+    source, where = user.args[:2]
+    by_first = where == 0 if name == "index_select" else isinstance(where, (list, tuple)) and len(where) == 1
+    return source is node and bool(by_first)
 
 
 def _is_left(user: fx.Node, node: fx.Node) -> bool:

@@ -39,7 +39,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     """
     report = PassReport("lower_ops")
     insert = Inserter(gm.graph)
-    has_fixed_layouts = any(map(torch_private.is_higher_order, gm.graph.nodes))
+    has_fixed_layouts = torch_private.calls_aten() or any(map(torch_private.is_higher_order, gm.graph.nodes))
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
@@ -51,7 +51,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
             report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
             continue
         if has_fixed_layouts and not on_gpu and node.target is _OPS.linear_factored.default:
-            detail = "a higher-order op may read its result, in the layout that it was traced with"
+            detail = "an op that Inductor calls as it is may read its result, in the layout that it was traced with"
             report.skipped.append(Decision(node.name, "layout", detail))
             continue
         results = insert.inline(node, lowered, *arguments(node))

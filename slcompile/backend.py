@@ -19,7 +19,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slcompile import cost, passes, torch_private
 from slcompile.capture import weight_uses
 from slcompile.config import SLConfig, did_you_mean
-from slcompile.conversion import EXPLICIT, Candidate, announce_dry_run, choose, convert, lock, warn_of_held_weights
+from slcompile.conversion import (
+    EXPLICIT,
+    Candidate,
+    announce_dry_run,
+    choose,
+    convert,
+    lock,
+    note_left,
+    warn_of_held_weights,
+)
 from slcompile.eligibility import require_possible_rank, structural_reason
 from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, in_training, remember_owners
@@ -34,6 +43,8 @@ log = logging.getLogger("slcompile")
 
 JOINT_HOOK = "joint_custom_pre_pass"
 POST_HOOK = "post_grad_custom_pre_pass"
+RUN = ("use_joint_graph_passes", "use_post_grad_passes")
+"""Inductor's settings without which it calls neither hook; its mode "lite" turns them off."""
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -74,9 +85,12 @@ def sltrain(
         wanted = graph.wanted(example_inputs)
         graph.leave(report, graph.convertible - wanted)
         torch_private.add_artifact("slcompile_matmuls", lambda: json.dumps(report.to_dict()), "json")
+        roots = live.roots(example_inputs[index] for index in graph.uses)
         if config.dryrun:
-            announce_dry_run(live.roots(example_inputs[index] for index in graph.uses), report)
+            announce_dry_run(roots, report)
             wanted = frozenset()
+        elif not report.rewritten:
+            note_left(roots, report)
     graph.variants[wanted] = graph.compile(wanted, example_inputs)
     return graph.run
 
@@ -204,7 +218,11 @@ class CapturedGraph:
         torch_private.add_artifact("slcompile_before", lambda: "\n".join(lines(self.gm.graph).values()))
         torch_private.add_artifact("slcompile_after", lambda: "\n".join(lines(gm.graph).values()))
         joint = self.passes(JOINT_HOOK, joint_passes(self.config))
-        hooks = {JOINT_HOOK: joint, POST_HOOK: self.passes(POST_HOOK, post_passes(self.config))}
+        hooks = {
+            JOINT_HOOK: joint,
+            POST_HOOK: self.passes(POST_HOOK, post_passes(self.config)),
+            **dict.fromkeys(RUN, True),
+        }
         composes = _composes(gm)
         compiled = torch_private.inductor(gm, inputs, {**self.settings, **hooks})
         if composes and joint.calls and not joint.seen:
@@ -321,6 +339,8 @@ def _inductor_settings(mode: str | None, settings: dict[str, Any]) -> dict[str, 
     for key in settings:
         if key not in known:
             raise ValueError(f"unknown Inductor setting {key!r} in option 'inductor'{did_you_mean(key, known)}")
+        if key in RUN and settings[key] is not True:
+            raise ValueError(f"{key} in option 'inductor' must be True, as this backend's passes run there")
     if mode is not None and mode != "default":
         modes = torch._inductor.list_mode_options()
         if mode not in modes:

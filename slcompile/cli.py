@@ -276,6 +276,9 @@ def _add_memory(commands: Any) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", choices=memory.LLAMAS, help="one of the paper's models")
     which.add_argument("--hf", type=Path, metavar="CONFIG.json", help="configuration of a causal language model")
+    which.add_argument(
+        "factory", nargs="?", metavar="PACKAGE.MODULE:FACTORY", help="returns (model, args) or (model, args, kwargs)"
+    )
     defaults = SLConfig()
     parser.add_argument("--rank", type=_rank, default=defaults.rank, help="an int, or a fraction of min(rows, columns)")
     parser.add_argument("--density", type=float, default=defaults.density, help="share of non-zeros")
@@ -284,9 +287,9 @@ def _add_memory(commands: Any) -> None:
     parser.add_argument("--optimizer", choices=memory.OPTIMIZERS, default="adamw", help="whose state is counted")
     parser.add_argument("--per-layer", action="store_true", help="update parameters in the backward pass")
     parser.add_argument("--compiled", choices=memory.COMPILED, help="default: layers with --per-layer, else model")
-    parser.add_argument("--batch", type=int, default=1, help="sequences a step")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
+    parser.add_argument("--batch", type=int, help="sequences a step, 1 if not given; a factory gives its own arguments")
+    parser.add_argument("--seq-len", type=int, help="tokens a sequence, 256 if not given; likewise")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights; bfloat16 if not given, and a factory's own")
     parser.add_argument("--device", choices=memory.DEVICES, default="cuda", help="whose kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it here, .png or .svg")
@@ -298,25 +301,38 @@ def _rank(text: str) -> int | float:
 
 def _memory(args: argparse.Namespace) -> None:
     for name in ("batch", "seq_len"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+        size = getattr(args, name)
+        if size is not None and (size < 1 or args.factory):
+            allowed = "left out with a factory, which gives its own arguments" if args.factory else "at least 1"
+            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {size}")
     json_file = None if args.json is None else writable_file(args.json)
     if args.plot is not None:
         from slcompile.plot import plot_file, plot_memory  # matplotlib is an extra
 
         plot_file(args.plot)
-    ids = torch.empty(args.batch, args.seq_len, dtype=torch.int64, device="meta")
-    report = memory.estimate_memory(
-        memory.hf_config(args.hf) if args.model is None else memory.llama_config(args.model),
-        kwargs={"input_ids": ids, "labels": ids},
-        config=SLConfig(rank=args.rank, density=args.density, support=args.support, lowering=args.lowering),
-        optimizer=args.optimizer,
-        per_layer=args.per_layer,
-        dtype=DTYPES[args.dtype],
-        device=args.device,
-        compiled=args.compiled,
-    )
-    print(f"{args.model or args.hf}, batch {args.batch} x {args.seq_len} tokens")
+    config = SLConfig(rank=args.rank, density=args.density, support=args.support, lowering=args.lowering)
+    if args.factory:
+        title = args.factory
+        source, inputs, kwargs = _from_factory(args.factory)
+    else:
+        batch, length = args.batch or 1, args.seq_len or 256
+        title = f"{args.model or args.hf}, batch {batch} x {length} tokens"
+        source = memory.hf_config(args.hf) if args.model is None else memory.llama_config(args.model)
+        ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
+        inputs, kwargs = (), {"input_ids": ids, "labels": ids}
+    with _errors_of(f"estimating {title}"):
+        report = memory.estimate_memory(
+            source,
+            inputs,
+            kwargs,
+            config=config,
+            optimizer=args.optimizer,
+            per_layer=args.per_layer,
+            dtype=DTYPES.get(args.dtype) or (None if args.factory else torch.bfloat16),
+            device=args.device,
+            compiled=args.compiled,
+        )
+    print(title)
     print(report)
     if json_file is not None:
         with beside(json_file) as scratch:

@@ -26,7 +26,8 @@ class SLConfig:
             groups of a row and stores no index; ``"uniform"`` is the paper's random subset, stored as int32.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
             the weight that is there, ``"auto"`` spectral if any weight looks trained, else kaiming.
-        seed: None draws each weight's seed from torch's default generator; an int is hashed with its name.
+        seed: None draws each weight's seed from torch's default generator; an int is hashed with its name. Among
+            several processes, which must agree on supports, None is as 0.
         include: fnmatch patterns on fully qualified names; a weight must match one of them ...
         exclude: ... and none of these.
         min_dim: Weights with fewer rows or columns than this stay dense (classifier heads, gates).

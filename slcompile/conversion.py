@@ -15,6 +15,7 @@ from torch import fx, nn
 from slcompile.config import SLConfig
 from slcompile.eligibility import decide
 from slcompile.init import looks_trained, spectral_factors
+from slcompile.load_hook import watch_loading
 from slcompile.optim import Update
 from slcompile.optimizers import mend, positions, require_mendable
 from slcompile.owners import LiveObjects, hooks_of, plain_name, wrapper_of
@@ -24,6 +25,8 @@ from slcompile.step_hook import retire
 from slcompile.weight import SUFFIX, SLWeight, base_class, class_with, put_in_place, sl_names, take_out
 
 log = logging.getLogger("slcompile")
+
+watch_loading()  # now: a dense model may be given a checkpoint of factors before anything is converted
 
 EXPLICIT = "_slcompile_config"
 """Attribute of a model on which ``factorize_`` was called: the backend then converts nothing more below it."""
@@ -38,9 +41,9 @@ class Candidate:
 
     Attributes:
         name: Fully qualified name.
-        weight: The dense parameter, [rows, columns].
+        weight: The dense parameter, [rows, columns] or [experts, rows, columns].
         owners: Every (module, attribute) that holds it.
-        input_dim: Dimension of the weight that its matmul contracts.
+        input_dim: Dimension of the matrix that its matmul contracts.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Candidate:
 class _ModelState:
     """What is decided once for a whole model, however many graphs it is captured in."""
 
+    begun: bool = False  # whether weights of it were converted
     init: str | None = None  # what init="auto" came to, once it was asked
     report: PassReport = field(default_factory=lambda: PassReport("parameterize_weights"))
 
@@ -102,8 +106,8 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     global _newest
     roots = live.roots(each.weight for each in candidates)
     state = next((_states[root] for root in roots if root in _states), None)
-    is_first = state is None
     state = state or _ModelState()
+    is_first = not state.begun
     # With the first weights of a model, also those that will come: a refusal must not come half-way.
     coming = [each for root in roots if is_first for each in _linear_candidates(root, config, live)]
     checked = list({id(each.weight): each for each in [*coming, *candidates]}.values())
@@ -132,13 +136,24 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     for each, weight in zip(candidates, weights, strict=True):
         retire(each.weight, f"{each.name} was converted to sparse-plus-low-rank factors", weight)
         _converted.append(weakref.ref(each.weight))
+    state.begun = True
+    _newest = state.report
+    _add(state, roots, report)
+    _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, init, state.report)
+    return weights
+
+
+def note_left(roots: Sequence[nn.Module], report: PassReport) -> None:
+    """Keeps what a graph without anything to convert leaves dense, for the report of its model."""
+    if roots:
+        _add(next((_states[root] for root in roots if root in _states), None) or _ModelState(), roots, report)
+
+
+def _add(state: _ModelState, roots: Sequence[nn.Module], report: PassReport) -> None:
     state.report.rewritten += report.rewritten
     kept = {each.name: each for each in [*state.report.skipped, *report.skipped]}
     state.report.skipped = [kept[name] for name in kept if name not in {each.name for each in state.report.rewritten}]
-    _newest = state.report
     _states.update(dict.fromkeys(roots, state))
-    _announce(logging.WARNING if is_first else logging.INFO, roots, candidates, weights, init, state.report)
-    return weights
 
 
 def announce_dry_run(roots: Sequence[nn.Module], report: PassReport) -> None:
@@ -233,10 +248,8 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
 
 def _make_weight(candidate: Candidate, config: SLConfig, init: str) -> SLWeight:
     dense = candidate.weight.detach()
-    rows, columns = dense.shape
     weight = SLWeight(
-        rows,
-        columns,
+        dense.shape,
         config,
         name=candidate.name,
         input_dim=candidate.input_dim,

@@ -39,19 +39,19 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
         return "other_use", f"also read by {', '.join(sorted(set(use.others)))}"
     if use.without_grad:
         return "no_grad", "read under torch.no_grad() alone"
-    if weight.dim() != 2:
-        return "not_2d", f"has {weight.dim()} dimensions"
+    if weight.dim() != 2 and not use.stacked:
+        return "not_2d", f"has {weight.dim()} dimensions, and is not read as a stack of matrices"
     if not weight.is_floating_point():
         return "dtype", f"{weight.dtype} is not a floating-point type"
     if not weight.requires_grad:
         return "frozen", "requires_grad is False"
-    rows, columns = weight.shape
+    *stack, rows, columns = weight.shape
     if min(rows, columns) < config.min_dim:
         return "too_small", f"has fewer than {config.min_dim} rows or columns (min_dim)"
     rank = config.rank_for(rows, columns)
-    factored = rank * (rows + columns) + math.prod(values_shape(rows, columns, config))
-    if factored >= rows * columns:
-        return "no_saving", f"rank {rank} and its non-zeros take {factored} parameters, dense {rows * columns}"
+    factored = math.prod(stack) * rank * (rows + columns) + math.prod(values_shape(weight.shape, config))
+    if factored >= weight.numel():
+        return "no_saving", f"rank {rank} and its non-zeros take {factored} parameters, dense {weight.numel()}"
     return "", ""
 
 

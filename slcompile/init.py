@@ -22,9 +22,11 @@ def looks_trained(weight: Tensor, iterations: int = 8) -> bool:
     few power iterations give a lower bound. A constant weight has learned nothing.
 
     Args:
-        weight: [rows, columns]; computed in float32 on its device.
+        weight: [rows, columns], or a stack of such; computed in float32 on its device.
         iterations: Power iterations, each two matrix-vector products.
     """
+    if weight.dim() > 2:
+        return any(looks_trained(each, iterations) for each in weight)
     rows, columns = weight.shape
     weight = weight.float()
     if bool(weight.min() == weight.max()):
@@ -48,18 +50,18 @@ def spectral_factors(
     """The truncated SVD ``U sqrt(s) . sqrt(s) V^T / scale``, and the residual at the support.
 
     Args:
-        weight: [rows, columns].
+        weight: [rows, columns], or a stack of such.
         rank, scale: Of the low-rank part.
         values, support: Operands of ``compose``; of ``values`` only the shape is used.
 
     Returns:
-        B [rows, rank], A [rank, columns] and values, float32.
+        B [..., rows, rank], A [..., rank, columns] and values, float32.
     """
     weight = weight.float()
-    oversampled = min(rank + 8, *weight.shape)
+    oversampled = min(rank + 8, *weight.shape[-2:])
     U, s, V = torch.svd_lowrank(weight, q=oversampled, niter=4)
-    root = (s[:rank] / scale).sqrt()
-    B, A = U[:, :rank] * root, (V[:, :rank] * root).t()
-    positions = flat_positions(values, support, weight.shape[1])
-    residual = torch.addmm(weight, B, A, alpha=-scale)
+    root = (s[..., :rank] / scale).sqrt().unsqueeze(-2)
+    B, A = U[..., :rank] * root, (V[..., :rank] * root).mT
+    positions = flat_positions(values, support, weight.shape[-1])
+    residual = (B @ A).mul_(-scale).add_(weight)
     return B, A, residual.view(-1).index_select(0, positions).view(values.shape)

@@ -89,7 +89,8 @@ def flat_positions(values: Tensor, support: Tensor, columns: int) -> Tensor:
     """Flat positions of ``values`` in a row-major weight.
 
     Args:
-        values: [rows, groups] for the stratified support, [non-zeros] for the uniform one.
+        values: [rows, groups] for the stratified support, [non-zeros] for the uniform one. The rows of a stack of
+            matrices, [matrices, rows, groups], follow one another.
         support: The seed, one element, for stratified; the flat index, shaped like ``values``, for uniform.
         columns: Columns of the weight.
 
@@ -98,14 +99,26 @@ def flat_positions(values: Tensor, support: Tensor, columns: int) -> Tensor:
     """
     if values.dim() == 1:
         return support
-    rows, groups = values.shape
+    groups = values.shape[-1]
+    rows = values.numel() // groups
     row_start = torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
     return (row_start + stratified_columns(support, rows, columns, groups)).flatten()
 
 
 def draw_seed(seed: int | None, name: str) -> int:
-    """A weight's seed: from torch's default generator, or a hash of the user's seed and the weight's name."""
-    if seed is None:
+    """A weight's seed: from torch's default generator, or a hash of the user's seed and the weight's name.
+
+    Several processes must agree on a weight's support, and their generators need not: there None is as 0.
+    """
+    if seed is None and not _among_several():
         return int(torch.randint(SEED_LIMIT, (), device="cpu"))
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed or 0}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT
+
+
+def _among_several() -> bool:
+    """Whether this is one of several processes that train a model, as far as it can be known."""
+    distributed = torch.distributed
+    if not distributed.is_available():
+        return False
+    return distributed.is_torchelastic_launched() or (distributed.is_initialized() and distributed.get_world_size() > 1)

@@ -308,6 +308,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def calls_aten() -> bool:
+    """Whether Inductor, as it is set now, calls ATen for every op and compiles none (its mode "lite")."""
+    return bool(torch._inductor.config.fallback_by_default)
+
+
 def is_higher_order(node: fx.Node) -> bool:
     """Whether a node calls a higher-order op: one that takes other ops or graphs."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
@@ -327,6 +332,18 @@ def step_without_hooks(optimizer_cls: type[torch.optim.Optimizer]) -> Callable[.
 def without_dynamo_wrapper(module: torch.nn.Module) -> torch.nn.Module:
     """The module that torch.compile was given, where this is what it returned."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+
+
+def before_load_state_dict(check: Callable[[torch.nn.Module, Any], None]) -> None:
+    """Calls ``check`` with the module and the state dict before any module loads one; torch has hooks for one module."""
+    original = torch.nn.Module.load_state_dict
+
+    @functools.wraps(original)
+    def load_state_dict(self: torch.nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self, state_dict)
+        return original(self, state_dict, *args, **kwargs)
+
+    cast(Any, torch.nn.Module).load_state_dict = load_state_dict
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:

@@ -7,10 +7,11 @@ guards on the type, and N equal blocks must share one compiled graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -46,13 +47,14 @@ class SLWeight(nn.Module):
     """A weight ``W = scale * B @ A + S`` of shape [rows, columns] whose forward is one op, ``compose``.
 
     Parameters ``B`` [rows, rank], ``A`` [rank, columns], ``values`` ([rows, groups] stratified, [non-zeros]
-    uniform); buffers ``seed`` (one int64) and, for the uniform support, ``index`` (int32, sorted).
+    uniform); buffers ``seed`` (one int64) and, for the uniform support, ``index`` (int32, sorted). A stack of matrices
+    [experts, rows, columns] has stacks of factors; its support is that of one matrix of ``experts * rows`` rows.
 
     Args:
-        rows, columns: Shape of the weight, as its owner stores it.
+        shape: Of the weight, as its owner stores it; two or three sizes.
         config: Rank, density, alpha and support.
         name: Fully qualified name; with ``config.seed`` it determines the seed.
-        input_dim: Dimension of the weight that the matmul contracts: 1 for ``nn.Linear`` [out, in], 0 for a
+        input_dim: Dimension of the matrix that the matmul contracts: 1 for ``nn.Linear`` [out, in], 0 for a
             Conv1D-style [in, out]. The factor at that side is the one that starts random.
         device, dtype: Of the parameters.
 
@@ -69,8 +71,7 @@ class SLWeight(nn.Module):
 
     def __init__(
         self,
-        rows: int,
-        columns: int,
+        shape: Sequence[int],
         config: SLConfig,
         *,
         name: str = "",
@@ -79,21 +80,27 @@ class SLWeight(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.rows, self.columns, self.input_dim = rows, columns, input_dim
+        self.shape, self.input_dim = tuple(shape), input_dim
         self.density, self.support = config.density, config.support
+        *stack, rows, columns = self.shape
         self.rank = config.rank_for(rows, columns)
         self._scale_ratio = (config.alpha / self.rank).as_integer_ratio()
         self.drawn_seed = draw_seed(config.seed, name)
         new = functools.partial(torch.empty, device=device, dtype=dtype)
-        self.B = nn.Parameter(new(rows, self.rank))
-        self.A = nn.Parameter(new(self.rank, columns))
-        self.values = nn.Parameter(new(values_shape(rows, columns, config)))
+        self.B = nn.Parameter(new(*stack, rows, self.rank))
+        self.A = nn.Parameter(new(*stack, self.rank, columns))
+        self.values = nn.Parameter(new(values_shape(self.shape, config)))
         mark_values(self.values)
         self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device))
         if self.support == "uniform":
-            index_dtype = uniform_dtype(rows, columns)
+            index_dtype = uniform_dtype(*self.as_matrix)
             self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
         self._restore_support()
+
+    @property
+    def as_matrix(self) -> tuple[int, int]:
+        """Rows, those of a stack one after another, and columns."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
     def scale(self) -> float:
@@ -115,7 +122,7 @@ class SLWeight(nn.Module):
         return (self.scale,)
 
     def forward(self) -> Tensor:
-        """The composed weight, [rows, columns]."""
+        """The composed weight, of ``shape``."""
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         B, A, values = self.B, self.A, self.values
         return compose(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
@@ -126,7 +133,7 @@ class SLWeight(nn.Module):
 
         The factor that reads the input is Kaiming-uniform(a=sqrt(5)), the other zero, values U(+-1/sqrt(in)).
         """
-        fan_in = (self.rows, self.columns)[self.input_dim]
+        fan_in = self.shape[-2:][self.input_dim]
         bound = 1 / math.sqrt(fan_in)
         reading, other = (self.A, self.B) if self.input_dim == 1 else (self.B, self.A)
         reading.uniform_(-bound, bound)
@@ -175,14 +182,14 @@ class SLWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.rows}x{self.columns}, rank={self.rank}, density={self.density}, support={self.support}, "
+            f"{'x'.join(map(str, self.shape))}, rank={self.rank}, density={self.density}, support={self.support}, "
             f"scale={self.scale:.4g}"
         )
 
     def _restore_support(self) -> None:
         self.seed.fill_(self.drawn_seed)
         if self.support == "uniform" and not self.index.is_meta and self.drawn_seed != IMPORTED:
-            self.index.copy_(uniform_index(self.drawn_seed, self.rows, self.columns, self.density))
+            self.index.copy_(uniform_index(self.drawn_seed, *self.as_matrix, self.density))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         self.check_support()
@@ -195,11 +202,11 @@ class SLWeight(nn.Module):
             self.drawn_seed = int(self.seed)
 
 
-def values_shape(rows: int, columns: int, config: SLConfig) -> tuple[int, ...]:
-    """Shape of ``values``: [rows, groups] for the stratified support, [non-zeros] for the uniform one."""
+def values_shape(shape: Sequence[int], config: SLConfig) -> tuple[int, ...]:
+    """Shape of ``values``: [..., rows, groups] for the stratified support, [non-zeros] for the uniform one."""
     if config.support == "stratified":
-        return (rows, groups_per_row(columns, config.density))
-    return (uniform_count(rows, columns, config.density),)
+        return (*shape[:-1], groups_per_row(shape[-1], config.density))
+    return (uniform_count(math.prod(shape[:-1]), shape[-1], config.density),)
 
 
 @functools.cache
@@ -227,10 +234,12 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         base.register_parameter(self, name, param)
 
     def reset_parameters(self) -> None:
+        weights = [getattr(self, name + SUFFIX) for name in names]
         if hasattr(base, "reset_parameters"):
-            base.reset_parameters(self)  # bias and the like; what it does to a composed weight is discarded
-        for name in names:
-            getattr(self, name + SUFFIX).reset_parameters()
+            with _shapes_only(weights):
+                base.reset_parameters(self)  # bias and the like
+        for weight in weights:
+            weight.reset_parameters()
 
     def __reduce_ex__(self, protocol):
         make, args, *rest = cast(tuple, base.__reduce_ex__(self, max(protocol, 2)))
@@ -255,6 +264,18 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         **{name: compose_property(name) for name in names},
     }
     return types.new_class(f"SL{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(members))
+
+
+@contextlib.contextmanager
+def _shapes_only(weights: Sequence[SLWeight]) -> Iterator[None]:
+    """Within, these weights read as tensors on the meta device: what is drawn for them is discarded, not composed."""
+    for weight in weights:
+        vars(weight)["forward"] = functools.partial(torch.empty, weight.shape, device="meta")
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del vars(weight)["forward"]
 
 
 def _remake(base: Any, names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
@@ -288,8 +309,7 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 def template(weight: Tensor, config: SLConfig, input_dim: int) -> SLWeight:
     """A weight module on the meta device: the shapes of the factors of ``weight``, for a graph that is to be built."""
-    rows, columns = weight.shape
-    return SLWeight(rows, columns, replace(config, seed=0), input_dim=input_dim, device="meta", dtype=weight.dtype)
+    return SLWeight(weight.shape, replace(config, seed=0), input_dim=input_dim, device="meta", dtype=weight.dtype)
 
 
 def class_with(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:

@@ -166,7 +166,7 @@ def test_a_model_without_eligible_weights_is_warned_about_once(caplog):
 
 
 def composed_like(model: nn.Module) -> set[tuple[int, ...]]:
-    shapes = {(w.rows, w.columns) for w in model.modules() if isinstance(w, slcompile.SLWeight)}
+    shapes = {w.shape for w in model.modules() if isinstance(w, slcompile.SLWeight)}
     return shapes | {shape[::-1] for shape in shapes}
 
 
@@ -286,18 +286,27 @@ def test_graph_breaks_convert_each_fragment(batch):
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.into, self.first, self.second, self.out = (
+                nn.Linear(*each) for each in ((9, 64), (64, 64), (64, 64), (64, 9))
+            )
 
         def forward(self, x):
+            x = self.into(x)
+            torch._dynamo.graph_break()
             x = self.first(x)
             torch._dynamo.graph_break()
-            return self.second(x)
+            x = self.second(x)
+            torch._dynamo.graph_break()
+            return self.out(x)
 
     model = Broken()
     compiled = torch.compile(model, backend="sltrain", options=OPTIONS)
-    compiled(batch[0]).sum().backward()
+    compiled(batch[0][:, :9]).sum().backward()
     assert set(slcompile.factors(model)) == {"first.weight", "second.weight"}
     assert all(p.grad is not None for p in model.parameters())
+    # What graphs without anything to convert leave is reported too, before the first conversion and after it.
+    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    assert reasons == {"into.weight": "too_small", "out.weight": "too_small"}
 
 
 def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):
@@ -331,6 +340,7 @@ def test_modes_and_inductor_settings_reach_inductor(block, block_class, batch):
     for kwargs, message in (
         ({"mode": "max-autotun"}, "did you mean 'max-autotune'"),
         ({"options": {"inductor": {"max_autotun": True}}}, "did you mean 'max_autotune'"),
+        ({"options": {"inductor": {"use_joint_graph_passes": False}}}, "use_joint_graph_passes .* must be True"),
         ({"options": {"rnk": 3}}, "did you mean 'rank'"),
         ({"options": {"rank": float("nan")}}, "rank must be"),
         ({"options": {"exclude": ["*nothing*"]}}, "matches no parameter"),
@@ -341,6 +351,34 @@ def test_modes_and_inductor_settings_reach_inductor(block, block_class, batch):
         with pytest.raises(Exception, match=message):
             torch.compile(model, backend="sltrain", **kwargs)(batch[0])
         assert not is_converted(model)
+
+
+def test_our_passes_run_in_inductors_lite_mode_too(block, batch):
+    compiled = torch.compile(block, backend="sltrain", mode="lite")
+    compiled(batch[0]).sum().backward()
+    loss, saved = saved_for_backward(lambda: compiled(batch[0]).sum())
+    loss.backward()
+    assert len(saved) > 3
+    assert not [tensor.shape for tensor in saved if tuple(tensor.shape) in composed_like(block)]
+
+
+def test_attention_reads_factored_products_right_in_lite_mode():
+    """Its CPU kernel wants adjacent channels and does not look; a factored product comes transposed."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (each(x).view(1, 16, 4, 16).transpose(1, 2) for each in (self.q, self.k))
+            return F.scaled_dot_product_attention(q, k, k)
+
+    model = slcompile.factorize_(Attention(), slcompile.SLConfig(init="spectral"))
+    x = torch.randn(1, 16, 64)
+    inductor = {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(slcompile.backend.RUN, True)}
+    compiled = torch.compile(model, backend="sltrain", options={"lowering": "factored", "inductor": inductor})
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_no_step_leaks_memory_or_compiles(block, batch, counting):

@@ -234,6 +234,26 @@ def test_memory_refuses_before_it_estimates(flags, message, capsys, monkeypatch)
     assert message in capsys.readouterr().err
 
 
+def test_memory_of_a_factorys_model(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    return torch.nn.Linear(64, 96), (torch.randn(8, 64),)\n"
+        "def wrong():\n"
+        "    return torch.nn.Linear(64, 96), (torch.randn(8, 65),)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["memory", "my_models:make", "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["dtype"] == "float32"  # the model's own
+    assert report["variants"]["dense"]["parameter_count"] == 65 * 96
+    assert "my_models:make" in capsys.readouterr().out
+    assert main(["memory", "my_models:make", "--batch", "2"]) == 2
+    assert "--batch must be left out with a factory" in capsys.readouterr().err
+    assert main(["memory", "my_models:wrong"]) == 2
+    assert "estimating my_models:wrong failed with RuntimeError" in capsys.readouterr().err
+
+
 def test_drawing_without_matplotlib_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["memory", "--model", "llama-60m", "--plot", "chart.png"]) == 2

@@ -176,7 +176,7 @@ def test_a_state_dict_can_be_assigned(block, block_class, batch):
         torch.optim.Muon([twin.up.weight_sl.values]).step()
 
 
-def test_the_contract_of_a_converted_weight(block):
+def test_the_contract_of_a_converted_weight(block, monkeypatch):
     slcompile.factorize_(block, CONFIG)
     assert torch.equal(block.up.weight, block.up.weight_sl())
     for assign in (
@@ -192,6 +192,9 @@ def test_the_contract_of_a_converted_weight(block):
     assert not torch.equal(block.up.weight, before)
     assert not torch.equal(block.up.bias, bias)
     assert torch.equal(block.up.weight != 0, before != 0)  # B is zero: the same support, other values
+    with monkeypatch.context() as patch:
+        patch.setattr(slcompile.SLWeight, "forward", lambda self: pytest.fail("composed to be discarded"))
+        block.up.reset_parameters()
     block.up.weight_sl.requires_grad_(False)
     assert not block.up.weight.requires_grad
     slcompile.merge_(block)

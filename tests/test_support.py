@@ -348,6 +348,15 @@ class TestDrawSeed:
         assert len(set(first)) == 20
         assert all(0 <= each < SEED_LIMIT for each in first)
 
+    @pytest.mark.parametrize("known_by", ["torchrun", "process group"])
+    def test_none_is_as_0_among_several_processes(self, known_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        if known_by == "torchrun":
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        else:
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        assert [draw_seed(None, "a"), draw_seed(None, "b")] == [draw_seed(0, "a"), draw_seed(0, "b")]
+
     def test_int_leaves_the_generator_where_it_was(self) -> None:
         before = torch.get_rng_state()
         draw_seed(3, "name")

@@ -209,6 +209,12 @@ def test_amx_is_known():
     assert torch_private.has_amx() in (True, False)
 
 
+def test_lite_mode_is_known():
+    assert not torch_private.calls_aten()
+    with torch._inductor.config.patch(torch._inductor.list_mode_options()["lite"]):
+        assert torch_private.calls_aten()
+
+
 def test_higher_order_ops_are_known():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
@@ -271,3 +277,12 @@ def test_a_step_without_its_hooks(block):
     Fresh(block.parameters(), lr=0.1)  # puts the hooks there
     assert Fresh.step is not bare
     assert torch_private.step_without_hooks(Fresh) is bare
+
+
+def test_a_look_at_each_state_dict_before_it_is_loaded(block, monkeypatch):
+    monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)  # put back afterwards
+    seen = []
+    torch_private.before_load_state_dict(lambda module, state: seen.append((module, state)))
+    state = block.state_dict()
+    assert block.load_state_dict(state, strict=False).missing_keys == []
+    assert seen == [(block, state)]

@@ -9,6 +9,7 @@ The paper's (github.com/andyjm3/SLTrain) has ``splora_config.json`` and, for eac
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,7 +119,7 @@ def _settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
 def _require_positions_inside(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, SLWeight) and module.support == "uniform":
-            low, high, size = int(module.index.min()), int(module.index.max()), module.rows * module.columns
+            low, high, size = int(module.index.min()), int(module.index.max()), math.prod(module.shape)
             if low < 0 or high >= size:
                 raise ValueError(f"{path}.index must lie in [0, {size}), got {low} to {high}")
 
@@ -129,9 +130,8 @@ def _install(model: nn.Module, name: str, described: Mapping[str, Any]) -> None:
         dense = model.get_parameter(name)
     except AttributeError as error:
         raise ValueError(f"the checkpoint factorizes {name}, which the model does not have") from error
-    rows, columns = dense.shape
     config = SLConfig(**{key: described[key] for key in ("rank", "alpha", "density", "support")})
-    weight = SLWeight(rows, columns, config, name=name, input_dim=described["input_dim"], dtype=dense.dtype)
+    weight = SLWeight(dense.shape, config, name=name, input_dim=described["input_dim"], dtype=dense.dtype)
     for module in list(model.modules()):
         for attribute, parameter in list(module._parameters.items()):
             if parameter is dense:

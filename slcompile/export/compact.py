@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.owners import plain_name
-from slcompile.support import flat_positions
+from slcompile.support import flat_positions, uniform_dtype
 from slcompile.weight import SUFFIX, SLWeight
 
 
@@ -59,14 +59,14 @@ def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
     nodes: list[Any] = []
     dtype = ir.tensor_adapters.to_torch_dtype(dense.const_value.dtype)
     parts = weight.factors()
-    positions = flat_positions(parts.values, weight.seed if parts.index is None else parts.index, weight.columns)
-    index = constant("index", positions.to(torch.int32 if weight.rows * weight.columns < 2**31 else torch.int64))
+    positions = flat_positions(parts.values, weight.seed if parts.index is None else parts.index, weight.shape[-1])
+    index = constant("index", positions.to(uniform_dtype(*weight.as_matrix)))
     B = wide(constant("B", (parts.B.float() * parts.scale).to(dtype)))
     A = wide(constant("A", parts.A.to(dtype)))
     values = wide(constant("values", parts.values.flatten().to(dtype)))
     flat = node("Reshape", [node("MatMul", [B, A]), constant("flat", torch.tensor([-1]))])
     added = node("ScatterElements", [flat, index, values], {"axis": 0, "reduction": "add"})
-    output = node("Reshape", [added, constant("shape", torch.tensor([weight.rows, weight.columns]))])
+    output = node("Reshape", [added, constant("shape", torch.tensor(weight.shape))])
     if dtype not in (torch.float32, torch.float64):
         output = node("Cast", [output], {"to": dense.const_value.dtype})
     output.shape, output.type = dense.shape, dense.type

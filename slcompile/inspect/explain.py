@@ -251,7 +251,7 @@ class _Use:
 def _factorized(factors: SLWeight, name: str = "") -> _Weight:
     """A weight that is factorized already."""
     trained = any(each.requires_grad for each in factors.parameters())
-    like = torch.empty(factors.rows, factors.columns, dtype=factors.B.dtype, device="meta", requires_grad=trained)
+    like = torch.empty(factors.shape, dtype=factors.B.dtype, device="meta", requires_grad=trained)
     return _Weight(name, like, factors, trained)
 
 
@@ -440,7 +440,7 @@ def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decisio
     if weight.factors is None:
         return Change(before, before)
     factors, tokens = weight.factors, torch_private.size_hint(read.matmul.tokens)
-    matmul = Matmul(factors.rows, factors.columns, factors.rank, factors.values.numel(), factors.B.dtype)
+    matmul = Matmul(*factors.as_matrix, factors.rank, factors.values.numel(), factors.B.dtype)
 
     def factored(phase: str, decisions: Sequence[Decision]) -> float:
         """The share of a phase's products that are factored; all are composed where nothing was decided."""

@@ -3,13 +3,16 @@
 Backward, with G_NK = dL/dW:  dB = scale * G @ A^T,  dA = scale * B^T @ G,  dvalues = G at the support.
 
 N rows, K columns, R rank, P non-zeros. ``values`` and ``support`` are [N, groups] and the seed (one element) for
-the stratified support, [P] and the flat index [P] for the uniform one.
+the stratified support, [P] and the flat index [P] for the uniform one. A stack of E matrices (the experts of a mixture)
+has B [E, N, R], A [E, R, K] and values [E, N, groups]; its support is that of one matrix of E * N rows.
 
 The ops are opaque (``custom_op``, not ``triton_op``) so that they reach the joint graph whole: passes find them
 there, and AOTAutograd decomposes a triton_op before any custom pass runs.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -19,9 +22,10 @@ from slcompile.support import flat_positions
 
 def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:
     """The formula as the paper writes it, differentiable by autograd itself; for tests."""
-    sparse = torch.zeros(B.shape[0] * A.shape[1], dtype=values.dtype, device=values.device)
-    sparse = sparse.scatter(0, flat_positions(values, support, A.shape[1]).long(), values.flatten())
-    return scale * (B @ A) + sparse.view(B.shape[0], A.shape[1])
+    shape = (*B.shape[:-1], A.shape[-1])
+    sparse = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
+    sparse = sparse.scatter(0, flat_positions(values, support, A.shape[-1]).long(), values.flatten())
+    return scale * (B @ A) + sparse.view(shape)
 
 
 @torch.library.custom_op("slcompile::compose", mutates_args=())
@@ -31,39 +35,44 @@ def compose(
     """Composes a weight.
 
     Args:
-        B: [N, R], float32, bfloat16, float16 or float64.
-        A: [R, K], like B.
-        values: [N, groups] or [P], like B.
+        B: [N, R] or [E, N, R], float32, bfloat16, float16 or float64.
+        A: [R, K] or [E, R, K], like B.
+        values: [N, groups], [E, N, groups] or [P], like B.
         support: The seed or the flat index, an integer tensor (see the file's first lines).
         scale: Factor of the low-rank part.
         dtype: Of the result; None is B's.
 
     Returns:
-        [N, K], contiguous, whatever autocast says.
+        [N, K] or [E, N, K], contiguous, whatever autocast says.
     """
     with torch.autocast(B.device.type, enabled=False):
-        # beta=0: the first argument is not read, and alpha is applied before rounding to B's dtype.
-        weight = torch.addmm(B.new_empty(1, 1), B, A, beta=0, alpha=scale)
+        weight = _scaled_product(B, A, scale)
         # The support has no repetition, so this is exact and deterministic.
-        weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[1]), values.flatten())
+        weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[-1]), values.flatten())
         return weight if dtype is None else weight.to(dtype)
 
 
 @compose.register_fake
 def _(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    return B.new_empty((B.shape[0], A.shape[1]), dtype=dtype)
+    return B.new_empty((*B.shape[:-1], A.shape[-1]), dtype=dtype)
+
+
+def _scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
+    # beta=0: the first argument is not read, and alpha is applied before rounding to the operands' dtype.
+    product = torch.addmm if first.dim() == 2 else torch.baddbmm
+    return product(first.new_empty((1,) * first.dim()), first, second, beta=0, alpha=scale)
 
 
 @torch.library.custom_op("slcompile::compose_backward", mutates_args=())
 def compose_backward(
     grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Projects a weight's gradient [N, K] to those of B [N, R], A [R, K] and values, each in its own dtype."""
+    """Projects a weight's gradient to those of B, A and values; shapes as for ``compose``, each in its own dtype."""
     with torch.autocast(B.device.type, enabled=False):
         grad = grad.to(B.dtype)
-        grad_B = torch.addmm(B.new_empty(1, 1), grad, A.t(), beta=0, alpha=scale)
-        grad_A = torch.addmm(A.new_empty(1, 1), B.t(), grad, beta=0, alpha=scale)
-        positions = flat_positions(values, support, A.shape[1])
+        grad_B = _scaled_product(grad, A.mT, scale)
+        grad_A = _scaled_product(B.mT, grad, scale)
+        positions = flat_positions(values, support, A.shape[-1])
         grad_values = grad.reshape(-1).index_select(0, positions).view(values.shape)
     return grad_B, grad_A, grad_values
 
@@ -93,10 +102,10 @@ def _backward_vjp(ctx, u, v, w):
     # compose_backward is linear in each argument, so its own derivative is made of the same two products:
     # dgrad = scale * (u A + B v) + scatter(w), dB = scale * grad v^T, dA = scale * u^T grad.
     grad, B, A, support = ctx.saved_tensors
-    grad_grad = compose(torch.cat([u, B], 1), torch.cat([A, v], 0), w, support, ctx.scale, grad.dtype)
+    grad_grad = compose(torch.cat([u, B], -1), torch.cat([A, v], -2), w, support, ctx.scale, grad.dtype)
     with torch.autocast(B.device.type, enabled=False):
         cast = grad.to(B.dtype)
-        return grad_grad, ctx.scale * (cast @ v.t()), ctx.scale * (u.t() @ cast), None, None, None
+        return grad_grad, ctx.scale * (cast @ v.mT), ctx.scale * (u.mT @ cast), None, None, None
 
 
 compose.register_autograd(_compose_vjp, setup_context=_setup_compose)

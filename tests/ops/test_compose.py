@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -10,8 +11,9 @@ from slcompile.ops import WEIGHT_OPS, compose, compose_backward, compose_referen
 from slcompile.support import flat_positions, groups_per_row, uniform_index
 
 SUPPORTS = ("stratified", "uniform")
-# rows, columns, rank: nothing divides anything, and the smallest there is.
-SHAPES = [(7, 5, 3), (63, 65, 17), (33, 129, 8), (1, 9, 1), (9, 1, 1)]
+# rows, columns, rank: nothing divides anything, and the smallest there is; then stacks of matrices.
+SHAPES = [(7, 5, 3), (63, 65, 17), (33, 129, 8), (1, 9, 1), (9, 1, 1), (3, 21, 65, 17), (1, 7, 5, 3)]
+STACK = (3, 4, 5, 2)
 DENSITY = 0.1
 SCALE = 0.75
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,23 +36,23 @@ class Operands(NamedTuple):
 
 
 def make_operands(
-    support: str, shape: tuple[int, int, int] = (7, 5, 3), dtype: torch.dtype = torch.float64, seed: int = 3
+    support: str, shape: tuple[int, ...] = (7, 5, 3), dtype: torch.dtype = torch.float64, seed: int = 3
 ) -> Operands:
-    rows, columns, rank = shape
+    *stack, rows, columns, rank = shape
     generator = torch.Generator().manual_seed(seed)
     if support == "stratified":
-        where, values_shape = torch.tensor([seed]), (rows, groups_per_row(columns, DENSITY))
+        where, values_shape = torch.tensor([seed]), (*stack, rows, groups_per_row(columns, DENSITY))
     else:
-        where = uniform_index(seed, rows, columns, DENSITY)
+        where = uniform_index(seed, math.prod(stack) * rows, columns, DENSITY)
         values_shape = where.shape
-    shapes = ((rows, rank), (rank, columns), values_shape)
+    shapes = ((*stack, rows, rank), (*stack, rank, columns), values_shape)
     return Operands(
         *(torch.randn(each, generator=generator, dtype=torch.float64).to(dtype) for each in shapes), support=where
     )
 
 
 def make_grad(operands: Operands, seed: int = 4) -> Tensor:
-    shape = (operands.B.shape[0], operands.A.shape[1])
+    shape = (*operands.B.shape[:-1], operands.A.shape[-1])
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(operands.B.dtype)
 
@@ -64,13 +66,13 @@ def assert_equal_to_rounding(found: Tensor, expected: Tensor, magnitude: Tensor,
 
 
 def scattered(operands: Operands) -> Tensor:
-    rows, columns = operands.B.shape[0], operands.A.shape[1]
-    dense = operands.values.new_zeros(rows, columns)
+    columns = operands.A.shape[-1]
+    dense = operands.values.new_zeros(operands.B.shape[:-1].numel(), columns)
     for value, position in zip(
         operands.values.flatten(), flat_positions(operands.values, operands.support, columns).tolist(), strict=True
     ):
         dense[position // columns, position % columns] = value
-    return dense
+    return dense.view(*operands.B.shape[:-1], columns)
 
 
 def test_the_package_knows_compose_as_a_weight_op() -> None:
@@ -79,9 +81,10 @@ def test_the_package_knows_compose_as_a_weight_op() -> None:
 
 class TestOpcheck:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
     @pytest.mark.parametrize("support", SUPPORTS)
-    def test_compose(self, support: str, dtype: torch.dtype) -> None:
-        operands = make_operands(support, dtype=dtype).trained()
+    def test_compose(self, support: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        operands = make_operands(support, shape, dtype).trained()
         torch.library.opcheck(compose, (*operands, SCALE))
 
     @pytest.mark.parametrize("support", SUPPORTS)
@@ -90,9 +93,10 @@ class TestOpcheck:
         torch.library.opcheck(compose, (*operands, SCALE), {"dtype": torch.bfloat16})
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
     @pytest.mark.parametrize("support", SUPPORTS)
-    def test_compose_backward(self, support: str, dtype: torch.dtype) -> None:
-        operands = make_operands(support, dtype=dtype).trained()
+    def test_compose_backward(self, support: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        operands = make_operands(support, shape, dtype).trained()
         torch.library.opcheck(compose_backward, (make_grad(operands).requires_grad_(), *operands, SCALE))
 
     def test_transposed_operands(self) -> None:
@@ -106,12 +110,12 @@ class TestOpcheck:
 class TestForward:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("support", SUPPORTS)
-    def test_equals_the_formula(self, support: str, shape: tuple[int, int, int]) -> None:
+    def test_equals_the_formula(self, support: str, shape: tuple[int, ...]) -> None:
         operands = make_operands(support, shape)
         expected = SCALE * (operands.B @ operands.A) + scattered(operands)
         magnitude = SCALE * (operands.B.abs() @ operands.A.abs()) + scattered(operands).abs()
-        assert_equal_to_rounding(compose(*operands, SCALE), expected, magnitude, terms=shape[2])
-        assert_equal_to_rounding(compose_reference(*operands, SCALE), expected, magnitude, terms=shape[2])
+        assert_equal_to_rounding(compose(*operands, SCALE), expected, magnitude, terms=shape[-1])
+        assert_equal_to_rounding(compose_reference(*operands, SCALE), expected, magnitude, terms=shape[-1])
 
     @pytest.mark.parametrize("support", SUPPORTS)
     def test_result_is_contiguous_whatever_the_operands_are(self, support: str) -> None:
@@ -151,9 +155,10 @@ class TestForward:
 
 
 class TestBackward:
+    @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
     @pytest.mark.parametrize("support", SUPPORTS)
-    def test_gradcheck_and_gradgradcheck(self, support: str) -> None:
-        operands = make_operands(support).trained()
+    def test_gradcheck_and_gradgradcheck(self, support: str, shape: tuple[int, ...]) -> None:
+        operands = make_operands(support, shape).trained()
 
         def function(B: Tensor, A: Tensor, values: Tensor) -> Tensor:
             return compose(B, A, values, operands.support, SCALE)
@@ -172,16 +177,15 @@ class TestBackward:
 
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("support", SUPPORTS)
-    def test_gradients_are_their_formulas(self, support: str, shape: tuple[int, int, int]) -> None:
+    def test_gradients_are_their_formulas(self, support: str, shape: tuple[int, ...]) -> None:
         operands = make_operands(support, shape).trained()
         G = make_grad(operands)
         compose(*operands, SCALE).backward(G)
         B, A, values, where = (each.detach() for each in operands)
-        rows, columns, _ = shape
-        assert_equal_to_rounding(operands.B.grad, SCALE * (G @ A.T), SCALE * (G.abs() @ A.abs().T), terms=columns)
-        assert_equal_to_rounding(operands.A.grad, SCALE * (B.T @ G), SCALE * (B.abs().T @ G.abs()), terms=rows)
-        picked = [G[position // columns, position % columns]
-                  for position in flat_positions(values, where, columns).tolist()]  # fmt: skip
+        *_, rows, columns, _ = shape
+        assert_equal_to_rounding(operands.B.grad, SCALE * (G @ A.mT), SCALE * (G.abs() @ A.abs().mT), terms=columns)
+        assert_equal_to_rounding(operands.A.grad, SCALE * (B.mT @ G), SCALE * (B.abs().mT @ G.abs()), terms=rows)
+        picked = [G.flatten()[position] for position in flat_positions(values, where, columns).tolist()]
         assert torch.equal(operands.values.grad, torch.stack(picked).view(values.shape))
 
     @pytest.mark.parametrize("support", SUPPORTS)
@@ -226,11 +230,9 @@ class TestPrecision:
     """No less precise than eager mode in the same dtype, both measured against float64."""
 
     @pytest.mark.parametrize("dtype", LOW_PRECISION)
-    @pytest.mark.parametrize("shape", [(63, 65, 17), (129, 257, 33)])
+    @pytest.mark.parametrize("shape", [(63, 65, 17), (129, 257, 33), (3, 43, 257, 33)])
     @pytest.mark.parametrize("support", SUPPORTS)
-    def test_error_is_within_the_references(
-        self, support: str, shape: tuple[int, int, int], dtype: torch.dtype
-    ) -> None:
+    def test_error_is_within_the_references(self, support: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         rounded = make_operands(support, shape).to(dtype)
         grad = make_grad(rounded)
         truth = run_both(compose_reference, rounded.to(torch.float64), grad.double())

@@ -146,6 +146,49 @@ def test_finds_every_matmul_of_a_packed_or_shared_weight(
     assert use.input_dim == input_dim
 
 
+stack = torch.ones(3, 8, 8)
+x_ETK = torch.ones(3, 5, 8)
+rows_of = torch.tensor([0, 2, 1, 1, 0])  # a matrix of the stack for each token
+
+
+@pytest.mark.parametrize(
+    ("function", "input_dim"),
+    [
+        (lambda x, W: torch.bmm(x_ETK, W), 0),
+        (lambda x, W: torch.baddbmm(x_ETK, x_ETK, W.mT), 1),
+        (lambda x, W: x_ETK @ W.transpose(1, 2), 1),
+        (lambda x, W: torch.bmm(W, x_ETK.mT), 1),
+        (lambda x, W: torch.einsum("etk,enk->etn", x_ETK, W), 1),
+        (lambda x, W: torch.bmm(x.unsqueeze(1), W[rows_of]), 0),
+        (lambda x, W: torch.bmm(x.unsqueeze(1), W.index_select(0, rows_of).mT), 1),
+        (lambda x, W: [x @ part for part in W], 0),
+        (lambda x, W: F.linear(x, W[1]), 1),
+        (lambda x, W: torch._grouped_mm(x.bfloat16(), W.bfloat16(), offs=torch.tensor([2, 3, 5]).int()), 0),
+    ],
+    ids=["bmm", "baddbmm", "matmul", "first", "einsum", "index", "index_select", "unbind", "select", "grouped_mm"],
+)
+def test_a_stack_of_matrices(function: Callable[..., object], input_dim: int) -> None:
+    use = use_of(function, "aten", x_TK, stack)
+    assert (use.stacked, use.input_dim, use.others) == (True, input_dim, [])
+    assert use.reads
+    assert all(each.flops == 2 * 8 * 8 * each.tokens for each in use.reads)
+
+
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [
+        (lambda x, W: torch.einsum("tk,khd->thd", x, W.view(8, 3, 8)), []),
+        (lambda x, W: x @ W.view(24, 8).t(), []),
+        (lambda x, W: torch.bmm(x_ETK, W.transpose(0, 1).reshape(3, 8, 8)), []),
+        (lambda x, W: torch.bmm(x.unsqueeze(1), W[:, torch.tensor([0, 2])].mT[rows_of]), ["index"]),
+    ],
+    ids=["heads", "as one matrix", "other matrices", "rows of each"],
+)
+def test_what_is_no_stack_of_matrices(function: Callable[..., object], others: list[str]) -> None:
+    use = use_of(function, "aten", x_TK, stack)
+    assert (use.stacked, use.others) == (False, others)
+
+
 def thirds(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """A proxy cannot be iterated."""
     return parts[0], parts[1], parts[2]

@@ -151,6 +151,24 @@ def test_siblings_of_few_tokens_share_launches_on_a_gpu(tokens, projects):
 
 
 @pytest.mark.usefixtures("target", "gpu")
+def test_a_stack_of_matrices_is_composed_by_one_launch_on_a_gpu():
+    def experts(x, *factors):
+        return torch.bmm(x, compose(*factors, 0.5).mT)
+
+    shapes = [(4, 24, 48), (4, 40, 8), (4, 8, 48), (4, 40, 5), (1,)]
+    with FakeTensorMode():
+        fakes = [torch.empty(each, device="meta", dtype=torch.int64 if each == (1,) else None) for each in shapes]
+        gm = make_fx(experts)(*fakes)
+    report = choose_lowering(gm, "factored")
+    assert [(each.reason, each.shape, each.lowering) for each in report.skipped] == [
+        ("not_a_product", (4, 40, 48), "composed")
+    ]
+    lower_ops(gm)
+    (launch,) = gm.graph.find_nodes(op="call_function", target=LAUNCH)
+    assert launch.kwargs["kwargs"]["p_W"].meta["val"].shape == (4, 40, 48)
+
+
+@pytest.mark.usefixtures("target", "gpu")
 def test_a_cast_is_folded_into_the_composition_on_a_gpu(stratified_joint):
     gm, _ = lowered_on_gpu(stratified_joint, "composed", lambda x, w: x @ w.t(), cast=torch.bfloat16)
     (launch, *_) = gm.graph.find_nodes(op="call_function", target=LAUNCH)

@@ -40,7 +40,7 @@ def factorized() -> fx.GraphModule:
     gm = fx.symbolic_trace(Net())
     table = {}
     for owner in ("fc", "head"):
-        weight = SLWeight(8, 6, SLConfig(rank=2, alpha=1.0, density=0.4))
+        weight = SLWeight((8, 6), SLConfig(rank=2, alpha=1.0, density=0.4))
         for parameter in weight.parameters():
             nn.init.normal_(parameter)
         put_in_place(gm.get_submodule(owner), "weight", weight)
@@ -124,7 +124,7 @@ def test_graph_whose_factors_are_inputs_is_left(owner: str) -> None:
 
 def test_weight_of_the_graph_module_itself() -> None:
     root = nn.Module()
-    root.weight_sl = SLWeight(8, 6, SLConfig(rank=2))
+    root.weight_sl = SLWeight((8, 6), SLConfig(rank=2))
     graph = fx.Graph()
     factors = [graph.get_attr(f"weight_sl.{name}") for name in ("B", "A", "values", "seed")]
     graph.output(graph.call_function(torch.ops.slcompile.compose.default, (*factors, 0.5)))

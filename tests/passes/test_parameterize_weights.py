@@ -17,7 +17,7 @@ from slcompile.weight import SLWeight, put_in_place
 
 def make_weight(support: str = "stratified", rows: int = 8, columns: int = 6) -> SLWeight:
     weight = SLWeight(
-        rows, columns, SLConfig(rank=2, alpha=1.0, density=0.4, support=support, seed=0), name="fc.weight"
+        (rows, columns), SLConfig(rank=2, alpha=1.0, density=0.4, support=support, seed=0), name="fc.weight"
     )
     torch.manual_seed(0)
     for parameter in weight.parameters():

@@ -1,0 +1,174 @@
+"""Trains a byte-level transformer with ``backend="sltrain"`` on several processes, its factors sharded by FSDP2.
+
+    torchrun --standalone --nproc-per-node 2 examples/pretrain_distributed.py          # two CPU processes
+
+On 4 nodes of 8 GPUs, the same command on each of them:
+
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        examples/pretrain_distributed.py --width 2048 --layers 24 --context 1024 --steps 10000
+
+The model is made on the meta device, factorized there, sharded, and only then given memory: no process ever holds a
+dense weight, or a whole factor of more than one layer. Started again, on any number of processes, it goes on from the
+checkpoint. The text is the Python source of torch itself, unless ``--text`` names a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+import slcompile
+
+VOCABULARY = 256
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, heads: int, layers: int, context: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.embed_position = nn.Embedding(context, width)
+        self.layers = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.embed_position.weight[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+def sharded(model: nn.Module, config: slcompile.SLConfig, device: torch.device, seed: int) -> nn.Module:
+    """Factorizes a model on the meta device, compiles its layers, shards it, gives it memory and draws its start."""
+    slcompile.factorize_(model, config)
+    for layer in model.layers:
+        layer.compile(backend="sltrain", fullgraph=True)  # equal layers share one compiled graph
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device=device)
+    torch.manual_seed(seed + dist.get_rank())  # each process draws its own rows of every parameter
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+def batches(text: Tensor, size: int, context: int, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [size, context] of a step: other ones on each process, the same after a restart."""
+    generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
+    starts = torch.randint(len(text) - context - 1, (size,), generator=generator)
+    windows = torch.stack([text[start : start + context + 1] for start in starts]).long()
+    return windows[:, :-1], windows[:, 1:]
+
+
+def read_text(path: Path | None) -> Tensor:
+    files = [path] if path else sorted(Path(torch.__file__).parent.glob("nn/modules/*.py"))
+    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
+    """Each process writes its own shards."""
+    weights, states = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": states, "step": torch.tensor(step)}, checkpoint_id=folder)
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
+    """Reads a checkpoint that any number of processes wrote; returns its step, 0 where there is none."""
+    if not (folder / ".metadata").is_file():
+        return 0
+    weights, states = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": states, "step": torch.tensor(0)}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(state["step"])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("width", 128), ("heads", 4), ("layers", 4), ("context", 128), ("batch", 8), ("steps", 100)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--rank", type=float, default=0.25, help="a fraction, or from 1 on a number of columns")
+    parser.add_argument("--density", type=float, default=0.03)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/distributed"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    say = print if dist.get_rank() == 0 else lambda *_: None
+
+    shape = (args.width, args.heads, args.layers, args.context)
+    rank = int(args.rank) if args.rank >= 1 else args.rank
+    config = slcompile.SLConfig(rank=rank, density=args.density, seed=args.seed)
+    with torch.device("meta"):
+        model = Transformer(*shape)
+    dense = sum(each.numel() for each in model.parameters())
+    sharded(model, config, device, args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    start = load(model, optimizer, args.out / "checkpoint")
+    local = sum(each.to_local().numel() for each in model.parameters())
+    say(
+        f"{dense:,} parameters when dense, {sum(each.numel() for each in model.parameters()):,} now, {local:,} of them here"
+    )
+
+    text = read_text(args.text)
+    for step in range(start + 1, args.steps + 1):
+        ids, targets = (each.to(device) for each in batches(text, args.batch, args.context, step))
+        loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0 or step == args.steps:
+            dist.all_reduce(loss.detach_())
+            say(f"step {step}: loss {loss.item() / dist.get_world_size():.3f}")
+    save(model, optimizer, args.out / "checkpoint", args.steps)
+
+    # Whole factors on the first process, which merges them and writes one weight at a time.
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        with torch.device("meta"):
+            alone = slcompile.factorize_(Transformer(*shape), config)
+        alone.load_state_dict(whole, assign=True)
+        say(f"wrote {slcompile.save_merged(alone, args.out / 'dense')}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What torchrun starts on each process: ``ranks.py NAME FOLDER`` runs a function below and writes what it returns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import slcompile
+from slcompile.backend import RUN, sltrain
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_distributed.py"
+STEPS = 3
+CONFIG = slcompile.SLConfig(rank=8, density=0.05)  # no seed: processes agree without one
+LIGHT = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(RUN, True)}}
+
+
+def example() -> Any:
+    """The example's module: it is a script, in no package."""
+    spec = importlib.util.spec_from_file_location("pretrain_distributed", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def transformer(layers: int = 2) -> nn.Module:
+    """Of double precision, in which two ways of adding up the same gradients agree to many digits."""
+    return example().Transformer(width=64, heads=2, layers=layers, context=16).double()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int], world: int = 1, rank: int = 0):
+    """Trains on a process's share of 8 sequences a step; returns the losses of all."""
+    losses = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(256, (8, 17), generator=generator).chunk(world)[rank]
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean(loss.detach(), world))
+    return losses
+
+
+def mean(value: Tensor, world: int) -> float:
+    if world > 1:
+        dist.all_reduce(value)
+    return value.item() / world
+
+
+def ddp(folder: Path) -> dict[str, Any]:
+    """Factorized, wrapped, compiled; each process starts from other random numbers, which DDP replaces."""
+    torch.manual_seed(dist.get_rank())
+    model = slcompile.factorize_(transformer(), CONFIG)
+    # Small buckets: Dynamo splits the graph where one ends, and calls the backend for each part.
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 100_000
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.1)
+    parts = []
+
+    def counted(gm: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
+        parts.append(gm)
+        return sltrain(gm, example_inputs, **kwargs)
+
+    compiled = torch.compile(wrapped, backend=counted, options=LIGHT)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = train(compiled, optimizer, range(STEPS), dist.get_world_size(), dist.get_rank())
+    if dist.get_rank() == 1:
+        torch.save(model.state_dict(), folder / "ddp.pt")
+    return {"losses": losses, "graphs": len(parts)}
+
+
+def fsdp(folder: Path) -> dict[str, Any]:
+    """Factorized, compiled layer by layer, sharded; then the sharded checkpoint."""
+    torch.manual_seed(0)
+    model = slcompile.factorize_(transformer(), CONFIG)
+    for layer in model.layers:
+        layer.compile(backend="sltrain", fullgraph=True, options=LIGHT)
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = train(model, optimizer, range(STEPS), dist.get_world_size(), dist.get_rank())
+    example().save(model, optimizer, folder / "checkpoint", STEPS)
+    weight = model.layers[0].up.weight_sl
+    shards = {name: (list(each.shape), list(each.to_local().shape)) for name, each in weight.named_parameters()}
+    return {"losses": losses, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shards": shards}
+
+
+def meta(folder: Path) -> dict[str, Any]:
+    """The example's start from the meta device, and every allocation on the way."""
+    with torch.device("meta"):
+        model = transformer()
+    dense = {each.nbytes for name, each in model.named_parameters() if "layers." in name and each.dim() == 2}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        example().sharded(model, CONFIG, torch.device("cpu"), seed=0)
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    weight = model.layers[0].up.weight_sl
+    drawn = [each.to_local().double().std().item() for each in (weight.A, weight.values, model.embed.weight)]
+    return {
+        "dense": sorted(dense),
+        "allocated": sorted({each.nbytes() for each in events if each.nbytes() > 0}),
+        "seeds": [module.seed.item() for module in model.modules() if isinstance(module, slcompile.SLWeight)],
+        "drawn": drawn,
+        "devices": sorted({each.device.type for each in [*model.parameters(), *model.buffers()]}),
+    }
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    result = globals()[sys.argv[1]](Path(sys.argv[2]))
+    Path(sys.argv[2], f"{sys.argv[1]}{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()

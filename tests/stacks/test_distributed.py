@@ -1,0 +1,114 @@
+"""Two processes of torchrun (gloo): DDP, FSDP2, distributed checkpoints, the start from the meta device, the example."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import slcompile
+
+RANKS = Path(__file__).parent / "ranks.py"
+
+
+def load_ranks() -> Any:
+    spec = importlib.util.spec_from_file_location("ranks", RANKS)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ranks = load_ranks()
+
+
+def torchrun(*command: object, processes: int = 2) -> str:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def on_two(name: str, folder: Path) -> list[dict[str, Any]]:
+    torchrun(RANKS, name, folder)
+    return [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[torch.nn.Module, torch.optim.Optimizer, list[float]]:
+    """The same model trained by one process, compiled as a whole."""
+    torch.manual_seed(0)
+    model = slcompile.factorize_(ranks.transformer(), slcompile.SLConfig(rank=8, density=0.05, seed=0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    compiled = torch.compile(model, backend="sltrain", options=ranks.LIGHT)
+    return model, optimizer, ranks.train(compiled, optimizer, range(ranks.STEPS))
+
+
+def test_ddp_trains_as_one_process_does(tmp_path, alone):
+    model, _, losses = alone
+    first, second = on_two("ddp", tmp_path)
+    assert first == second
+    assert first["graphs"] > 1  # Dynamo splits at DDP's buckets
+    assert first["losses"] == pytest.approx(losses, rel=1e-9)
+    saved = torch.load(tmp_path / "ddp.pt")  # by the process whose own start was replaced
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(tmp_path, alone):
+    model, _, losses = alone
+    first, second = on_two("fsdp", tmp_path)
+    assert first["losses"] == second["losses"] == pytest.approx(losses, rel=1e-9)
+    assert first["graphs"] == 1  # both layers run the graph of the first
+    # B [256, 8], A [8, 64] and values [256, 3]: half of the rows each
+    assert first["shards"] == {"B": [[256, 8], [128, 8]], "A": [[8, 64], [4, 64]], "values": [[256, 3], [128, 3]]}
+
+    torch.manual_seed(1)
+    restored = slcompile.factorize_(ranks.transformer(), slcompile.SLConfig(rank=8, density=0.05))
+    optimizer = torch.optim.AdamW(restored.parameters(), lr=3e-3)
+    assert ranks.example().load(restored, optimizer, tmp_path / "checkpoint") == ranks.STEPS
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(restored.state_dict()[name], value, rtol=1e-7, atol=1e-9)
+    assert slcompile.factors(restored)["layers.0.up.weight"].seed == slcompile.factors(model)["layers.0.up.weight"].seed
+    more = range(ranks.STEPS, ranks.STEPS + 2)
+    assert ranks.train(restored, optimizer, more) == pytest.approx(ranks.train(model, alone[1], more), rel=1e-9)
+
+
+def test_nothing_dense_is_allocated_from_the_meta_device_to_the_shards(tmp_path):
+    first, second = on_two("meta", tmp_path)
+    for each in (first, second):
+        assert each["devices"] == ["cpu"]
+        assert not set(each["dense"]) & set(each["allocated"])
+        assert max(each["allocated"]) < max(each["dense"])
+    assert first["seeds"] == second["seeds"]
+    assert len(set(first["seeds"])) == 8
+    assert first["drawn"] != second["drawn"]  # each process draws its own rows
+    assert all(0.01 < std < 2 for std in first["drawn"])
+
+
+def test_the_example_trains_resumes_on_one_process_and_writes_a_dense_model(tmp_path):
+    script = RANKS.parents[2] / "examples" / "pretrain_distributed.py"
+    small = ["--width", 64, "--layers", 2, "--context", 32, "--out", tmp_path]
+    printed = torchrun(script, *small, "--steps", 20)
+    assert "135,168 parameters when dense, " in printed
+    first, last = (float(each) for each in re.findall(r"step \d+: loss (.*)", printed))
+    assert last < first < 5.5
+    printed = torchrun(script, *small, "--steps", 30, processes=1)
+    ((step, loss),) = re.findall(r"step (\d+): loss (.*)", printed)
+    assert step == "30"
+    assert float(loss) < first
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        model = ranks.example().Transformer(width=64, heads=4, layers=2, context=32)
+    model.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"), assign=True)
+    assert not any(each.is_meta for each in model.parameters())

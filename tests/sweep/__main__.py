@@ -122,8 +122,8 @@ def line(row: Row) -> str:
     grads = max(row.gradients.values(), default=0.0)
     onnx = row.onnx.split(":")[0] if row.onnx else "-"
     text = (
-        f"{row.name:30} {row.family:15} {row.graphs:6} {row.matmuls:7} {row.replaced:8} {row.share:6.0%}  {row.loss:5.2f} "
-        f"{grads:5.2f} {row.merged:7.0e}  {onnx:7} {row.seconds:4.0f}  {left}"
+        f"{row.name:30} {row.family:15} {row.graphs:6} {row.matmuls:7} {row.replaced:8} {row.share:6.0%}  "
+        f"{row.loss:5.2f} {grads:5.2f} {row.merged:7.0e}  {onnx:7} {row.seconds:4.0f}  {left}"
     )
     notes = [*row.details, *([row.onnx] if ":" in row.onnx else []), *(f"FAILED: {each}" for each in row.failures)]
     return "\n".join([text.rstrip(), *(f"    {each}" for each in notes)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import inspect
 import tempfile
 import time
 from collections import Counter
@@ -310,7 +311,7 @@ def check_merged(row: Row, model: nn.Module, inputs: Mapping[str, Any], names: S
 def export_onnx(row: Row, model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """Exports without labels; where that fails, whether torch can export the dense model at all."""
     kwargs = {name: each for name, each in inputs.items() if name not in ("labels", "future_values")}
-    if row.family == "encoder-decoder" or "labels" in inputs and hasattr(model.config, "decoder_start_token_id"):
+    if "labels" in inputs and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         kwargs["decoder_input_ids"] = inputs["labels"]
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # torch 2.13 translates no other one

@@ -7,15 +7,12 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from dataclasses import asdict
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
-
-# Children are forked from a process that has imported everything; Inductor's pool of compilers would be in the way.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
@@ -72,9 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def prepare() -> None:
     """What each child would do first: imports, the patterns of Inductor's passes."""
-    logging.getLogger("slcompile").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     torch.compile(torch.nn.Linear(32, 32), options=dict(ATEN))(torch.randn(2, 32)).sum().backward()
 
 
@@ -100,11 +94,17 @@ def in_child(name: str, timeout: float, **settings: Any) -> Row:
 
 
 def _send(sender: Any, name: str, settings: dict[str, Any]) -> None:
+    # No pool, of threads or of compilers, outlives a fork.
+    torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
     try:
         row = measure(name, **settings)
     except Exception as error:
+        if os.environ.get("SWEEP_TRACEBACK"):
+            traceback.print_exc()
         row = Row(name, ARCHITECTURES[name].family, failures=[first_line(error)])
-        logging.getLogger(__name__).info("%s failed", name, exc_info=True)
     sender.send(row)
 
 

@@ -25,7 +25,7 @@ CONFIG = slcompile.SLConfig(rank=8, density=0.05, seed=1)
 LOWERINGS = ("auto", "composed", "factored")
 STEPS = 5
 
-ATEN = {"fallback_by_default": True, "fallback_random": True}
+ATEN = {"fallback_by_default": True, "fallback_random": True, "compile_threads": 1}
 """Inductor calls ATen for each op: all of the backend but C++ and its compiler, in a tenth of the time."""
 CPP = {"fallback_random": True}
 """What a user gets, but for random numbers, which are eager's."""
@@ -36,7 +36,7 @@ CPP = {"fallback_random": True}
 EPS = 16 * 2**-24
 LUCK = 4
 
-MATMULS = frozenset("addmm addmv baddbmm bmm dot mm mv _grouped_mm".split())
+MATMULS = frozenset("addmm addmv baddbmm bmm dot mm mv _grouped_mm grouped_mm_fallback".split())
 
 
 @dataclass

@@ -1,0 +1,350 @@
+"""What ``backend="sltrain"`` does to one architecture: matmuls found and replaced, losses, gradients, merging, ONNX."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import inspect
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import slcompile
+from tests.sweep.architectures import ARCHITECTURES
+
+CONFIG = slcompile.SLConfig(rank=8, density=0.05, seed=1)
+LOWERINGS = ("auto", "composed", "factored")
+STEPS = 5
+
+ATEN = {"fallback_by_default": True, "fallback_random": True, "compile_threads": 1}
+"""Inductor calls ATen for each op: all of the backend but C++ and its compiler, in a tenth of the time."""
+CPP = {"fallback_random": True}
+"""What a user gets, but for random numbers, which are eager's."""
+
+# A number computed in float32 is as far from the exact one as roundings add up. A sum of 256 terms, the longest here,
+# rounds as a random walk, by 16 units in the last place; how much cancellation magnifies that, eager float32 tells by
+# its own distance from float64. Both distances are random: one may be a few times the other.
+EPS = 16 * 2**-24
+LUCK = 4
+
+MATMULS = frozenset("addmm addmv baddbmm bmm dot mm mv _grouped_mm grouped_mm_fallback".split())
+
+
+@dataclass
+class Row:
+    """What was measured of an architecture.
+
+    Attributes:
+        name, family, parameters: Of the dense model.
+        graphs, breaks: That Dynamo captured, and the places where it had to end one.
+        matmuls, replaced: That read a parameter, and whose parameter is factorized.
+        left: Reason -> how many parameters that matmuls read stay dense for it.
+        details: What to look at by eye: each reason that is none of a weight's shape, name or tie.
+        share: Of the elements that matmuls read, those of factorized parameters.
+        loss: Largest distance of the losses from float64's, in what is allowed.
+        gradients: Of each lowering, the largest distance of a parameter's gradient, in what is allowed.
+        merged: Largest distance of an output after merging, relative to its largest magnitude.
+        onnx: The same in onnxruntime, or why there is no file.
+        seconds: All of this took.
+        failures: What is wrong.
+    """
+
+    name: str
+    family: str
+    parameters: int = 0
+    graphs: int = 0
+    breaks: int = 0
+    matmuls: int = 0
+    replaced: int = 0
+    left: dict[str, int] = field(default_factory=dict)
+    details: list[str] = field(default_factory=list)
+    share: float = 0.0
+    loss: float = 0.0
+    gradients: dict[str, float] = field(default_factory=dict)
+    merged: float = 0.0
+    onnx: str = ""
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+def measure(
+    name: str, inductor: Mapping[str, Any] = ATEN, lowerings: Sequence[str] = LOWERINGS, export: bool = True
+) -> Row:
+    """Converts an architecture by the string, trains it compiled, eager and in float64, merges and exports it.
+
+    Args:
+        name: In ``ARCHITECTURES``.
+        inductor: Settings of Inductor, ``ATEN`` or ``CPP``.
+        lowerings: Under which the gradients are compared; the first one trains.
+        export: Whether to write ONNX.
+    """
+    began = time.perf_counter()
+    row = Row(name, ARCHITECTURES[name].family)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name].make()
+    inputs = ARCHITECTURES[name].inputs(model)
+    row.parameters = sum(each.numel() for each in model.parameters())
+    names = list(model.state_dict())
+    read = parameters_that_matmuls_read(model, inputs)
+    owners = dict(model.named_modules())
+
+    options = {**vars(CONFIG), "inductor": dict(inductor)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # mended by the first run
+    compiled = torch.compile(model, backend="sltrain", options={**options, "lowering": lowerings[0]})
+    first = loss_of(compiled, inputs).item()
+    counters = torch._dynamo.utils.counters
+    row.graphs, row.breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
+    check_report(row, slcompile.last_report() if slcompile.factors(model) else None, read, owners)
+    if not slcompile.factors(model):
+        row.failures.append("nothing was factorized")
+        return row
+    eager = Reference(model, inputs)
+    if not abs(first - eager.loss) <= EPS * abs(eager.loss):
+        row.failures.append(f"the converting run's loss is {first}, eager's {eager.loss}")
+
+    fill_factors(model)
+    trained = {lowering: model if lowering == lowerings[0] else copy.deepcopy(model) for lowering in lowerings}
+    reference, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    eager, wide = Reference(reference, inputs), Reference(exact, widened(inputs))
+    for lowering, each in trained.items():
+        run = (
+            compiled
+            if each is model
+            else torch.compile(each, backend="sltrain", options={**options, "lowering": lowering})
+        )
+        loss = loss_of(run, inputs)
+        loss.backward()
+        row.gradients[lowering] = compare_gradients(row, lowering, gradients_of(each), eager.gradients, wide.gradients)
+
+    losses = [
+        train(compiled, optimizer, inputs),
+        train(reference, torch.optim.AdamW(reference.parameters(), lr=1e-3), inputs),
+        train(exact, torch.optim.AdamW(exact.parameters(), lr=1e-3), widened(inputs)),
+    ]
+    allowed = LUCK * distance(losses[1], losses[2]) + EPS * max(map(abs, losses[2]))
+    row.loss = distance(losses[0], losses[2]) / allowed
+    if not row.loss <= 1:
+        row.failures.append(f"losses {losses[0]}, eager's {losses[1]}, in float64 {losses[2]}")
+
+    if export:
+        row.onnx = export_onnx(row, model, inputs)
+    check_merged(row, model, inputs, names)
+    row.seconds = time.perf_counter() - began
+    return row
+
+
+class Reference:
+    """Loss and gradients of a model's eager training step."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        model = copy.deepcopy(model)
+        loss = loss_of(model, inputs)
+        loss.backward()
+        self.loss, self.gradients = loss.item(), gradients_of(model)
+
+
+class MatmulReads(TorchDispatchMode):
+    """Which storages matmuls read while a model runs in eager mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in MATMULS:
+            self.storages |= {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def parameters_that_matmuls_read(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[list[str], nn.Parameter]]:
+    """Names and parameter of each matrix that a matmul of the eager model reads, itself or a view of it.
+
+    Found without our passes and without Dynamo, to check what those found.
+    """
+    with MatmulReads() as reads:
+        loss_of(model, inputs)
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dim() >= 2 and parameter.untyped_storage().data_ptr() in reads.storages:
+            found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+def loss_of(function: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
+    """A model's own loss, if it has one, and how far each of its other outputs is from 1: all of them count."""
+    torch.manual_seed(7)
+    outputs = [
+        value if name == "loss" else (value - 1).square().mean()
+        for name, value in function(**inputs).items()
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
+    return torch.stack([each.reshape(()) for each in outputs]).sum()
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: each.grad.double() for name, each in model.named_parameters() if each.grad is not None}
+
+
+def widened(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with floating-point ones in float64."""
+    is_wide = {name: isinstance(each, Tensor) and each.is_floating_point() for name, each in inputs.items()}
+    return {name: each.double() if is_wide[name] else each for name, each in inputs.items()}
+
+
+@torch.no_grad()
+def fill_factors(model: nn.Module) -> None:
+    """Leaves the start of training, where B is zero and so is the gradient of A."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_sl.B"):
+            parameter.normal_(std=0.05)
+
+
+def train(function: Callable[..., Any], optimizer: torch.optim.Optimizer, inputs: Mapping[str, Any]) -> list[float]:
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(function, inputs)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def distance(losses: Sequence[float], exact: Sequence[float]) -> float:
+    return max(abs(each - other) for each, other in zip(losses, exact, strict=True))
+
+
+def compare_gradients(
+    row: Row, lowering: str, got: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> float:
+    """The largest distance of a parameter's gradient from float64's, as a share of what is allowed."""
+    if got.keys() != eager.keys():
+        row.failures.append(
+            f"{lowering}: {sorted(got.keys() ^ eager.keys())} have a gradient in one of eager and compiled"
+        )
+    worst = 0.0
+    for name in got.keys() & eager.keys():
+        if bool(eager[name].any()) and not bool(got[name].any()):
+            row.failures.append(f"{lowering}: the gradient of {name} is zero")
+        allowed = LUCK * (eager[name] - exact[name]).norm() + EPS * exact[name].norm()
+        error = (got[name] - exact[name]).norm()
+        share = (error / allowed).item() if error else 0.0
+        if not share <= 1:
+            relative = (error / exact[name].norm()).item()
+            row.failures.append(
+                f"{lowering}: the gradient of {name} is off by {relative:.1e}, {share:.1f} of what may be"
+            )
+        worst = max(worst, share)
+    return worst
+
+
+def check_report(
+    row: Row,
+    report: slcompile.PassReport | None,
+    read: Sequence[tuple[list[str], nn.Parameter]],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Counts what was found, replaced and left; what eager matmuls read must be there, each reason must be true."""
+    decisions = [*report.rewritten, *report.skipped] if report else []
+    found = {each.name for each in decisions if each.matmuls}
+    missed = [names[0] for names, _ in read if found.isdisjoint(names)]
+    if missed:
+        row.failures.append(f"matmuls read {', '.join(missed)}, which the report does not say")
+    row.matmuls = sum(each.matmuls for each in decisions)
+    row.replaced = sum(each.matmuls for each in report.rewritten) if report else 0
+    elements = {each.name: torch.Size(each.shape).numel() for each in decisions if each.matmuls}
+    row.share = sum(elements[each.name] for each in report.rewritten) / sum(elements.values()) if elements else 0.0
+    left = [each for each in decisions if each.reason and each.matmuls]
+    row.left = dict(Counter(each.reason for each in left))
+    tied = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
+    parameters = {name: parameter for names, parameter in read for name in names}
+    for each in left:
+        rows_and_columns = sorted(each.shape)
+        holds = {
+            "too_small": rows_and_columns[0] < CONFIG.min_dim,
+            "not_2d": len(each.shape) > 2,
+            "excluded": any(fnmatch.fnmatch(each.name, pattern) for pattern in CONFIG.exclude),
+            "tied": each.name in parameters and id(parameters[each.name]) in tied,
+        }.get(each.reason)
+        if holds is None:
+            row.details.append(f"{each.name} {list(each.shape)}: {each.reason}, {each.detail}")
+        elif not holds:
+            row.failures.append(f"{each.name} {list(each.shape)} stays dense as {each.reason}, which it is not")
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The floating-point outputs of a model in eval mode."""
+    torch.manual_seed(7)
+    outputs = model.eval()(**inputs)
+    return {name: each for name, each in outputs.items() if isinstance(each, Tensor) and each.is_floating_point()}
+
+
+def check_merged(row: Row, model: nn.Module, inputs: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Merges a model, into a freshly built one and in place; both must give its outputs under its own names."""
+    expected = outputs_of(model, inputs)
+    fresh = ARCHITECTURES[row.name].make()
+    fresh.load_state_dict(slcompile.merged_state_dict(model), strict=True)
+    slcompile.merge_(model)
+    if list(model.state_dict()) != list(names):
+        row.failures.append(f"merge_ leaves other names: {sorted(set(model.state_dict()) ^ set(names))}")
+    for each in (fresh, model):
+        for name, output in outputs_of(each, inputs).items():
+            largest = expected[name].abs().max().item()
+            row.merged = max(row.merged, (output - expected[name]).abs().max().item() / max(largest, 1e-30))
+    if not row.merged <= EPS:
+        row.failures.append(f"merged outputs differ by {row.merged:.1e} relative")
+
+
+def export_onnx(row: Row, model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Exports without labels; where that fails, whether torch can export the dense model at all."""
+    kwargs = {name: each for name, each in inputs.items() if name not in ("labels", "future_values")}
+    if "labels" in inputs and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        kwargs["decoder_input_ids"] = inputs["labels"]
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # torch 2.13 translates no other one
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            report = slcompile.export_onnx(model, (), path, kwargs=kwargs)
+        except Exception as error:
+            why = dense_export_error(row, model, kwargs, path)
+            if not why:
+                row.failures.append(f"ONNX: {first_line(error)}, but torch exports the dense model")
+            return why or "failed"
+        return f"{report.max_rel:.0e}"
+
+
+def dense_export_error(row: Row, model: nn.Module, kwargs: Mapping[str, Any], path: Path) -> str:
+    """Why torch's own export of the dense model does not work; empty where it does."""
+    dense = slcompile.merge_(copy.deepcopy(model)).eval()
+    try:
+        torch.onnx.export(dense, (), path, kwargs=dict(kwargs), dynamo=True, optimize=False, verbose=False)
+    except Exception as error:
+        return f"torch cannot: {first_line(error)}"
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        feeds = dict(zip([each.name for each in session.get_inputs()], kwargs.values(), strict=False))
+        session.run(None, {name: each.numpy() for name, each in feeds.items()})
+    except Exception as error:
+        return f"onnxruntime cannot: {first_line(error)}"
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]

@@ -22,6 +22,7 @@ __all__ = [
     "compose",
     "compose_backward",
     "compose_reference",
+    "compose_reference",
     "linear_factored",
     "project",
     "values_grad",

@@ -18,7 +18,7 @@ from slcompile.support import flat_positions
 
 
 def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:
-    """The formula as the paper writes it, differentiable by autograd itself; for tests."""
+    """The formula as the paper writes it, in ops that every transform and mode of autograd can differentiate."""
     sparse = torch.zeros(B.shape[0] * A.shape[1], dtype=values.dtype, device=values.device)
     sparse = sparse.scatter(0, flat_positions(values, support, A.shape[1]).long(), values.flatten())
     return scale * (B @ A) + sparse.view(B.shape[0], A.shape[1])

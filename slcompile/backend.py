@@ -269,7 +269,6 @@ class CapturedGraph:
         made = convert(table, self.config, live, report)
         return found | {due[id(each.weight)]: weight for each, weight in zip(table, made, strict=True)}
 
-
     def require_single_reads(self, wanted: Iterable[int]) -> None:
         """Raises RuntimeError where a converted module would compose a weight more often than this graph does.
 

@@ -340,7 +340,7 @@ def is_transforming() -> bool:
 
 
 def in_eager_checkpoint() -> bool:
-    """Whether a non-reentrant ``torch.utils.checkpoint`` outside of compiled code watches what is saved for backward."""
+    """Whether a non-reentrant ``torch.utils.checkpoint`` outside of compiled code watches what is saved."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
 

@@ -22,7 +22,6 @@ __all__ = [
     "compose",
     "compose_backward",
     "compose_reference",
-    "compose_reference",
     "linear_factored",
     "project",
     "values_grad",

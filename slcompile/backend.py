@@ -47,6 +47,8 @@ RUN = ("use_joint_graph_passes", "use_post_grad_passes")
 """Inductor's settings without which it calls neither hook; its mode "lite" turns them off."""
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Weights that a graph has handed to what follows it: they stay dense there, too, or one step would see two weights."""
 
 
 def sltrain(
@@ -109,6 +111,7 @@ class CapturedGraph:
 
     def __post_init__(self) -> None:
         self.uses: dict[int, WeightUse] = {}  # of each dense weight, by its position among the inputs
+        self.kept: set[int] = set()  # of these, what is returned or needed after a graph break
         self.convertible: frozenset[int] = frozenset()
         self.names: dict[int, str] = {}  # of each dense weight, in the model that was looked at last
         self.admitted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> may this one be converted?
@@ -119,6 +122,9 @@ class CapturedGraph:
     def find(self, example_inputs: Sequence[Any], live: LiveObjects) -> PassReport:
         """Finds the weights that may be converted; returns the decision on each."""
         self.uses = weight_uses(self.gm, example_inputs)
+        self.kept = torch_private.kept_inputs(self.gm) & self.uses.keys()
+        for index in self.kept:
+            self.uses[index].others.append("output")
         self.convertible = frozenset(
             index
             for index, use in self.uses.items()
@@ -150,6 +156,8 @@ class CapturedGraph:
         weights, explicit = [], []
         for index, use in self.uses.items():
             parameter, held = inputs[index], owners[id(inputs[index])]
+            if parameter in _kept:
+                use = replace(use, others=[*use.others, "output"])
             remember_owners(parameter, held)
             names = live.names(live.root(held[0][0])).get(id(parameter), []) if held else []
             if any(EXPLICIT in vars(ancestor) for module, _ in held for ancestor in live.ancestors(module)):
@@ -195,6 +203,8 @@ class CapturedGraph:
 
     def run(self, *args: Any) -> Any:
         """What Dynamo calls in the place of the graph."""
+        for index in self.kept:
+            _kept[args[index]] = True
         wanted = frozenset() if self.config.dryrun else self.wanted(args)
         if not wanted:
             return self.variant(wanted)(*args)
@@ -265,6 +275,8 @@ class CapturedGraph:
                 "backward pass; call slcompile.factorize_(model) before training"
             )
         found = {index: successor for index in wanted if (successor := successor_of(args[index])) is not None}
+        if torch_private.in_eager_checkpoint():
+            self.require_single_reads(wanted)
         live = LiveObjects.find()
         candidates, report = self.choose(live, args)
         due = {id(args[index]): index for index in wanted if index not in found}
@@ -274,6 +286,20 @@ class CapturedGraph:
         self.leave(report, self.convertible - set(wanted))
         made = convert(table, self.config, live, report)
         return found | {due[id(each.weight)]: weight for each, weight in zip(table, made, strict=True)}
+
+    def require_single_reads(self, wanted: Iterable[int]) -> None:
+        """Raises RuntimeError where a converted module would compose a weight more often than this graph does.
+
+        The recomputation of an eager checkpoint runs the converted model, and must save the same tensors.
+        """
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        several = [self.names[index] for index in wanted if len(placeholders[index].users) > 1]
+        if several:
+            raise RuntimeError(
+                f"the first training run of this model is inside an eager activation checkpoint and reads "
+                f"{', '.join(several)} several times, which its recomputation would do otherwise; call "
+                "slcompile.factorize_(model) before training, or checkpoint inside the compiled function"
+            )
 
 
 class GraphPasses(CustomGraphPass):

@@ -70,6 +70,7 @@ def captured_uses(
             torch.random.fork_rng(enabled=not any(each.is_meta for each in model.parameters())),
             # Another backend each time, so that it is called and no graph of an earlier capture is reused.
             torch_private.unlimited_recompiles(),
+            torch_private.capturing_rnns(),
         ):
             torch.compile(lambda: model(*args, **kwargs), backend=collect)()
         return list(found.values())

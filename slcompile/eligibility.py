@@ -56,7 +56,7 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
 
 
 def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SLConfig) -> tuple[str, str]:
-    """Why this one weight is not factorized: ``not_owned``, ``tied`` or ``excluded``.
+    """Why this one weight is not factorized: ``not_owned``, ``recurrent``, ``tied`` or ``excluded``.
 
     Args:
         names: All its fully qualified names; a tied weight has several.
@@ -67,6 +67,8 @@ def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SL
         return "not_owned", "no module holds it as a parameter (a list, a global, flat weights)" + (
             "; gc.freeze() hides modules" if gc.get_freeze_count() else ""
         )
+    if any(isinstance(owner, nn.RNNBase) for owner in owners):
+        return "recurrent", "a recurrent layer reads it from its list of flat weights"
     if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in owners):
         return "tied", "also the table of an embedding"
     if not config.includes(*names):

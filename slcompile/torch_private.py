@@ -138,6 +138,32 @@ def _outputs(gm: fx.GraphModule) -> Sequence[Any]:
     return cast(Sequence[Any], gm.graph.output_node().args[0])
 
 
+def kept_inputs(gm: fx.GraphModule) -> set[int]:
+    """Positions of the inputs that the function being compiled returns, stores or needs after a graph break.
+
+    Such a read is not in the graph: the code around it loads the input again, after the graph has run.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import VariableTracker
+
+    kept: set[Any] = set()
+
+    def collect(value: Any) -> None:
+        source = value.source if value.is_tensor() else None
+        while source is not None:  # of a view by an attribute, such as ``weight.T``, the tensor's own is the base
+            kept.add(source)
+            source = getattr(source, "base", None)
+
+    translator: Any = InstructionTranslator.current_tx()
+    changes = translator.output.side_effects.store_attr_mutations
+    VariableTracker.visit(collect, [list(each.values()) for each in changes.values()])
+    while translator is not None:
+        VariableTracker.visit(collect, [translator.stack, translator.symbolic_locals])
+        translator = translator.parent
+    arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return {index for index, each in enumerate(arguments) if each is not None and each.source in kept}
+
+
 def break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
     """Why Dynamo ended a graph here, and where: a sentence and a stack trace. None where the function returned."""
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -298,9 +324,25 @@ def unlimited_recompiles() -> contextlib.AbstractContextManager[Any]:
     return torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
 
 
+def capturing_rnns() -> contextlib.AbstractContextManager[Any]:
+    """While it is entered, Dynamo captures functions that call nn.LSTM, nn.GRU or nn.RNN; else it skips them."""
+    return torch._dynamo.config.patch(allow_rnn=True)
+
+
 def no_tracing() -> contextlib.AbstractContextManager[Any]:
     """Keeps Dynamo from tracing in other threads: it would meet modules that change under its hands."""
     return torch._dynamo.convert_frame.compile_lock
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is active; Dynamo traces this as a constant."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def in_eager_checkpoint() -> bool:
+    """Whether a non-reentrant ``torch.utils.checkpoint`` outside of compiled code watches what is saved."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
 
 
 def in_backward() -> bool:

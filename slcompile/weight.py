@@ -18,8 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from slcompile import torch_private
 from slcompile.config import SLConfig
-from slcompile.ops import compose
+from slcompile.ops import compose, compose_reference
 from slcompile.owners import plain_name
 from slcompile.step_hook import mark_values
 from slcompile.support import IMPORTED, draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
@@ -125,7 +126,9 @@ class SLWeight(nn.Module):
         """The composed weight, of ``shape``."""
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         B, A, values = self.B, self.A, self.values
-        return compose(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
+        # Of an opaque op, torch.func's transforms have no gradient and forward-mode AD loses the tangent in silence.
+        op = compose_reference if torch_private.is_transforming() else compose
+        return op(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from slcompile import torch_private
 from slcompile.backend import sltrain
 
 
@@ -79,6 +81,81 @@ class CountingBackend:
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         self.calls += 1
         return sltrain(gm, example_inputs, **kwargs)
+
+
+@pytest.fixture
+def aten_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor gets every graph, runs every pass on it, partitions it and generates no code: ATen runs what is left.
+
+    A graph takes some tenths of a second instead of several; our own ops run as they are (``lower_ops`` is left out).
+    """
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        return make_boxed_func(gm.forward)
+
+    def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
+
+    monkeypatch.setattr(torch_private, "inductor", inductor)
+
+
+def measure(run: Callable[..., Any], model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The outputs of a run, and the gradients of a fixed random sum of them for every input and parameter."""
+    torch.manual_seed(0)
+    args = [each.detach().clone().requires_grad_(each.is_floating_point()) for each in args]
+    outputs = run(*args)
+    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    model.zero_grad()
+    random = torch.Generator().manual_seed(0)
+    outputs = [torch.view_as_real(each) if each.is_complex() else each for each in outputs]
+    torch.stack(
+        [(each * torch.randn(each.shape, generator=random, dtype=torch.float64)).sum() for each in outputs]
+    ).sum().backward()
+    found = {f"output {index}": each.detach() for index, each in enumerate(outputs)}
+    found |= {f"gradient of input {index}": each.grad for index, each in enumerate(args) if each.grad is not None}
+    found |= {f"gradient of {name}": each.grad for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_eager(
+    run: Callable[..., Any], model: nn.Module, args: Sequence[Tensor], eps: float = 2**-20, reference: Any = None
+) -> None:
+    """Asserts that a compiled run is as exact as eager mode: the same outputs, and gradients of the same tensors.
+
+    Each may be further from what float64 gives than eager's is by ``eps`` of its norm, because sums are associated and
+    rounded elsewhere: by default four times float32's unit in the last place for numbers near 1.
+
+    Args:
+        run: The compiled model; if it converts, what it is compared with is the converted model.
+        model: Runs in eager mode.
+        args: Inputs.
+        reference: What eager mode calls in the place of the model.
+    """
+    buffers = {name: each.clone() for name, each in model.named_buffers()}
+    ours = measure(run, model, args)
+
+    def restored(model: nn.Module) -> nn.Module:
+        for name, each in model.named_buffers():
+            if name in buffers:
+                each.copy_(buffers[name])
+        return model
+
+    eager = measure(reference or restored(model), model, args)
+    double = restored(copy.deepcopy(model).double())
+    exact = measure(double, double, [each.double() if each.is_floating_point() else each for each in args])
+    assert ours.keys() == eager.keys() == exact.keys()
+    for name, truth in exact.items():
+        assert ours[name].dtype == eager[name].dtype
+        error, allowed = (ours[name] - truth).norm(), (eager[name] - truth).norm() + eps * truth.norm()
+        assert error <= allowed, f"{name}: {error:.3g} from float64, eager {(eager[name] - truth).norm():.3g}"
+
+
+@pytest.fixture(name="assert_eager")
+def assert_eager_fixture() -> Callable[..., None]:
+    return assert_eager
 
 
 @pytest.fixture

@@ -200,24 +200,6 @@ def test_merging_and_training_on_is_announced_as_a_conversion(block, batch, capl
     assert any("factorized 3 weights of Block" in record.getMessage() for record in caplog.records)
 
 
-def test_a_region_that_returns_a_weight_fails_loudly_in_the_call_that_converts(batch):
-    class Escaping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(64, 64)
-
-        def forward(self, x):
-            return self.layer(x), self.layer.weight
-
-    model = Escaping()
-    compiled = torch.compile(model, backend="sltrain", options=OPTIONS)
-    with pytest.raises(KeyError, match="weight"):
-        compiled(batch[0])
-    output, weight = compiled(batch[0])
-    assert torch.equal(weight, model.layer.weight)
-    (output.sum() + weight.sum()).backward()
-
-
 def test_the_cache_key_covers_the_passes():
     files = slcompile.backend.hashed_files()
     assert {"recompute_weights.py", "backend.py", "compose.py"} <= {file.name for file in files}

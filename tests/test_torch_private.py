@@ -289,3 +289,66 @@ def test_a_look_at_each_state_dict_before_it_is_loaded(block, monkeypatch):
     state = block.state_dict()
     assert block.load_state_dict(state, strict=False).missing_keys == []
     assert seen == [(block, state)]
+
+
+def test_kept_inputs_are_those_that_the_code_around_the_graph_loads_again():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Parameter(torch.randn(3, 3)) for _ in range(4))
+
+        def forward(self, x):
+            a, c = self.a, self.c
+            y = x @ a @ self.b @ c @ self.d
+            self.stored = [self.d]
+            return {"y": y, "c": (c.T,)}
+
+    kept = []
+
+    def within(gm, inputs):
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        kept.extend(names[index] for index in torch_private.kept_inputs(gm))
+
+    capture(Keeping(), torch.randn(2, 3), within=within)
+    assert sorted(kept) == ["l_self_parameters_c_", "l_self_parameters_d_"]
+
+
+def test_transforms_and_forward_mode_are_noticed_in_eager_mode_and_by_dynamo():
+    def run(x):
+        factor = 2 if torch_private.is_transforming() else 3
+        return (factor * x).sum()
+
+    x = torch.ones(2)
+    for function in (run, torch.compile(run, backend="eager", fullgraph=True)):
+        assert function(x) == 6
+        with torch.autograd.forward_ad.dual_level():
+            assert function(x) == 4
+    for transform in (torch.func.grad, torch.func.vmap):
+        assert torch.equal(transform(run)(x), torch.tensor([2.0, 2.0]))
+        assert torch.equal(torch.compile(lambda x, each=transform: each(run)(x), backend="eager")(x), 2 * x)
+
+
+def test_eager_checkpoints_are_noticed():
+    seen = []
+
+    def function(x):
+        seen.append(torch_private.in_eager_checkpoint())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    function(x)
+    for reentrant in (False, True):
+        torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant).sum()
+    with torch.autograd.graph.save_on_cpu():
+        function(x)
+    assert seen == [False, True, False, False]
+
+
+def test_recurrent_layers_are_captured_on_request():
+    layer, x = nn.LSTM(4, 4), torch.randn(3, 2, 4)
+    for context, count in ((torch_private.unlimited_recompiles(), 0), (torch_private.capturing_rnns(), 1)):
+        graphs = []
+        torch._dynamo.reset()
+        with context:
+            torch.compile(lambda x: layer(x + 1)[0], backend=lambda gm, _, graphs=graphs: graphs.append(gm) or gm)(x)
+        assert len(graphs) == count

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from slcompile import torch_private
 from slcompile.backend import sltrain
+
+
+def pytest_configure() -> None:
+    # Of pytest-xdist's workers each has its share of the cores: threads that wait for one are slower than none.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -255,7 +255,7 @@ def estimate_memory(
     build, layers = _builder(model_or_config, dtype)
     usages, depths = {}, []
     for factorized in (True, False):
-        make = _factorizing(build, config, call if layers is None else None) if factorized else build
+        make = _factorizing(build, config, call) if factorized else build
         with _quietly():
             events, depth = _step(make, layers, call, dtype, plan, factorized)
             model = make(layers)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import slcompile
 from slcompile import memory
@@ -41,6 +41,20 @@ def table():
 def llama(layers: int = 2, **changes) -> LlamaConfig:
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 2, "vocab_size": 1000} | changes
     return LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes)
+
+
+def test_weights_are_those_that_the_string_factorizes_experts_among_them():
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=100,
+    )  # fmt: skip
+    report = estimate_memory(config, kwargs=IDS, config=CONFIG)
+    config.num_hidden_layers, config.use_cache = 5, False
+    model = MixtralForCausalLM(config)
+    assert report.dense.parameter_count == sum(each.numel() for each in model.parameters())
+    slcompile.factorize_(model, CONFIG, example_kwargs=IDS)
+    assert sum(name.endswith("gate_up_proj") for name in slcompile.factors(model)) == 5
+    assert report.sltrain.parameter_count == sum(each.numel() for each in model.parameters())
 
 
 class TestAgainstReality:

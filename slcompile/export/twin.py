@@ -50,6 +50,9 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         dtype: Of the copy's floating-point parameters and persistent buffers. Other buffers are computed, not
             trained (rotary tables), and keep their precision.
     """
+    for module in model.modules():
+        if isinstance(module, SLWeight):
+            module.check_whole()
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)

@@ -24,6 +24,7 @@ import pretrain_distributed as example
 STEPS = 3
 CONFIG = slcompile.SLConfig(rank=8, density=0.05)  # no seed: processes agree without one
 LIGHT = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(RUN, True)}}
+"""Options with which our passes run and Inductor calls ATen instead of compiling C++, which takes most time."""
 
 
 def transformer(layers: int = 2) -> nn.Module:

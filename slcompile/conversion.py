@@ -149,6 +149,11 @@ def note_left(roots: Sequence[nn.Module], report: PassReport) -> None:
         _add(next((_states[root] for root in roots if root in _states), None) or _ModelState(), roots, report)
 
 
+def names_left(root: nn.Module) -> set[str]:
+    """Names of the weights that the graphs captured of a model so far leave dense."""
+    return {each.name for each in _states[root].report.skipped} if root in _states else set()
+
+
 def _add(state: _ModelState, roots: Sequence[nn.Module], report: PassReport) -> None:
     state.report.rewritten += report.rewritten
     kept = {each.name: each for each in [*state.report.skipped, *report.skipped]}

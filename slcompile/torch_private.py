@@ -145,11 +145,15 @@ def kept_inputs(gm: fx.GraphModule) -> set[int]:
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.lazy import LazyVariableTracker
 
     kept: set[Any] = set()
 
     def collect(value: Any) -> None:
-        source = value.source if value.is_tensor() else None
+        if isinstance(value, LazyVariableTracker):  # untouched as yet: asking it anything would add it to the graph
+            source = value.original_source()
+        else:
+            source = value.source if value.is_tensor() else None
         while source is not None:  # of a view by an attribute, such as ``weight.T``, the tensor's own is the base
             kept.add(source)
             source = getattr(source, "base", None)

@@ -72,6 +72,36 @@ def test_an_explicit_model_and_an_equal_one_do_not_disturb_each_other(counting):
     assert len(slcompile.factors(other)) == 4
 
 
+class Routed(nn.Module):
+    """Two routers that share a graph, and a layer; each in a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Linear(64, 4)), nn.Sequential(nn.Linear(64, 4))
+        self.layer = Layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for router in (self.first, self.second):
+            gates = self.route(router, x)
+        torch._dynamo.graph_break()
+        return self.layer(x) * gates.sum()
+
+    def route(self, router: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return router(x)
+
+
+def test_what_a_graph_leaves_is_reported_of_every_module_that_runs_it(caplog):
+    model = Routed()
+    with caplog.at_level(logging.WARNING, "slcompile"):
+        torch.compile(model, backend="sltrain", options=OPTIONS)(torch.randn(8, 64)).sum().backward()
+    assert set(slcompile.factors(model)) == {"layer.linear.weight"}
+    left = {each.name: each.reason for each in slcompile.last_report().skipped}
+    assert left == {"first.0.weight": "too_small", "second.0.weight": "too_small"}
+    # A graph without anything to convert is not the whole model.
+    assert not [record for record in caplog.records if "no weight of" in record.getMessage()]
+
+
 def test_layers_that_torch_compile_wrapped_one_by_one_keep_their_names():
     model = Layers()
     options = {**OPTIONS, "seed": 1, "include": ("layers.*",)}

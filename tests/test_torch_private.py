@@ -313,6 +313,25 @@ def test_kept_inputs_are_those_that_the_code_around_the_graph_loads_again():
     assert sorted(kept) == ["l_self_parameters_c_", "l_self_parameters_d_"]
 
 
+def test_looking_for_kept_inputs_leaves_the_graph_as_it_is():
+    """A local variable that only the code after a graph break reads is no input of the graph before it."""
+
+    def function(x, only_later):
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y + only_later
+
+    counts = []
+
+    def backend(gm, inputs):
+        torch_private.kept_inputs(gm)
+        counts.append((len(gm.graph.find_nodes(op="placeholder")), len(inputs)))
+        return gm.forward
+
+    torch.compile(function, backend=backend)(torch.ones(3), torch.ones(3))
+    assert counts == [(1, 1), (2, 2)]
+
+
 def test_transforms_and_forward_mode_are_noticed_in_eager_mode_and_by_dynamo():
     def run(x):
         factor = 2 if torch_private.is_transforming() else 3

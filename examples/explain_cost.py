@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,20 +61,21 @@ def measured(function: Callable[[], object]) -> float:
 
 
 def trace(model: torch.nn.Module, ids: torch.Tensor) -> None:
-    """Dynamo and the joint graph, dense; nothing is compiled."""
+    """What a compile of the training step does before it generates code."""
     torch._dynamo.reset()
 
     def nothing(graph, inputs):
         return make_boxed_func(graph.forward)
 
-    class Traced(Exception):  # ends the trace where the joint graph is there
+    class Traced(Exception):  # ends the compile where the forward and the backward graph are there
         pass
 
-    def stop(joint, inputs, **kwargs):
+    def partition(joint, inputs, **kwargs):
+        min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
         raise Traced
 
     backend = aot_autograd(
-        fw_compiler=nothing, bw_compiler=nothing, partition_fn=stop, decompositions=select_decomp_table()
+        fw_compiler=nothing, bw_compiler=nothing, partition_fn=partition, decompositions=select_decomp_table()
     )
     try:
         torch.compile(model, backend=backend)(input_ids=ids)

@@ -7,8 +7,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,8 +18,7 @@ from slcompile.inspect.document import Document
 from slcompile.passes.graph_text import arguments_text, diff, target_name
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A node of one of two compared graphs.
 
     Attributes:
@@ -51,7 +50,7 @@ class Node:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        given = {**vars(self), "inputs": list(self.inputs), "module": [list(each) for each in self.module]}
+        given = {**self._asdict(), "inputs": list(self.inputs), "module": [list(each) for each in self.module]}
         return {
             "from" if key == "origins" else key: list(each) if key == "origins" else each for key, each in given.items()
         }
@@ -140,6 +139,10 @@ def graph_diff(before: fx.GraphModule, after: fx.GraphModule, name: str = "graph
     return compare(name, snapshot(before.graph), snapshot(after.graph))
 
 
+_INPUT = "\0"
+"""Stands for an input in a node's constants; Python's repr writes it otherwise."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A graph as it was: nodes without a status, and what comparing them takes.
@@ -175,6 +178,7 @@ def snapshot(
     weights, modules = weights or {}, modules or {}
     owner = graph.owning_module
     found = Snapshot()
+    paths: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {}  # thousands of nodes are in few modules
     for node in graph.nodes:
         shape, dtype = _description(node)
         weight = weights.get(node.name, "")
@@ -182,16 +186,20 @@ def snapshot(
             weight = str(node.target)
         inputs: list[str] = []
         constants = arguments_text(node, functools.partial(_collect, inputs))
+        stack = module_stack(node)
+        key = tuple(stack)
+        if key not in paths:
+            paths[key] = module_path(stack, modules)
         found.add(
             Node(
                 node.name,
                 node.op,
                 target_name(node),
-                arguments_text(node),
+                _filled(constants, inputs),
                 tuple(inputs),
                 shape,
                 dtype,
-                module_path(node, modules),
+                paths[key],
                 weight=weight,
                 source=source_line(node.meta.get("stack_trace") or ""),
             ),
@@ -204,7 +212,13 @@ def snapshot(
 def _collect(inputs: list[str], node: fx.Node) -> str:
     """Notes an input, and stands for it in a text that is to hold constants alone."""
     inputs.append(node.name)
-    return "%"
+    return _INPUT
+
+
+def _filled(constants: str, inputs: Sequence[str]) -> str:
+    """The text of constants with its inputs again."""
+    parts = constants.split(_INPUT)
+    return "".join([each for pair in zip(parts, inputs, strict=False) for each in pair]) + parts[-1]
 
 
 def compare(name: str, before: Snapshot, after: Snapshot) -> GraphDiff:
@@ -228,12 +242,11 @@ def compare(name: str, before: Snapshot, after: Snapshot) -> GraphDiff:
     gone = {*olds} - {*related.values()}
     changed = {*rewritten.values()}
     befores = (
-        replace(node, status="removed" if node.id in gone else "rewritten" if node.id in changed else "kept")
+        node._replace(status="removed" if node.id in gone else "rewritten" if node.id in changed else "kept")
         for node in before.nodes
     )
     afters = (
-        replace(
-            node,
+        node._replace(
             status="rewritten" if node.id in rewritten else "kept" if node.id in match else "new",
             origins=(related[node.id],) if node.id in related else (),
         )
@@ -296,9 +309,13 @@ def _is_parameter(owner: torch.nn.Module, target: str) -> bool:
         return False
 
 
-def module_path(node: fx.Node, modules: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Path and class of the modules that a node belongs to, outermost first; the model itself is not among them."""
-    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+def module_stack(node: fx.Node) -> Mapping[str, Any]:
+    """The modules that torch says a node belongs to."""
+    return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+
+
+def module_path(stack: Mapping[str, Any], modules: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Path and class of the modules of a stack, outermost first; the model itself is not among them."""
     found = []
     for key, (path, kind) in stack.items():
         name = modules.get(str(key).split("@")[0])

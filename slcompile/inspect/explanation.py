@@ -9,7 +9,7 @@ from typing import Any
 
 from slcompile.inspect import text
 from slcompile.inspect.document import Document
-from slcompile.inspect.graph_diff import GraphDiff
+from slcompile.inspect.graph_diff import GraphDiff, ModuleStack, modules_from_json, modules_to_json
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Explanation(Document):
             backward in one), forward, backward.
     """
 
-    SCHEMA = "slcompile.explain/1"
+    SCHEMA = "slcompile.explain/2"
 
     model: str
     versions: Mapping[str, str]
@@ -145,6 +145,7 @@ class Explanation(Document):
     def to_dict(self) -> dict[str, Any]:
         summary = dataclasses.asdict(self.summary)
         replaced, total = summary.pop("replaced"), summary.pop("total")
+        modules: dict[ModuleStack, int] = {}
         return {
             "schema": self.SCHEMA,
             "model": self.model,
@@ -154,7 +155,8 @@ class Explanation(Document):
             "matmuls": [{**dataclasses.asdict(row), "shape": list(row.shape)} for row in self.matmuls],
             "passes": [dataclasses.asdict(row) for row in self.passes],
             "breaks": [dataclasses.asdict(row) for row in self.breaks],
-            "graphs": [each.to_dict() for each in self.graphs],
+            "graphs": [each.graphs_to_dict(modules) for each in self.graphs],
+            "modules": modules_to_json(modules),
         }
 
     @classmethod
@@ -162,6 +164,7 @@ class Explanation(Document):
         cls._require_schema(given)
         summary = given["summary"]
         changes = [Change(**summary[key]) for key in ("parameters", "bytes", "flops")]
+        modules = modules_from_json(given["modules"])
         rows = [
             MatmulRow(**{**row, "shape": tuple(row["shape"])} | {key: Change(**row[key]) for key in ("bytes", "flops")})
             for row in given["matmuls"]
@@ -174,5 +177,5 @@ class Explanation(Document):
             tuple(rows),
             tuple(PassRow(**row) for row in given["passes"]),
             tuple(Break(**row) for row in given["breaks"]),
-            tuple(GraphDiff.from_dict(each) for each in given["graphs"]),
+            tuple(GraphDiff.graphs_from_dict(each, modules) for each in given["graphs"]),
         )

@@ -17,6 +17,11 @@ from slcompile import torch_private
 from slcompile.inspect.document import Document
 from slcompile.passes.graph_text import arguments_text, diff, target_name
 
+SIDES = ("before", "after")
+
+ModuleStack = tuple[tuple[str, str], ...]
+"""Path and class of the modules that a node belongs to, outermost first."""
+
 
 class Node(NamedTuple):
     """A node of one of two compared graphs.
@@ -42,32 +47,41 @@ class Node(NamedTuple):
     inputs: tuple[str, ...] = ()
     shape: str = ""
     dtype: str = ""
-    module: tuple[tuple[str, str], ...] = ()
+    module: ModuleStack = ()
     status: str = ""
     origins: tuple[str, ...] = ()
     weight: str = ""
     source: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        given = {**self._asdict(), "inputs": list(self.inputs), "module": [list(each) for each in self.module]}
-        return {
-            "from" if key == "origins" else key: list(each) if key == "origins" else each for key, each in given.items()
-        }
+    def to_dict(self, modules: dict[ModuleStack, int]) -> dict[str, Any]:
+        """As JSON holds it; its modules go into the table of the document, if they are not in it yet."""
+        given = {**self._asdict(), "from": list(self.origins)}
+        del given["origins"]
+        return given | {"inputs": list(self.inputs), "module": modules.setdefault(self.module, len(modules))}
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Node:
+    def from_dict(cls, given: Mapping[str, Any], modules: Sequence[ModuleStack]) -> Node:
         """The inverse of ``to_dict``."""
-        known = {key: each for key, each in given.items() if key not in ("from", "inputs", "module")}
-        module = tuple((path, kind) for path, kind in given["module"])
-        return cls(**known, inputs=tuple(given["inputs"]), module=module, origins=tuple(given["from"]))
+        known = {key: each for key, each in given.items() if key != "from"}
+        known |= {"inputs": tuple(given["inputs"]), "module": modules[given["module"]]}
+        return cls(**known, origins=tuple(given["from"]))
+
+
+def modules_to_json(modules: Mapping[ModuleStack, int]) -> list[list[list[str]]]:
+    """A document's table of modules, at whose positions nodes point."""
+    return [[list(each) for each in stack] for stack in modules]
+
+
+def modules_from_json(given: Sequence[Sequence[Sequence[str]]]) -> list[ModuleStack]:
+    """The inverse of ``modules_to_json``."""
+    return [tuple((path, kind) for path, kind in stack) for stack in given]
 
 
 @dataclass(frozen=True)
 class GraphDiff(Document):
     """Two graphs, each a tuple of nodes in topological order that say what became of them."""
 
-    SCHEMA = "slcompile.graph_diff/1"
+    SCHEMA = "slcompile.graph_diff/2"
 
     name: str
     before: tuple[Node, ...]
@@ -91,13 +105,24 @@ class GraphDiff(Document):
         return self.text()
 
     def to_dict(self) -> dict[str, Any]:
-        graphs = {side: {"nodes": [node.to_dict() for node in getattr(self, side)]} for side in ("before", "after")}
-        return {"schema": self.SCHEMA, "name": self.name, **graphs, "counts": self.counts}
+        modules: dict[ModuleStack, int] = {}
+        graphs = self.graphs_to_dict(modules)
+        return {"schema": self.SCHEMA, **graphs, "modules": modules_to_json(modules)}
+
+    def graphs_to_dict(self, modules: dict[ModuleStack, int]) -> dict[str, Any]:
+        """As a document with a table of modules of its own holds it."""
+        graphs = {side: {"nodes": [node.to_dict(modules) for node in getattr(self, side)]} for side in SIDES}
+        return {"name": self.name, **graphs, "counts": self.counts}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> GraphDiff:
         cls._require_schema(given)
-        sides = (tuple(Node.from_dict(node) for node in given[side]["nodes"]) for side in ("before", "after"))
+        return cls.graphs_from_dict(given, modules_from_json(given["modules"]))
+
+    @classmethod
+    def graphs_from_dict(cls, given: Mapping[str, Any], modules: Sequence[ModuleStack]) -> GraphDiff:
+        """The inverse of ``graphs_to_dict``."""
+        sides = (tuple(Node.from_dict(node, modules) for node in given[side]["nodes"]) for side in SIDES)
         return cls(given["name"], *sides)
 
 
@@ -178,7 +203,7 @@ def snapshot(
     weights, modules = weights or {}, modules or {}
     owner = graph.owning_module
     found = Snapshot()
-    paths: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {}  # thousands of nodes are in few modules
+    paths: dict[tuple[str, ...], ModuleStack] = {}  # thousands of nodes are in few modules
     for node in graph.nodes:
         shape, dtype = _description(node)
         weight = weights.get(node.name, "")
@@ -314,7 +339,7 @@ def module_stack(node: fx.Node) -> Mapping[str, Any]:
     return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
 
 
-def module_path(stack: Mapping[str, Any], modules: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def module_path(stack: Mapping[str, Any], modules: Mapping[str, str]) -> ModuleStack:
     """Path and class of the modules of a stack, outermost first; the model itself is not among them."""
     found = []
     for key, (path, kind) in stack.items():

@@ -206,7 +206,7 @@ def test_json_round_trips_and_folding_keeps_the_text_short(batch, tmp_path):
     assert slcompile.Explanation.from_json(found.to_json(tmp_path / "e.json")) == found
     assert [each.name for each in tmp_path.iterdir()] == ["e.json"]
     document = json.loads((tmp_path / "e.json").read_text())
-    assert document["schema"] == "slcompile.explain/1"
+    assert document["schema"] == "slcompile.explain/2"
     assert document["summary"]["matmuls"] == {"replaced": 4, "total": 4}
     assert max(map(len, str(found).splitlines())) <= 100
 
@@ -269,7 +269,7 @@ def test_the_structured_trace_holds_graphs_and_decisions(tmp_path):
 def test_page_and_notebook(block, batch, tmp_path):
     found = explain(block, (batch[0],), config=CONFIG)
     page = found.to_html(tmp_path / "page.html").read_text()
-    assert "slcompile.explain/1" in page
+    assert "slcompile.explain/2" in page
     assert found._repr_html_().startswith("<iframe")
 
 

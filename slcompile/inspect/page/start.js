@@ -1,10 +1,19 @@
 "use strict";
 // Reads the document that the page holds and draws its sections.
 
-{
+/** The document, its diffs in a list, with the modules of each node in their place. */
+function readDocument() {
   const data = JSON.parse($("data").textContent);
-  const isExplanation = data.schema.startsWith("slcompile.explain/");
-  const graphs = isExplanation ? data.graphs : [data];
+  const graphs = data.graphs ?? [data];
+  for (const { before, after } of graphs)
+    for (const node of [...before.nodes, ...after.nodes]) node.module = data.modules[node.module];
+  return { ...data, graphs };
+}
+
+{
+  const data = readDocument();
+  const { graphs } = data;
+  const isExplanation = "matmuls" in data;
   const places = new Map(graphs.map((diff, index) => [diff.name, index]));
   const addressOf = (index, side, id) => `#graph=${index}&side=${side}&node=${encodeURIComponent(id)}`;
 

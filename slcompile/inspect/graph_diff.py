@@ -6,9 +6,9 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -53,39 +53,88 @@ class Node(NamedTuple):
     weight: str = ""
     source: str = ""
 
-    def to_dict(self, modules: dict[ModuleStack, int]) -> dict[str, Any]:
-        """As JSON holds it; its modules go into the table of the document, if they are not in it yet."""
-        given = {**self._asdict(), "from": list(self.origins)}
+    def to_dict(self, tables: Tables) -> dict[str, Any]:
+        """As JSON holds it; what nodes share goes into the document's tables."""
+        given = {**self._asdict(), "from": list(self.origins), "inputs": list(self.inputs)}
         del given["origins"]
-        return given | {"inputs": list(self.inputs), "module": modules.setdefault(self.module, len(modules))}
+        shared = {"module": tables.modules.position(self.module), "source": tables.sources.position(self.source)}
+        return given | shared
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any], modules: Sequence[ModuleStack]) -> Node:
+    def from_dict(cls, given: Mapping[str, Any], tables: Tables) -> Node:
         """The inverse of ``to_dict``."""
         known = {key: each for key, each in given.items() if key != "from"}
-        known |= {"inputs": tuple(given["inputs"]), "module": modules[given["module"]]}
-        return cls(**known, origins=tuple(given["from"]))
+        known |= {"inputs": tuple(given["inputs"]), "origins": tuple(given["from"])}
+        shared = {"module": tables.modules.values[given["module"]], "source": tables.sources.values[given["source"]]}
+        return cls(**{**known, **shared})
 
 
-def modules_to_json(modules: Mapping[ModuleStack, int]) -> list[list[list[str]]]:
-    """A document's table of modules, at whose positions nodes point."""
-    return [[list(each) for each in stack] for stack in modules]
+T = TypeVar("T")
 
 
-def modules_from_json(given: Sequence[Sequence[Sequence[str]]]) -> list[ModuleStack]:
-    """The inverse of ``modules_to_json``."""
-    return [tuple((path, kind) for path, kind in stack) for stack in given]
+class Table(Generic[T]):
+    """Different values, and where each stands among them."""
+
+    def __init__(self, values: Iterable[T] = ()) -> None:
+        self.values = list(values)
+        self._positions = {each: index for index, each in enumerate(self.values)}
+
+    def position(self, value: T) -> int:
+        """Where a value stands; it is added if it is not there yet."""
+        if value not in self._positions:
+            self._positions[value] = len(self.values)
+            self.values.append(value)
+        return self._positions[value]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the nodes of a document share: it is written once, and they hold positions."""
+
+    modules: Table[ModuleStack] = field(default_factory=Table)
+    sources: Table[str] = field(default_factory=Table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        stacks = [[list(each) for each in stack] for stack in self.modules.values]
+        return {"modules": stacks, "sources": self.sources.values}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Tables:
+        """The inverse of ``to_dict``."""
+        stacks = (tuple((path, kind) for path, kind in stack) for stack in given["modules"])
+        return cls(Table(stacks), Table(given["sources"]))
+
+
+class Link(NamedTuple):
+    """A matmul that reads a weight, in a model and in its export.
+
+    Attributes:
+        weight: The weight's name.
+        before, after: Ids of the nodes; empty where there is none.
+    """
+
+    weight: str
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
 class GraphDiff(Document):
-    """Two graphs, each a tuple of nodes in topological order that say what became of them."""
+    """Two graphs, each a tuple of nodes in topological order that say what became of them.
+
+    Attributes:
+        name: Of the comparison.
+        before, after: The nodes.
+        matmuls: Of a model and its export, whose ops have other names: what their comparison comes to.
+    """
 
     SCHEMA = "slcompile.graph_diff/2"
 
     name: str
     before: tuple[Node, ...]
     after: tuple[Node, ...]
+    matmuls: tuple[Link, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -95,35 +144,54 @@ class GraphDiff(Document):
         return {"kept": after["kept"], "removed": removed, "new": after["new"], "rewritten": after["rewritten"]}
 
     def text(self) -> str:
-        """A header of counts, and what changed as in a unified diff."""
+        """A header of counts, and what changed as in a unified diff; of a model and its export, the matmuls."""
+        if self.matmuls:
+            return self._links_text()
         header = f"{self.name}: " + ", ".join(f"{number} {status}" for status, number in self.counts.items())
         # Nodes that were kept are called as before, so that one with another name is no change.
         renamed = {node.id: node.origins[0] for node in self.after if node.status == "kept"}
         return "\n".join([header, diff(_lines(self.before, {}), _lines(self.after, renamed))]).rstrip()
 
+    def _links_text(self) -> str:
+        nodes = [{node.id: node for node in side} for side in (self.before, self.after)]
+        both = [link for link in self.matmuls if link.before and link.after]
+        lines = [f"{self.name}: {len(both)} of {len(self.matmuls)} matmuls with a parameter are in both"]
+        kinds = Counter(f"{nodes[0][link.before].target} -> {nodes[1][link.after].target}" for link in both)
+        lines += [f"  {number} {kind}" for kind, number in kinds.items()]
+        for title, side in (("only before", 0), ("only after", 1)):
+            left = [link for link in self.matmuls if not link[2 - side]]
+            lines += [title] * bool(left)
+            lines += [f"  {link.weight}: {nodes[side][link[1 + side]].target} {link[1 + side]}" for link in left]
+        pairs = [(nodes[0][node.origins[0]], node) for node in self.after if node.weight and node.origins]
+        changed = [(old, new) for old, new in pairs if (old.shape, old.dtype) != (new.shape, new.dtype)]
+        lines += ["weights of another shape or dtype"] * bool(changed)
+        lines += [f"  {new.weight}: {old.shape} {old.dtype} -> {new.shape} {new.dtype}" for old, new in changed]
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         return self.text()
 
     def to_dict(self) -> dict[str, Any]:
-        modules: dict[ModuleStack, int] = {}
-        graphs = self.graphs_to_dict(modules)
-        return {"schema": self.SCHEMA, **graphs, "modules": modules_to_json(modules)}
+        tables = Tables()
+        links = {"matmuls": [link._asdict() for link in self.matmuls]} if self.matmuls else {}
+        return {"schema": self.SCHEMA, **self.graphs_to_dict(tables), **links, **tables.to_dict()}
 
-    def graphs_to_dict(self, modules: dict[ModuleStack, int]) -> dict[str, Any]:
-        """As a document with a table of modules of its own holds it."""
-        graphs = {side: {"nodes": [node.to_dict(modules) for node in getattr(self, side)]} for side in SIDES}
+    def graphs_to_dict(self, tables: Tables) -> dict[str, Any]:
+        """As a document with these tables holds it."""
+        graphs = {side: {"nodes": [node.to_dict(tables) for node in getattr(self, side)]} for side in SIDES}
         return {"name": self.name, **graphs, "counts": self.counts}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> GraphDiff:
         cls._require_schema(given)
-        return cls.graphs_from_dict(given, modules_from_json(given["modules"]))
+        links = tuple(Link(**each) for each in given.get("matmuls", ()))
+        return replace(cls.graphs_from_dict(given, Tables.from_dict(given)), matmuls=links)
 
     @classmethod
-    def graphs_from_dict(cls, given: Mapping[str, Any], modules: Sequence[ModuleStack]) -> GraphDiff:
+    def graphs_from_dict(cls, given: Mapping[str, Any], tables: Tables) -> GraphDiff:
         """The inverse of ``graphs_to_dict``."""
-        sides = (tuple(Node.from_dict(node, modules) for node in given[side]["nodes"]) for side in SIDES)
-        return cls(given["name"], *sides)
+        before, after = (tuple(Node.from_dict(node, tables) for node in given[side]["nodes"]) for side in SIDES)
+        return cls(given["name"], before, after)
 
 
 def _lines(nodes: Sequence[Node], renamed: Mapping[str, str]) -> dict[str, str]:

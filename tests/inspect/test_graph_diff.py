@@ -102,7 +102,7 @@ def test_json_round_trips(tmp_path):
     assert slcompile.GraphDiff.from_json(path) == found
     document = found.to_dict()
     assert document["schema"] == "slcompile.graph_diff/2"
-    assert set(document) == {"schema", "name", "before", "after", "counts", "modules"}
+    assert set(document) == {"schema", "name", "before", "after", "counts", "modules", "sources"}
     node = document["after"]["nodes"][0]
     assert set(node) == {
         "id", "op", "target", "args", "inputs", "shape", "dtype", "module", "status", "from", "weight", "source",

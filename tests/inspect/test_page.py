@@ -175,14 +175,16 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
 
 
 def packed(document: dict) -> dict:
-    """A document as it is written: with the modules of its nodes in one table."""
-    document, table = json.loads(json.dumps(document)), []  # without parts that are shared
+    """A document as it is written: with what its nodes share in tables."""
+    document = json.loads(json.dumps(document))  # without parts that are shared
+    tables: dict[str, list] = {"module": [], "source": []}
     for graph in document.get("graphs", [document]):
         for each in (*graph["before"]["nodes"], *graph["after"]["nodes"]):
-            if each["module"] not in table:
-                table.append(each["module"])
-            each["module"] = table.index(each["module"])
-    return {**document, "modules": table}
+            for key, table in tables.items():
+                if each[key] not in table:
+                    table.append(each[key])
+                each[key] = table.index(each[key])
+    return {**document, "modules": tables["module"], "sources": tables["source"]}
 
 
 @pytest.fixture(scope="module")

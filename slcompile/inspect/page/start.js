@@ -1,19 +1,22 @@
 "use strict";
 // Reads the document that the page holds and draws its sections.
 
-/** The document, its diffs in a list, with the modules of each node in their place. */
+/** The document, its diffs in a list, with what nodes share in its place in each. */
 function readDocument() {
   const data = JSON.parse($("data").textContent);
   const graphs = data.graphs ?? [data];
   for (const { before, after } of graphs)
-    for (const node of [...before.nodes, ...after.nodes]) node.module = data.modules[node.module];
+    for (const node of [...before.nodes, ...after.nodes]) {
+      node.module = data.modules[node.module];
+      node.source = data.sources[node.source];
+    }
   return { ...data, graphs };
 }
 
 {
   const data = readDocument();
   const { graphs } = data;
-  const isExplanation = "matmuls" in data;
+  const isExplanation = "summary" in data;
   const places = new Map(graphs.map((diff, index) => [diff.name, index]));
   const addressOf = (index, side, id) => `#graph=${index}&side=${side}&node=${encodeURIComponent(id)}`;
 

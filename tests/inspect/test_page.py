@@ -153,7 +153,7 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
     head |= {"shape": [32000, 512], "bytes": {"before": 262144000, "after": 262144000}}
     rewrite = {"graph": 0, "stage": "captured", "name": "parameterize_weights", "seconds": 0.0123, "changed": True}
     rewrite |= {"created": len(names), "erased": 3, "rewritten": len(names), "skipped": 1}
-    rewrite["diff"] = "@@ layers.0 @@\n  norm_0\n- t = aten.t(p_weight)\n+ compose = slcompile.compose(B, A)\n  mm"
+    rewrite["diff"] = "  ...\n  norm_0\n- t = aten.t(p_weight)\n+ compose = slcompile.compose(B, A)\n  mm"
     idle = {**rewrite, "stage": "joint", "name": "fuse_weight_grads", "changed": False, "created": 0, "erased": 0}
     idle |= {"rewritten": 0, "skipped": 0, "diff": ""}
     return {
@@ -497,6 +497,27 @@ def test_a_graph_diff_alone(visit):
     assert page.locator("section:visible h2").all_inner_texts() == ["Graph"]
     assert "a.onnx, b.onnx" in page.title()
     assert page.locator(".pane .box").count() > 4
+
+
+@needs_browser
+def test_the_matmuls_of_a_model_and_its_export_are_linked(visit):
+    document = diff_document(*graphs(1, 1), name="model -> a.onnx")
+    name = "mm_model_layers_0_mlp_up_proj"
+    document["matmuls"] = [
+        {"weight": "model.layers.0.mlp.up_proj.weight", "before": name, "after": name},
+        {"weight": HOSTILE, "before": "norm_0", "after": ""},
+        {"weight": "strange", "before": "", "after": "norm_0"},
+    ]
+    page = visit(document)
+    rows = page.locator("#matmuls tbody tr")
+    assert [row.split("\t")[1:] for row in rows.all_inner_texts()] == [
+        ["○ only before", "norm_0", "missing"],
+        ["○ only after", "missing", "norm_0"],
+        ["✓ in both", name, name],
+    ]
+    rows.last.locator("a").last.click()
+    assert address(page) == f"#graph=0&side=after&node={name}"
+    assert name in page.locator('.pane[data-side="before"] .box.linked').inner_text()
 
 
 @needs_browser

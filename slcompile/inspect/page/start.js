@@ -82,6 +82,8 @@ function readDocument() {
     drawSection("breaks", data.breaks.length > 0, () => drawBreaks(data.breaks));
     drawSection("passes", data.passes.length > 0, () => drawPasses(data.passes, addressOfPass));
   }
+  const addressOfLink = (side, id) => addressOf(0, side, id);
+  if (!isExplanation && data.matmuls) drawSection("matmuls", true, () => drawLinks(data.matmuls, addressOfLink));
   drawSection("graph", graphs.length > 0, () => {
     startGraph(graphs, factsOfNode);
     if (location.hash) follow(location.hash);

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
 from slcompile import torch_private
+from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import WeightUse, find_matmuls, is_weight
+
+# They read a matrix in ATen as they do in the captured graph.
+_PLAIN = {functional.embedding, functional.linear, operator.matmul, torch.addmm, torch.matmul, torch.mm, *WEIGHT_OPS}
 
 
 def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, WeightUse]:
@@ -20,14 +26,22 @@ def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, 
     positions = [index for index, value in enumerate(example_inputs) if is_weight(value)]
     if not positions:
         return {}
-    lowered = torch_private.lower_to_aten(gm, torch_private.captured_inputs(gm))
-    placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if not all(_reads_are_plain(placeholders[index], example_inputs[index]) for index in positions):
+        lowered = torch_private.lower_to_aten(gm, torch_private.captured_inputs(gm))
+        placeholders = lowered.graph.find_nodes(op="placeholder")
     assert len(placeholders) == len(example_inputs), (len(placeholders), len(example_inputs))
     uses = {index: find_matmuls([placeholders[index]]) for index in positions}
     read_with_grad = _read_with_grad(gm)
     for index, use in uses.items():
         use.without_grad = index not in read_with_grad
     return {index: use for index, use in uses.items() if not use.composed}
+
+
+def _reads_are_plain(placeholder: fx.Node, weight: nn.Parameter) -> bool:
+    """Whether the captured graph shows how it reads a weight: tracing it to ATen would take a fifth of capturing it."""
+    is_matrix = type(weight) is nn.Parameter and weight.dim() == 2
+    return is_matrix and all(user.target in _PLAIN for user in placeholder.users)
 
 
 def _read_with_grad(gm: fx.GraphModule) -> set[int]:

@@ -25,6 +25,7 @@ from slcompile.export.safetensors import save_merged
 from slcompile.export.twin import arguments_for
 from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
+from slcompile.inspect.export_diff import export_diff
 from slcompile.inspect.graph_diff import GraphDiff
 from slcompile.inspect.onnx_graph import onnx_diff
 from slcompile.measure import measure_rates
@@ -53,15 +54,16 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("--no-verify", action="store_true", help="do not run and re-read the ONNX file")
     diff = commands.add_parser(
         "diff",
-        help="explain what backend='sltrain' does to a model, or compare two ONNX files",
-        description="slcompile diff PACKAGE.MODULE:FACTORY | --hf CONFIG.json | BEFORE.onnx AFTER.onnx",
+        help="explain what backend='sltrain' does to a model, or compare it with its ONNX file, or two ONNX files",
+        description="slcompile diff PACKAGE.MODULE:FACTORY [MODEL.onnx] | --hf CONFIG.json [MODEL.onnx] | "
+        "BEFORE.onnx AFTER.onnx",
     )
     diff.add_argument(
         "what",
         nargs="*",
         metavar="WHAT",
         help="PACKAGE.MODULE:FACTORY, a function that returns a model and its example arguments: (model, args) or "
-        "(model, args, kwargs); or two ONNX files",
+        "(model, args, kwargs); an ONNX file that was exported from the model; or two ONNX files",
     )
     diff.add_argument("--hf", type=Path, metavar="CONFIG", help="config.json of a transformers model")
     diff.add_argument(
@@ -96,20 +98,23 @@ def _diff(args: argparse.Namespace) -> None:
     for path in (args.html, args.json):
         if path is not None:
             writable_file(path)  # before the work, not after it
-    are_onnx = [each.endswith(".onnx") for each in args.what]
+    models = [each for each in args.what if not each.endswith(".onnx")] + [str(args.hf)] * (args.hf is not None)
+    files = [each for each in args.what if each.endswith(".onnx")]
+    if args.config and files:
+        raise ValueError("--config is of what replaces weights; ONNX files are compared as they are")
     result: Explanation | GraphDiff
-    if are_onnx == [True, True] and args.hf is None:
-        if args.config:
-            raise ValueError("--config is of models; two ONNX files are compared as they are")
-        result = onnx_diff(*args.what)
-    elif (len(args.what) == 1) != (args.hf is not None) and not any(are_onnx):
+    if (len(models), len(files)) == (0, 2):
+        result = onnx_diff(*files)
+    elif len(models) == 1 and len(files) <= 1:
         config = _sl_config(args.config)
-        name = str(args.hf) if args.hf is not None else args.what[0]
-        model, inputs, kwargs = _from_hf(args.hf, args.shape) if args.hf is not None else _from_factory(name)
-        with _errors_of(f"tracing {name}"):
-            result = explain(model, inputs, kwargs, config)
+        model, inputs, kwargs = _from_hf(args.hf, args.shape) if args.hf is not None else _from_factory(models[0])
+        with _errors_of(f"tracing {models[0]}"):
+            found = explain(model, inputs, kwargs, config)
+        result = export_diff(model, found, files[0]) if files else found
     else:
-        raise ValueError("give PACKAGE.MODULE:FACTORY, --hf CONFIG.json, or two ONNX files")
+        raise ValueError(
+            "give PACKAGE.MODULE:FACTORY or --hf CONFIG.json, perhaps with an ONNX file, or two ONNX files"
+        )
     print(result)
     if args.json is not None:
         print(f"wrote {result.to_json(args.json)}")

@@ -6,8 +6,10 @@ Tried with torch 2.11.0 and 2.13.0; tests/test_torch_private.py exercises each.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -39,7 +41,8 @@ def collector_paused() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with torch._dynamo.config.patch(run_gc_after_compile=False):
+            yield
     finally:
         if was_enabled:
             gc.enable()
@@ -95,8 +98,8 @@ def aot_graphs(
         graphs.append(forward)
         return compile_nothing(forward, forward_inputs)
 
-    def compile_nothing(graph: fx.GraphModule, _: Sequence[Any]) -> Any:
-        return make_boxed_func(graph.forward)  # what AOTAutograd wants to be given; nobody runs it
+    def compile_nothing(*_: Any) -> Any:
+        return make_boxed_func(lambda *_: None)  # nobody runs it; asking a graph for its forward would generate code
 
     aot_autograd(
         fw_compiler=compile_nothing,
@@ -174,6 +177,53 @@ def break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
     if reason is None or not reason.graph_break:
         return None
     return str(reason.reason), "".join(traceback.format_list(reason.user_stack))
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedFrame:
+    """A function that Dynamo gave up to capture: it runs in Python.
+
+    Attributes:
+        code: File and first line of the function.
+        reason: A sentence.
+        stack_trace: The line at which Dynamo gave up.
+    """
+
+    code: tuple[str, int]
+    reason: str
+    stack_trace: str
+
+
+@contextlib.contextmanager
+def skipped_frames() -> Iterator[list[SkippedFrame]]:
+    """A list that holds, once it is left, the functions that Dynamo skipped while it was entered."""
+    from torch._dynamo import utils
+
+    found: list[SkippedFrame] = []
+    limit, before = utils._compilation_metrics.maxlen, len(utils.get_compilation_metrics())
+    utils.set_compilation_metrics_limit(sys.maxsize)
+    try:
+        yield found
+    finally:
+        for each in utils.get_compilation_metrics()[before:]:
+            if each.fail_type is not None:
+                code = (each.co_filename or "", each.co_firstlineno or 0)
+                at = (each.fail_user_frame_filename or code[0], each.fail_user_frame_lineno or code[1])
+                trace = traceback.format_list([traceback.FrameSummary(*at, each.co_name or "")])
+                found.append(SkippedFrame(code, (each.fail_reason or each.fail_type).strip(), "".join(trace)))
+        utils.set_compilation_metrics_limit(limit or utils.DEFAULT_COMPILATION_METRICS_LIMIT)
+
+
+def is_disabled(value: Any) -> bool:
+    """Whether a function or a module is what ``torch.compiler.disable`` returned."""
+    if isinstance(value, torch._dynamo.OptimizedModule):
+        return isinstance(value.dynamo_ctx, torch._dynamo.eval_frame.DisableContext)
+    return not isinstance(value, torch.nn.Module) and bool(getattr(value, "_torchdynamo_disable", False))
+
+
+def without_disable(function: Any) -> Any:
+    """The function that ``torch.compiler.disable`` was given, where this is what it returned."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 def tracing_context() -> Any:

@@ -171,7 +171,48 @@ def test_break_reasons():
 def test_the_collector_is_paused_and_goes_on():
     with torch_private.collector_paused():
         assert not gc.isenabled()
+        assert not torch._dynamo.config.run_gc_after_compile
     assert gc.isenabled()
+    assert torch._dynamo.config.run_gc_after_compile
+
+
+def looped(x):
+    for _ in range(2):
+        torch._dynamo.graph_break()
+    return x + 1
+
+
+def test_skipped_frames_are_those_that_dynamo_gave_up():
+    kept = torch._dynamo.utils._compilation_metrics.maxlen
+    with torch_private.skipped_frames() as skipped:
+        torch.compile(lambda x: looped(x) + 1, backend="eager")(torch.ones(3))
+    (only,) = skipped
+    assert only.code == (looped.__code__.co_filename, looped.__code__.co_firstlineno)
+    assert "graph_break" in only.reason
+    assert f"line {looped.__code__.co_firstlineno + 2}, in looped" in only.stack_trace
+    assert torch._dynamo.utils._compilation_metrics.maxlen == kept
+    with torch_private.skipped_frames() as skipped:
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    assert skipped == []
+
+
+def test_what_is_disabled():
+    module, function = nn.Linear(3, 3), torch.compiler.disable(looped)
+    assert torch_private.is_disabled(function)
+    assert torch_private.without_disable(function) is looped
+    assert torch_private.is_disabled(torch.compiler.disable(module))
+    for each in (looped, module, torch.compile(module), None):
+        assert not torch_private.is_disabled(each)
+
+
+def test_no_code_is_generated_for_a_forward_graph_that_is_only_traced(block, batch):
+    found = []
+
+    def within(gm, inputs):
+        found.extend(torch_private.aot_graphs(gm, inputs, lambda graph, stage: None))
+
+    capture(block, batch[0], within=within)
+    assert found[0]._needs_recompile()
 
 
 def test_size_hints_and_fakes_of_a_graph_with_symbolic_sizes(block):

@@ -42,7 +42,7 @@ class Document:
         Raises:
             ValueError: ``path`` cannot be written.
         """
-        return _write(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False))
+        return _write(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Self:

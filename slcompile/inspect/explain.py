@@ -16,11 +16,11 @@ import slcompile
 from slcompile import torch_private
 from slcompile.backend import CapturedGraph, expand
 from slcompile.config import SLConfig
-from slcompile.conversion import linear_modules
 from slcompile.cost import Matmul
 from slcompile.factorize import checked_config, unwrapped
-from slcompile.inspect.explanation import Break, Change, Explanation, MatmulRow, PassRow, Summary
+from slcompile.inspect.explanation import ADAM, Break, Change, Explanation, MatmulRow, PassRow, Summary
 from slcompile.inspect.graph_diff import GraphDiff, Snapshot, compare, named, snapshot, source_line
+from slcompile.inspect.not_captured import first_line, not_captured
 from slcompile.ops import WEIGHT_OPS
 from slcompile.owners import LiveObjects, plain_name
 from slcompile.passes import Decision, PassReport, joint_passes, post_passes, run
@@ -28,9 +28,6 @@ from slcompile.passes.find_matmuls import MatmulRead, find_matmuls
 from slcompile.passes.graph import Watch
 from slcompile.passes.graph_text import diff
 from slcompile.weight import SUFFIX, SLWeight, base_class, dense_names
-
-ADAM = 4
-"""Copies of each trained parameter in training: itself, its gradient and Adam's two states."""
 
 
 def explain(
@@ -66,9 +63,11 @@ def explain(
         torch.enable_grad(),
         torch_private.unlimited_recompiles(),
         torch_private.collector_paused(),
+        torch_private.skipped_frames() as skipped,
     ):
         torch.compile(lambda: model(*args, **(kwargs or {})), backend=collector)()
-    rows = [*collector.rows(), *_not_captured(model, collector.weights)]
+    rows = [*collector.rows(), *not_captured(model, collector.weights, skipped)]
+    breaks = [*collector.breaks, *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped)]
     changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]
     made = (each for each in model.modules() if isinstance(each, SLWeight))
     changes += [(each.parameters, each.bytes, False) for each in map(_factorized, made)]
@@ -85,7 +84,7 @@ def explain(
         ),
         tuple(rows),
         tuple(collector.passes),
-        tuple(collector.breaks),
+        tuple(dict.fromkeys(breaks)),  # what is skipped broke the graph of its caller before
         tuple(collector.graphs),
     )
 
@@ -112,33 +111,6 @@ def _training_bytes(model: nn.Module) -> int:
     return sum(each.nbytes for each in supports) + sum(
         each.nbytes * (ADAM if each.requires_grad else 1) for each in model.parameters()
     )
-
-
-def _not_captured(model: nn.Module, seen: Mapping[int, Any]) -> Iterator[MatmulRow]:
-    """Rows for linear layers of which no captured graph reads the weight."""
-    for path, module, _ in linear_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is None or id(weight) in seen:
-            continue
-        size = Change(*[weight.nbytes * (ADAM if weight.requires_grad else 1)] * 2)
-        yield MatmulRow(
-            name=f"{path}.weight".lstrip("."),
-            shape=tuple(weight.shape),
-            tokens=None,
-            graph=None,
-            decision="left",
-            reason="not_captured",
-            detail="no captured graph reads it: this call does not reach it, or Dynamo skips the code that does",
-            rank=None,
-            density=None,
-            nonzeros=None,
-            lowering="",
-            costs={},
-            bytes=size,
-            flops=Change(0, 0),
-            source="",
-            node="",
-        )
 
 
 @contextmanager
@@ -271,7 +243,7 @@ class _Collector:
         number, self.captured = self.captured, self.captured + 1
         reason = torch_private.break_reason(gm)
         if reason is not None:
-            self.breaks.append(Break(reason[0].strip().partition("\n")[0], source_line(reason[1])))
+            self.breaks.append(Break(first_line(reason[0]), source_line(reason[1])))
         live = LiveObjects.find()
         graph = CapturedGraph(gm, self.config, {})
         report = graph.find(example_inputs, live)

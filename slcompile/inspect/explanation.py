@@ -9,7 +9,10 @@ from typing import Any
 
 from slcompile.inspect import text
 from slcompile.inspect.document import Document
-from slcompile.inspect.graph_diff import GraphDiff
+from slcompile.inspect.graph_diff import GraphDiff, Tables
+
+ADAM = 4
+"""Copies of each trained parameter in training: itself, its gradient and Adam's two states."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class PassRow:
 
 @dataclass(frozen=True)
 class Break:
-    """Where Dynamo ended one graph and went on with the next, and why."""
+    """Where Dynamo ended one graph and went on with the next, or gave a function up to Python, and why."""
 
     reason: str
     source: str
@@ -123,12 +126,12 @@ class Explanation(Document):
         summary: Totals.
         matmuls: A row for each matmul that reads a parameter.
         passes: A row for each pass on each graph, in order.
-        breaks: Where the model fell into several graphs.
+        breaks: Where the model fell into several graphs, or out of them.
         graphs: For each captured graph its stages, each before and after our passes: captured, joint (forward and
             backward in one), forward, backward.
     """
 
-    SCHEMA = "slcompile.explain/1"
+    SCHEMA = "slcompile.explain/2"
 
     model: str
     versions: Mapping[str, str]
@@ -145,6 +148,7 @@ class Explanation(Document):
     def to_dict(self) -> dict[str, Any]:
         summary = dataclasses.asdict(self.summary)
         replaced, total = summary.pop("replaced"), summary.pop("total")
+        tables = Tables()
         return {
             "schema": self.SCHEMA,
             "model": self.model,
@@ -154,7 +158,8 @@ class Explanation(Document):
             "matmuls": [{**dataclasses.asdict(row), "shape": list(row.shape)} for row in self.matmuls],
             "passes": [dataclasses.asdict(row) for row in self.passes],
             "breaks": [dataclasses.asdict(row) for row in self.breaks],
-            "graphs": [each.to_dict() for each in self.graphs],
+            "graphs": [each.graphs_to_dict(tables) for each in self.graphs],
+            **tables.to_dict(),
         }
 
     @classmethod
@@ -162,6 +167,7 @@ class Explanation(Document):
         cls._require_schema(given)
         summary = given["summary"]
         changes = [Change(**summary[key]) for key in ("parameters", "bytes", "flops")]
+        tables = Tables.from_dict(given)
         rows = [
             MatmulRow(**{**row, "shape": tuple(row["shape"])} | {key: Change(**row[key]) for key in ("bytes", "flops")})
             for row in given["matmuls"]
@@ -174,5 +180,5 @@ class Explanation(Document):
             tuple(rows),
             tuple(PassRow(**row) for row in given["passes"]),
             tuple(Break(**row) for row in given["breaks"]),
-            tuple(GraphDiff.from_dict(each) for each in given["graphs"]),
+            tuple(GraphDiff.graphs_from_dict(each, tables) for each in given["graphs"]),
         )

@@ -6,9 +6,9 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -17,9 +17,13 @@ from slcompile import torch_private
 from slcompile.inspect.document import Document
 from slcompile.passes.graph_text import arguments_text, diff, target_name
 
+SIDES = ("before", "after")
 
-@dataclass(frozen=True)
-class Node:
+ModuleStack = tuple[tuple[str, str], ...]
+"""Path and class of the modules that a node belongs to, outermost first."""
+
+
+class Node(NamedTuple):
     """A node of one of two compared graphs.
 
     Attributes:
@@ -43,36 +47,94 @@ class Node:
     inputs: tuple[str, ...] = ()
     shape: str = ""
     dtype: str = ""
-    module: tuple[tuple[str, str], ...] = ()
+    module: ModuleStack = ()
     status: str = ""
     origins: tuple[str, ...] = ()
     weight: str = ""
     source: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        given = {**vars(self), "inputs": list(self.inputs), "module": [list(each) for each in self.module]}
-        return {
-            "from" if key == "origins" else key: list(each) if key == "origins" else each for key, each in given.items()
-        }
+    def to_dict(self, tables: Tables) -> dict[str, Any]:
+        """As JSON holds it; what nodes share goes into the document's tables."""
+        given = {**self._asdict(), "from": list(self.origins), "inputs": list(self.inputs)}
+        del given["origins"]
+        shared = {"module": tables.modules.position(self.module), "source": tables.sources.position(self.source)}
+        return given | shared
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Node:
+    def from_dict(cls, given: Mapping[str, Any], tables: Tables) -> Node:
         """The inverse of ``to_dict``."""
-        known = {key: each for key, each in given.items() if key not in ("from", "inputs", "module")}
-        module = tuple((path, kind) for path, kind in given["module"])
-        return cls(**known, inputs=tuple(given["inputs"]), module=module, origins=tuple(given["from"]))
+        known = {key: each for key, each in given.items() if key != "from"}
+        known |= {"inputs": tuple(given["inputs"]), "origins": tuple(given["from"])}
+        shared = {"module": tables.modules.values[given["module"]], "source": tables.sources.values[given["source"]]}
+        return cls(**{**known, **shared})
+
+
+T = TypeVar("T")
+
+
+class Table(Generic[T]):
+    """Different values, and where each stands among them."""
+
+    def __init__(self, values: Iterable[T] = ()) -> None:
+        self.values = list(values)
+        self._positions = {each: index for index, each in enumerate(self.values)}
+
+    def position(self, value: T) -> int:
+        """Where a value stands; it is added if it is not there yet."""
+        if value not in self._positions:
+            self._positions[value] = len(self.values)
+            self.values.append(value)
+        return self._positions[value]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the nodes of a document share: it is written once, and they hold positions."""
+
+    modules: Table[ModuleStack] = field(default_factory=Table)
+    sources: Table[str] = field(default_factory=Table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        stacks = [[list(each) for each in stack] for stack in self.modules.values]
+        return {"modules": stacks, "sources": self.sources.values}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Tables:
+        """The inverse of ``to_dict``."""
+        stacks = (tuple((path, kind) for path, kind in stack) for stack in given["modules"])
+        return cls(Table(stacks), Table(given["sources"]))
+
+
+class Link(NamedTuple):
+    """A matmul that reads a weight, in a model and in its export.
+
+    Attributes:
+        weight: The weight's name.
+        before, after: Ids of the nodes; empty where there is none.
+    """
+
+    weight: str
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
 class GraphDiff(Document):
-    """Two graphs, each a tuple of nodes in topological order that say what became of them."""
+    """Two graphs, each a tuple of nodes in topological order that say what became of them.
 
-    SCHEMA = "slcompile.graph_diff/1"
+    Attributes:
+        name: Of the comparison.
+        before, after: The nodes.
+        matmuls: Of a model and its export, whose ops have other names: what their comparison comes to.
+    """
+
+    SCHEMA = "slcompile.graph_diff/2"
 
     name: str
     before: tuple[Node, ...]
     after: tuple[Node, ...]
+    matmuls: tuple[Link, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -82,24 +144,54 @@ class GraphDiff(Document):
         return {"kept": after["kept"], "removed": removed, "new": after["new"], "rewritten": after["rewritten"]}
 
     def text(self) -> str:
-        """A header of counts, and what changed as in a unified diff."""
+        """A header of counts, and what changed as in a unified diff; of a model and its export, the matmuls."""
+        if self.matmuls:
+            return self._links_text()
         header = f"{self.name}: " + ", ".join(f"{number} {status}" for status, number in self.counts.items())
         # Nodes that were kept are called as before, so that one with another name is no change.
         renamed = {node.id: node.origins[0] for node in self.after if node.status == "kept"}
         return "\n".join([header, diff(_lines(self.before, {}), _lines(self.after, renamed))]).rstrip()
 
+    def _links_text(self) -> str:
+        nodes = [{node.id: node for node in side} for side in (self.before, self.after)]
+        both = [link for link in self.matmuls if link.before and link.after]
+        lines = [f"{self.name}: {len(both)} of {len(self.matmuls)} matmuls with a parameter are in both"]
+        kinds = Counter(f"{nodes[0][link.before].target} -> {nodes[1][link.after].target}" for link in both)
+        lines += [f"  {number} {kind}" for kind, number in kinds.items()]
+        for title, side in (("only before", 0), ("only after", 1)):
+            left = [link for link in self.matmuls if not link[2 - side]]
+            lines += [title] * bool(left)
+            lines += [f"  {link.weight}: {nodes[side][link[1 + side]].target} {link[1 + side]}" for link in left]
+        pairs = [(nodes[0][node.origins[0]], node) for node in self.after if node.weight and node.origins]
+        changed = [(old, new) for old, new in pairs if (old.shape, old.dtype) != (new.shape, new.dtype)]
+        lines += ["weights of another shape or dtype"] * bool(changed)
+        lines += [f"  {new.weight}: {old.shape} {old.dtype} -> {new.shape} {new.dtype}" for old, new in changed]
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         return self.text()
 
     def to_dict(self) -> dict[str, Any]:
-        graphs = {side: {"nodes": [node.to_dict() for node in getattr(self, side)]} for side in ("before", "after")}
-        return {"schema": self.SCHEMA, "name": self.name, **graphs, "counts": self.counts}
+        tables = Tables()
+        links = {"matmuls": [link._asdict() for link in self.matmuls]} if self.matmuls else {}
+        return {"schema": self.SCHEMA, **self.graphs_to_dict(tables), **links, **tables.to_dict()}
+
+    def graphs_to_dict(self, tables: Tables) -> dict[str, Any]:
+        """As a document with these tables holds it."""
+        graphs = {side: {"nodes": [node.to_dict(tables) for node in getattr(self, side)]} for side in SIDES}
+        return {"name": self.name, **graphs, "counts": self.counts}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> GraphDiff:
         cls._require_schema(given)
-        sides = (tuple(Node.from_dict(node) for node in given[side]["nodes"]) for side in ("before", "after"))
-        return cls(given["name"], *sides)
+        links = tuple(Link(**each) for each in given.get("matmuls", ()))
+        return replace(cls.graphs_from_dict(given, Tables.from_dict(given)), matmuls=links)
+
+    @classmethod
+    def graphs_from_dict(cls, given: Mapping[str, Any], tables: Tables) -> GraphDiff:
+        """The inverse of ``graphs_to_dict``."""
+        before, after = (tuple(Node.from_dict(node, tables) for node in given[side]["nodes"]) for side in SIDES)
+        return cls(given["name"], before, after)
 
 
 def _lines(nodes: Sequence[Node], renamed: Mapping[str, str]) -> dict[str, str]:
@@ -140,6 +232,10 @@ def graph_diff(before: fx.GraphModule, after: fx.GraphModule, name: str = "graph
     return compare(name, snapshot(before.graph), snapshot(after.graph))
 
 
+_INPUT = "\0"
+"""Stands for an input in a node's constants; Python's repr writes it otherwise."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A graph as it was: nodes without a status, and what comparing them takes.
@@ -175,6 +271,7 @@ def snapshot(
     weights, modules = weights or {}, modules or {}
     owner = graph.owning_module
     found = Snapshot()
+    paths: dict[tuple[str, ...], ModuleStack] = {}  # thousands of nodes are in few modules
     for node in graph.nodes:
         shape, dtype = _description(node)
         weight = weights.get(node.name, "")
@@ -182,16 +279,20 @@ def snapshot(
             weight = str(node.target)
         inputs: list[str] = []
         constants = arguments_text(node, functools.partial(_collect, inputs))
+        stack = module_stack(node)
+        key = tuple(stack)
+        if key not in paths:
+            paths[key] = module_path(stack, modules)
         found.add(
             Node(
                 node.name,
                 node.op,
                 target_name(node),
-                arguments_text(node),
+                _filled(constants, inputs),
                 tuple(inputs),
                 shape,
                 dtype,
-                module_path(node, modules),
+                paths[key],
                 weight=weight,
                 source=source_line(node.meta.get("stack_trace") or ""),
             ),
@@ -204,7 +305,13 @@ def snapshot(
 def _collect(inputs: list[str], node: fx.Node) -> str:
     """Notes an input, and stands for it in a text that is to hold constants alone."""
     inputs.append(node.name)
-    return "%"
+    return _INPUT
+
+
+def _filled(constants: str, inputs: Sequence[str]) -> str:
+    """The text of constants with its inputs again."""
+    parts = constants.split(_INPUT)
+    return "".join([each for pair in zip(parts, inputs, strict=False) for each in pair]) + parts[-1]
 
 
 def compare(name: str, before: Snapshot, after: Snapshot) -> GraphDiff:
@@ -228,12 +335,11 @@ def compare(name: str, before: Snapshot, after: Snapshot) -> GraphDiff:
     gone = {*olds} - {*related.values()}
     changed = {*rewritten.values()}
     befores = (
-        replace(node, status="removed" if node.id in gone else "rewritten" if node.id in changed else "kept")
+        node._replace(status="removed" if node.id in gone else "rewritten" if node.id in changed else "kept")
         for node in before.nodes
     )
     afters = (
-        replace(
-            node,
+        node._replace(
             status="rewritten" if node.id in rewritten else "kept" if node.id in match else "new",
             origins=(related[node.id],) if node.id in related else (),
         )
@@ -296,9 +402,13 @@ def _is_parameter(owner: torch.nn.Module, target: str) -> bool:
         return False
 
 
-def module_path(node: fx.Node, modules: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Path and class of the modules that a node belongs to, outermost first; the model itself is not among them."""
-    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+def module_stack(node: fx.Node) -> Mapping[str, Any]:
+    """The modules that torch says a node belongs to."""
+    return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+
+
+def module_path(stack: Mapping[str, Any], modules: Mapping[str, str]) -> ModuleStack:
+    """Path and class of the modules of a stack, outermost first; the model itself is not among them."""
     found = []
     for key, (path, kind) in stack.items():
         name = modules.get(str(key).split("@")[0])

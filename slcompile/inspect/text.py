@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slcompile.inspect.explanation import Break, Change, Explanation, MatmulRow, PassRow
+    from slcompile.inspect.explanation import Change, Explanation, MatmulRow, PassRow
 
 WIDTH = 100
 _NAME = 24  # columns that a weight's name has at least
@@ -20,7 +20,7 @@ def render(explanation: Explanation) -> str:
         _header(explanation),
         _matmuls(explanation.matmuls),
         _left(explanation.matmuls),
-        _breaks(explanation.breaks),
+        _breaks(explanation),
         _passes(explanation.passes),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -73,9 +73,10 @@ def _left(rows: Sequence[MatmulRow]) -> str:
     return "\n".join(["Left dense", *lines]) if lines else ""
 
 
-def _breaks(breaks: Sequence[Break]) -> str:
-    lines = [f"  {each.reason}\n    at {each.source}" for each in breaks]
-    return "\n".join([f"Graph breaks ({len(breaks) + 1} graphs)", *lines]) if lines else ""
+def _breaks(explanation: Explanation) -> str:
+    lines = [f"  {each.reason}\n    at {each.source}" for each in explanation.breaks]
+    graphs = sum(each.name.endswith(", captured") for each in explanation.graphs)
+    return "\n".join([f"Graph breaks ({graphs} graph{'s' * (graphs != 1)})", *lines]) if lines else ""
 
 
 def _passes(rows: Sequence[PassRow]) -> str:

@@ -55,7 +55,7 @@ def test_errors_are_one_line_and_leave_no_file(factories, tmp_path, capsys):
         ([f"{factories}:modle"], "has no function 'modle', did you mean 'model'?"),
         (["no_such_module:model"], "importing no_such_module failed with ModuleNotFoundError"),
         ([factories], "a model is given as PACKAGE.MODULE:FACTORY"),
-        ([], "give PACKAGE.MODULE:FACTORY, --hf CONFIG.json, or two ONNX files"),
+        ([], "give PACKAGE.MODULE:FACTORY or --hf CONFIG.json, perhaps with an ONNX file, or two ONNX files"),
         ([f"{factories}:failing", "--json", "missing/e.json"], "does not exist"),
         ([f"{factories}:failing", "--html", "folder"], "path must be a file"),
         ([f"{factories}:model", "--config", "rnk=3"], "unknown option 'rnk', did you mean 'rank'?"),

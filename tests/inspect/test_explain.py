@@ -4,8 +4,11 @@ import copy
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +143,91 @@ def test_every_part_of_a_broken_model_is_shown_with_the_reason(batch):
     assert "Graph breaks (2 graphs)" in str(found)
 
 
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.below, self.unused = nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.below(self.own(x))
+
+
+class Disabled(Inner):
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class DisabledHelper(Inner):
+    @torch.compiler.disable
+    def helper(self, x: Tensor) -> Tensor:
+        return self.own(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.below(self.helper(x))
+
+
+class Looped(Inner):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.below(self.own(x))
+            torch._dynamo.graph_break()
+        return x
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(64, 64), inner, nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(self.first(x)))
+
+
+DISABLED = "Skip inlining `torch.compiler.disable()`d function"
+
+
+@pytest.mark.parametrize(
+    ("inner", "own", "below", "detail", "broken"),
+    [
+        (Disabled, "disabled", "disabled", "Disabled.forward is under torch.compiler.disable()", DISABLED),
+        (
+            lambda: torch.compiler.disable(Inner()),
+            "disabled",
+            "disabled",
+            "Inner is under torch.compiler.disable()",
+            "Unsupported function call",
+        ),
+        (DisabledHelper, "disabled", "", "DisabledHelper.helper is under torch.compiler.disable()", DISABLED),
+        (
+            Looped,
+            "graph_break",
+            "graph_break",
+            "Dynamo skips Looped.forward: Call to `torch._dynamo.graph_break()`, at test_explain.py:",
+            "Call to `torch._dynamo.graph_break()`",
+        ),
+    ],
+)
+def test_what_no_graph_reads_has_the_reason(batch, inner, own, below, detail, broken):
+    found = explain(Outer(inner()), (batch[0],), config=CONFIG)
+    rows = {row.name: row for row in found.matmuls}
+    assert (rows["first.weight"].reason, rows["last.weight"].reason) == ("", "")
+    assert rows["first.weight"].graph != rows["last.weight"].graph
+    assert (rows["inner.own.weight"].reason, rows["inner.below.0.weight"].reason) == (own, below)
+    assert rows["inner.own.weight"].detail.startswith(detail)
+    assert [each.reason.startswith(broken) for each in found.breaks] == [True]
+    assert rows["inner.own.weight"].decision == "left"
+
+
+def test_a_model_that_dynamo_skips_as_a_whole_says_why(batch):
+    found = explain(Looped(), (batch[0],), config=CONFIG)
+    assert (found.graphs, found.summary.replaced) == ((), 0)
+    assert [row.reason for row in found.matmuls] == ["graph_break"] * 3
+    (only,) = found.breaks
+    assert "torch._dynamo.graph_break()" in only.source
+    assert "Graph breaks (0 graphs)\n  Call to" in str(found)
+
+
 def test_a_failing_model_is_left_as_it_is(batch):
     class Failing(Broken):
         def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +294,7 @@ def test_json_round_trips_and_folding_keeps_the_text_short(batch, tmp_path):
     assert slcompile.Explanation.from_json(found.to_json(tmp_path / "e.json")) == found
     assert [each.name for each in tmp_path.iterdir()] == ["e.json"]
     document = json.loads((tmp_path / "e.json").read_text())
-    assert document["schema"] == "slcompile.explain/1"
+    assert document["schema"] == "slcompile.explain/2"
     assert document["summary"]["matmuls"] == {"replaced": 4, "total": 4}
     assert max(map(len, str(found).splitlines())) <= 100
 
@@ -244,10 +332,17 @@ def test_torch_logs_prints_decisions(tmp_path):
     assert "must_recompute" in printed
 
 
-def test_the_structured_trace_holds_graphs_and_decisions(tmp_path):
-    run_script(tmp_path, TORCH_TRACE=str(tmp_path / "trace"))
-    (log,) = (tmp_path / "trace").iterdir()
-    lines = log.read_text().splitlines()
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Path:
+    """The structured trace of a compile."""
+    folder = tmp_path_factory.mktemp("trace")
+    run_script(folder, TORCH_TRACE=str(folder / "trace"))
+    (log,) = (folder / "trace").iterdir()
+    return log
+
+
+def test_the_structured_trace_holds_graphs_and_decisions(trace):
+    lines = trace.read_text().splitlines()
     found: dict[str, str] = {}
     for index, line in enumerate(lines):
         if '"artifact": {"name": "slcompile_' in line:
@@ -266,10 +361,25 @@ def test_the_structured_trace_holds_graphs_and_decisions(tmp_path):
     assert (decisions["2.weight"]["decision"], decisions["2.weight"]["reason"]) == ("left", "too_small")
 
 
+TLPARSE = shutil.which("tlparse", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+@pytest.mark.skipif(TLPARSE is None, reason="needs tlparse (pip install 'slcompile[test]')")
+def test_tlparse_shows_graphs_and_decisions(trace, tmp_path):
+    out = tmp_path / "out"
+    subprocess.run([TLPARSE, trace, "-o", out, "--no-browser"], capture_output=True, check=True)
+    links = re.findall(r'href="([^"]*/(slcompile_\w+?)_\d+\.(?:txt|json))"', (out / "index.html").read_text())
+    pages = {name: (out / path).read_text() for path, name in links}
+    assert set(pages) == {"slcompile_before", "slcompile_after", "slcompile_matmuls"}
+    assert "compose" not in pages["slcompile_before"]
+    assert "slcompile.compose.default" in pages["slcompile_after"]
+    assert {each["name"] for each in json.loads(pages["slcompile_matmuls"])["decisions"]} == {"0.weight", "2.weight"}
+
+
 def test_page_and_notebook(block, batch, tmp_path):
     found = explain(block, (batch[0],), config=CONFIG)
     page = found.to_html(tmp_path / "page.html").read_text()
-    assert "slcompile.explain/1" in page
+    assert "slcompile.explain/2" in page
     assert found._repr_html_().startswith("<iframe")
 
 

@@ -101,8 +101,8 @@ def test_json_round_trips(tmp_path):
     path = found.to_json(tmp_path / "diff.json")
     assert slcompile.GraphDiff.from_json(path) == found
     document = found.to_dict()
-    assert document["schema"] == "slcompile.graph_diff/1"
-    assert set(document) == {"schema", "name", "before", "after", "counts"}
+    assert document["schema"] == "slcompile.graph_diff/2"
+    assert set(document) == {"schema", "name", "before", "after", "counts", "modules", "sources"}
     node = document["after"]["nodes"][0]
     assert set(node) == {
         "id", "op", "target", "args", "inputs", "shape", "dtype", "module", "status", "from", "weight", "source",
@@ -116,7 +116,7 @@ def test_bad_arguments_and_files(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         slcompile.graph_diff(gm, gm).to_json(tmp_path / "missing" / "diff.json")
     (tmp_path / "other.json").write_text('{"schema": "slcompile.graph_diff/0"}')
-    with pytest.raises(ValueError, match=r"schema must be 'slcompile\.graph_diff/1', got"):
+    with pytest.raises(ValueError, match=r"schema must be 'slcompile\.graph_diff/2', got"):
         slcompile.GraphDiff.from_json(tmp_path / "other.json")
     (tmp_path / "half.json").write_text('{"schema"')
     with pytest.raises(ValueError, match="holds no JSON"):

@@ -65,7 +65,7 @@ def test_the_command_line(tmp_path, capsys):
         ([first, str(tmp_path / "bad.onnx")], "holds no ONNX model"),
         ([first, str(tmp_path / "none.onnx")], "is no file"),
         ([first], "give PACKAGE.MODULE:FACTORY"),
-        ([first, second, "--config", "rank=3"], "--config is of models"),
+        ([first, second, "--config", "rank=3"], "--config is of what replaces weights"),
     ):
         assert main(["diff", *command]) == 2
         assert message in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ try:
 except ImportError:
     sync_playwright = None
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--no-first-run"]
-needs_browser = pytest.mark.skipif(
-    sync_playwright is None or not CHROMIUM.exists(), reason=f"needs playwright and Chromium at {CHROMIUM}"
-)
+MISSING = [
+    "playwright (pip install 'slcompile[test]')" if sync_playwright is None else "",
+    "chromium on the PATH (apt install chromium)" if CHROMIUM is None else "",
+]
+needs_browser = pytest.mark.skipif(any(MISSING), reason=f"needs {' and '.join(filter(None, MISSING))}")
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
 # The page's typography, by name: linters take these for letters.
@@ -112,7 +115,7 @@ def diff_document(before: list[dict], after: list[dict], name: str = "graph 0, c
     counts = {status: sum(each["status"] == status for each in after) for status in ("kept", "new", "rewritten")}
     counts["removed"] = sum(each["status"] == "removed" for each in before)
     return {
-        "schema": "slcompile.graph_diff/1",
+        "schema": "slcompile.graph_diff/2",
         "name": name,
         "before": {"nodes": before},
         "after": {"nodes": after},
@@ -150,11 +153,11 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
     head |= {"shape": [32000, 512], "bytes": {"before": 262144000, "after": 262144000}}
     rewrite = {"graph": 0, "stage": "captured", "name": "parameterize_weights", "seconds": 0.0123, "changed": True}
     rewrite |= {"created": len(names), "erased": 3, "rewritten": len(names), "skipped": 1}
-    rewrite["diff"] = "@@ layers.0 @@\n  norm_0\n- t = aten.t(p_weight)\n+ compose = slcompile.compose(B, A)\n  mm"
+    rewrite["diff"] = "  ...\n  norm_0\n- t = aten.t(p_weight)\n+ compose = slcompile.compose(B, A)\n  mm"
     idle = {**rewrite, "stage": "joint", "name": "fuse_weight_grads", "changed": False, "created": 0, "erased": 0}
     idle |= {"rewritten": 0, "skipped": 0, "diff": ""}
     return {
-        "schema": "slcompile.explain/1",
+        "schema": "slcompile.explain/2",
         "model": "LlamaForCausalLM",
         "versions": {"slcompile": "0.1.0", "torch": "2.13.0"},
         "config": {"rank": 0.25, "density": 0.03, "exclude": ["*lm_head*", "*embed*"]},
@@ -171,10 +174,23 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
     }
 
 
+def packed(document: dict) -> dict:
+    """A document as it is written: with what its nodes share in tables."""
+    document = json.loads(json.dumps(document))  # without parts that are shared
+    tables: dict[str, list] = {"module": [], "source": []}
+    for graph in document.get("graphs", [document]):
+        for each in (*graph["before"]["nodes"], *graph["after"]["nodes"]):
+            for key, table in tables.items():
+                if each[key] not in table:
+                    table.append(each[key])
+                each[key] = table.index(each[key])
+    return {**document, "modules": tables["module"], "sources": tables["source"]}
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
 
@@ -187,7 +203,7 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def start(document: dict, address: str = "", **context: Any) -> Any:
         path = tmp_path / "page.html"
-        path.write_text(render(document), encoding="utf-8")
+        path.write_text(render(packed(document)), encoding="utf-8")
         contexts.append(browser.new_context(viewport={"width": 1500, "height": 950}, **context))
         contexts[-1].set_default_timeout(30_000)
         page = contexts[-1].new_page()
@@ -217,9 +233,9 @@ def layout_time(page: Any) -> float:
     return page.evaluate("performance.getEntriesByName('slcompile-toggle').at(-1).duration")
 
 
-@pytest.mark.parametrize("schema", ["slcompile.explain/2", None])
+@pytest.mark.parametrize("schema", ["slcompile.explain/1", None])
 def test_unknown_schemas_are_refused(schema):
-    with pytest.raises(ValueError, match=r"slcompile\.explain/1, slcompile\.graph_diff/1, got"):
+    with pytest.raises(ValueError, match=r"slcompile\.explain/2, slcompile\.graph_diff/2, got"):
         render({**explanation(1), "schema": schema})
 
 
@@ -231,7 +247,7 @@ def test_numbers_without_json_are_refused():
 
 
 def test_the_data_round_trips_through_the_page():
-    document = explanation(2)
+    document = packed(explanation(2))
     document["model"] = HOSTILE
     text = re.search(r'<script type="application/json" id="data">(.*?)</script>', render(document), re.DOTALL)
     assert text is not None
@@ -257,7 +273,7 @@ def test_counts_equal_the_document(visit):
     for side in ("before", "after"):
         nodes = document["graphs"][0][side]["nodes"]
         assert f"{len(nodes)} nodes" in page.inner_text(f'.pane[data-side="{side}"] h3')
-        boxes = page.evaluate("(side) => buildDiff(JSON.parse($('data').textContent).graphs[0]).sides[side].root", side)
+        boxes = page.evaluate("(side) => buildDiff(readDocument().graphs[0]).sides[side].root", side)
         shown = [each for each in nodes if not each["weight"]]
         assert boxes["count"] == len(shown)
         assert boxes["statuses"]["kept"] == sum(each["status"] == "kept" for each in shown)
@@ -484,6 +500,27 @@ def test_a_graph_diff_alone(visit):
 
 
 @needs_browser
+def test_the_matmuls_of_a_model_and_its_export_are_linked(visit):
+    document = diff_document(*graphs(1, 1), name="model -> a.onnx")
+    name = "mm_model_layers_0_mlp_up_proj"
+    document["matmuls"] = [
+        {"weight": "model.layers.0.mlp.up_proj.weight", "before": name, "after": name},
+        {"weight": HOSTILE, "before": "norm_0", "after": ""},
+        {"weight": "strange", "before": "", "after": "norm_0"},
+    ]
+    page = visit(document)
+    rows = page.locator("#matmuls tbody tr")
+    assert [row.split("\t")[1:] for row in rows.all_inner_texts()] == [
+        ["○ only before", "norm_0", "missing"],
+        ["○ only after", "missing", "norm_0"],
+        ["✓ in both", name, name],
+    ]
+    rows.last.locator("a").last.click()
+    assert address(page) == f"#graph=0&side=after&node={name}"
+    assert name in page.locator('.pane[data-side="before"] .box.linked').inner_text()
+
+
+@needs_browser
 def test_an_empty_side_is_shown(visit):
     page = visit(diff_document([], graphs(1, 1)[1]))
     assert "0 nodes" in page.inner_text('.pane[data-side="before"] h3')
@@ -566,7 +603,7 @@ def test_a_page_in_a_frame_without_an_address(browser, visit, tmp_path):
             frame.onload = resolve;
             document.body.replaceChildren(frame);
         })""",
-        render(explanation(2)),
+        render(packed(explanation(2))),
     )
     frame = page.frames[-1]
     frame.locator("tr.link a").first.evaluate("(link) => link.click()")

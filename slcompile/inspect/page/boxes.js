@@ -30,11 +30,9 @@ const shortType = (dtype) =>
     .replace(/^bfloat/, "bf")
     .replace(/^u?int/, (name) => name[0]);
 
-function opOf(node) {
-  return node.op === "call_function" || node.op === "call_method" || node.op === "node" || node.op === "call_module"
-    ? shortName(node.target)
-    : node.op;
-}
+const opOf = (node) => (CALLS.includes(node.op) ? shortName(node.target) : node.op);
+
+const resultOf = (node) => [node.shape, shortType(node.dtype)].filter(Boolean).join(" ");
 
 function chipText(node) {
   return node.weight ? node.weight.split(".").slice(-2).join(".") : node.id;
@@ -109,7 +107,7 @@ function isMirrored({ items }, graph) {
 }
 
 function nodeSize({ node, chips }) {
-  const detail = [node.shape, shortType(node.dtype)].filter(Boolean).join(" ");
+  const detail = resultOf(node);
   const lengths = [
     opOf(node).length + node.status.length + 4,
     node.id.length,
@@ -166,7 +164,7 @@ function draw(box, open, side) {
 }
 
 function drawNode({ node, chips, hasHiddenInput, hasHiddenReader }) {
-  const detail = [node.shape, shortType(node.dtype)].filter(Boolean).join(" ");
+  const detail = resultOf(node);
   const more = chips.length - MAX_CHIPS;
   return h(
     "div",

@@ -57,17 +57,21 @@ function jump(side) {
   else if (!id && same) select(other(side), same);
 }
 
+const next = () => stepTo();
+const previous = () => stepTo(undefined, -1);
+const zoomIn = () => eachPane((pane) => zoomTo(pane, pane.zoom * 1.25));
+const zoomOut = () => eachPane((pane) => zoomTo(pane, pane.zoom * 0.8));
+
 function pageKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, dialog[open]")) return;
-  const zoomed = (factor) => () => eachPane((pane) => zoomTo(pane, pane.zoom * factor));
   const keys = {
     "/": () => ($("search").focus(), $("search").select()),
     "?": () => $("help").showModal(),
-    n: () => stepTo(),
-    p: () => stepTo(undefined, -1),
-    "+": zoomed(1.25),
-    "=": zoomed(1.25),
-    "-": zoomed(0.8),
+    n: next,
+    p: previous,
+    "+": zoomIn,
+    "=": zoomIn,
+    "-": zoomOut,
     0: () => eachPane(fit),
     Escape: () => (state.selected ? clearSelection() : setFull(false)),
   };
@@ -144,11 +148,11 @@ function startGraph(documentDiffs, facts) {
   $("search").addEventListener("focus", search);
   $("search").addEventListener("blur", () => setResults(false));
   $("search").addEventListener("keydown", searchKey);
-  $("next").addEventListener("click", () => stepTo());
-  $("previous").addEventListener("click", () => stepTo(undefined, -1));
+  $("next").addEventListener("click", next);
+  $("previous").addEventListener("click", previous);
   $("collapse").addEventListener("click", startOver);
-  $("zoom-in").addEventListener("click", () => eachPane((pane) => zoomTo(pane, pane.zoom * 1.25)));
-  $("zoom-out").addEventListener("click", () => eachPane((pane) => zoomTo(pane, pane.zoom * 0.8)));
+  $("zoom-in").addEventListener("click", zoomIn);
+  $("zoom-out").addEventListener("click", zoomOut);
   $("fit").addEventListener("click", () => eachPane(fit));
   $("full").addEventListener("click", () => setFull($("full").getAttribute("aria-pressed") !== "true"));
   for (const button of document.querySelectorAll("[data-show]"))

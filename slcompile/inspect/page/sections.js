@@ -242,16 +242,15 @@ function nameCell(row, address, toggle) {
   ];
 }
 
+/** Yes or no as an icon and a word. */
+function verdict(isYes, icon, yes, no) {
+  const shown = h("span", { "aria-hidden": "true" }, isYes ? `${icon} ` : "○ ");
+  return h("span", { class: `decision ${isYes ? "replaced" : "left"}` }, shown, isYes ? yes : no);
+}
+
 function decisionCell(row) {
-  const isReplaced = row.decision === "replaced";
-  const mark = h(
-    "span",
-    { class: `decision ${isReplaced ? "replaced" : "left"}` },
-    h("span", { "aria-hidden": "true" }, isReplaced ? "✓ " : "○ "),
-    isReplaced ? "replaced" : "left dense",
-  );
   return [
-    mark,
+    verdict(row.decision === "replaced", "✓", "replaced", "left dense"),
     row.reason && [" ", h("code", { class: "reason" }, row.reason)],
     row.detail && h("div", { class: "detail" }, row.detail),
   ];
@@ -270,6 +269,26 @@ function compare(a, b) {
   if (a === null || b === null) return (a !== null) - (b !== null);
   if (typeof a === "number" && typeof b === "number") return a - b;
   return String(a).localeCompare(String(b), "en", { numeric: true });
+}
+
+/** Of a model and its export: which node reads which weight on either side; `linkOf(side, id)` is its address. */
+function drawLinks(links, linkOf) {
+  const place = (side, id) => (id ? h("a", { href: linkOf(side, id) }, id) : h("span", { class: "muted" }, "missing"));
+  const rank = (link) => Number(Boolean(link.before && link.after)); // what is missing first
+  const rows = [...links]
+    .sort((a, b) => rank(a) - rank(b))
+    .map((link) =>
+      h(
+        "tr",
+        {},
+        h("td", { class: "weight" }, link.weight),
+        h("td", {}, verdict(rank(link) === 1, "✓", "in both", link.before ? "only before" : "only after")),
+        ["before", "after"].map((side) => h("td", {}, place(side, link[side]))),
+      ),
+    );
+  const heads = ["Weight", "Read", "Before", "After"].map((label) => h("th", { scope: "col", class: "plain" }, label));
+  const table = h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows));
+  $("matmuls").append(h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Matmuls" }, table));
 }
 
 // --- graph breaks and passes ---
@@ -309,12 +328,7 @@ function drawPasses(passes, linkOf) {
 }
 
 function passRow(pass) {
-  const mark = h(
-    "span",
-    { class: pass.changed ? "decision replaced" : "decision left" },
-    h("span", { "aria-hidden": "true" }, pass.changed ? "● " : "○ "),
-    pass.changed ? "changed" : "unchanged",
-  );
+  const mark = verdict(pass.changed, "●", "changed", "unchanged");
   const counts = ["created", "erased", "rewritten", "skipped"].map((name) =>
     h("span", { class: pass[name] ? "count" : "count muted" }, `${integer(pass[name])} ${name}`),
   );
@@ -330,17 +344,10 @@ function passRow(pass) {
 
 /** A text diff: runs of added and removed lines are marked by their signs and by colour. */
 function drawDiff(text) {
-  const kindOf = (line) =>
-    /^@@|^(\+\+\+|---)( |$)/.test(line)
-      ? "hunk"
-      : line[0] === "+"
-        ? "s-new"
-        : line[0] === "-"
-          ? "s-removed"
-          : "s-context";
+  const kinds = { "+": "s-new", "-": "s-removed" };
   const runs = [];
   for (const line of text.split("\n")) {
-    const kind = kindOf(line);
+    const kind = kinds[line[0]] ?? "s-context";
     if (runs.at(-1)?.kind === kind) runs.at(-1).lines.push(line);
     else runs.push({ kind, lines: [line] });
   }

@@ -1,10 +1,22 @@
 "use strict";
 // Reads the document that the page holds and draws its sections.
 
-{
+/** The document, its diffs in a list, with what nodes share in its place in each. */
+function readDocument() {
   const data = JSON.parse($("data").textContent);
-  const isExplanation = data.schema.startsWith("slcompile.explain/");
-  const graphs = isExplanation ? data.graphs : [data];
+  const graphs = data.graphs ?? [data];
+  for (const { before, after } of graphs)
+    for (const node of [...before.nodes, ...after.nodes]) {
+      node.module = data.modules[node.module];
+      node.source = data.sources[node.source];
+    }
+  return { ...data, graphs };
+}
+
+{
+  const data = readDocument();
+  const { graphs } = data;
+  const isExplanation = "summary" in data;
   const places = new Map(graphs.map((diff, index) => [diff.name, index]));
   const addressOf = (index, side, id) => `#graph=${index}&side=${side}&node=${encodeURIComponent(id)}`;
 
@@ -70,6 +82,8 @@
     drawSection("breaks", data.breaks.length > 0, () => drawBreaks(data.breaks));
     drawSection("passes", data.passes.length > 0, () => drawPasses(data.passes, addressOfPass));
   }
+  const addressOfLink = (side, id) => addressOf(0, side, id);
+  if (!isExplanation && data.matmuls) drawSection("matmuls", true, () => drawLinks(data.matmuls, addressOfLink));
   drawSection("graph", graphs.length > 0, () => {
     startGraph(graphs, factsOfNode);
     if (location.hash) follow(location.hash);

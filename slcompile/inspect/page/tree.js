@@ -75,6 +75,7 @@ function enter(containers, parent, name, rest) {
   return found;
 }
 
+const CALLS = ["call_function", "call_method", "call_module", "node"]; // of which the target says what they compute
 const isInput = (node) => node.op === "placeholder" || node.op === "get_attr";
 
 /** Parameters, and all inputs where there are many, are shown in the nodes that read them. */
@@ -210,7 +211,7 @@ function signature(box, side, known, numbers) {
 }
 
 // What a node calls; the names of attributes and modules tell layers apart, so they do not count.
-const nameOf = (node) => (["call_function", "call_method", "node"].includes(node.op) ? node.target : node.op);
+const nameOf = (node) => (CALLS.includes(node.op) && node.op !== "call_module" ? node.target : node.op);
 
 // --- parts ---
 

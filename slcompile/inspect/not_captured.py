@@ -69,7 +69,7 @@ def _why(model: nn.Module, path: str, frames: Mapping[tuple[str, int], SkippedFr
 def _disabled_function(module: nn.Module, child: str) -> str:
     """What calls a module's child and is disabled: the module, its forward, another method that names the child."""
     if torch_private.is_disabled(module):
-        return _kind(torch_private.without_dynamo_wrapper(module))
+        return _kind(torch_private.without_wrappers(module))
     if any(torch_private.is_disabled(getattr(module, name)) for name in ("forward", "_call_impl")):
         return f"{_kind(module)}.forward"
     for kind in type(module).__mro__:

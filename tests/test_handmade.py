@@ -342,6 +342,32 @@ def test_a_weight_that_a_region_hands_on_stays_dense(how, counting, assert_eager
             assert (left.name, left.reason, left.detail) == ("layer.weight", "other_use", "also read by output")
 
 
+class Apart(nn.Module):
+    """Two graphs, and a weight that both read: the first one by other ops than matmuls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.last(self.layer(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        return x * self.layer.weight.sum()
+
+
+def test_a_weight_that_an_earlier_graph_reads_otherwise_stays_dense(assert_eager):
+    model = Apart()
+    compiled = compiled_with("sltrain", model)
+    for _ in range(3):
+        assert_eager(compiled, model, (torch.randn(8, 64),))
+    assert converted(model) == {"last.weight"}
+    (left,) = slcompile.last_report().skipped
+    assert (left.name, left.reason, left.detail) == ("layer.weight", "other_use", "also read by sum")
+
+
 class Recurrent(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

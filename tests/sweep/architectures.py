@@ -145,7 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": decoder("Gemma3ForCausalLM", head_dim=16, sliding_window=8, num_hidden_layers=2),
     "phi": decoder("PhiForCausalLM"),
     "phi3": decoder("Phi3ForCausalLM"),
-    "gpt2": decoder("GPT2LMHeadModel", GPT, n_layer=2),
+    "gpt2": decoder("GPT2LMHeadModel", GPT),
     "gpt_neo": decoder(
         "GPTNeoForCausalLM", SIZES, num_hidden_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     ),
@@ -333,7 +333,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         num_hidden_layers=2,
     ),
     # Encoders.
-    "bert": encoder("BertForSequenceClassification", num_hidden_layers=2),
+    "bert": encoder("BertForSequenceClassification"),
     "roberta": encoder("RobertaForMaskedLM", max_position_embeddings=66),
     "albert": encoder("AlbertForMaskedLM", embedding_size=32),
     "distilbert": encoder("DistilBertForMaskedLM", dim=64, hidden_dim=128, n_heads=4, n_layers=1),
@@ -432,7 +432,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         max_decoder_position_embeddings=64,
     ),
     # Vision.
-    "vit": vision("ViTForImageClassification", num_hidden_layers=2),
+    "vit": vision("ViTForImageClassification"),
     "deit": vision("DeiTForImageClassification"),
     "beit": vision("BeitForImageClassification", use_relative_position_bias=True),
     "dinov2": vision("Dinov2ForImageClassification", mlp_ratio=2),

@@ -189,8 +189,10 @@ class MatmulReads(TorchDispatchMode):
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__.split(".")[0] in MATMULS:
-            self.storages |= {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        name = func.__name__.split(".")[0]
+        if name in MATMULS:
+            operands = args[1:] if name in ("addmm", "baddbmm") else args
+            self.storages |= {each.untyped_storage().data_ptr() for each in operands if isinstance(each, Tensor)}
         return func(*args, **(kwargs or {}))
 
 

@@ -136,7 +136,7 @@ def check(assert_eager, steps, width, shape, options) -> None:
         assert_eager(compiled, model, (x,), eps=2**-5 if low else 2**-18)
 
 
-@settings(max_examples=30, **few)
+@settings(max_examples=16, **few)
 @given(programs, st.sampled_from(WIDTHS), shapes, options)
 def test_random_graphs_compute_what_eager_mode_does(aten_kernels, assert_eager, steps, width, shape, options):
     check(assert_eager, steps, width, shape, options)

@@ -63,7 +63,7 @@ INVALID = {
 wrong = st.sampled_from(sorted(INVALID)).flatmap(lambda name: st.tuples(st.just(name), INVALID[name]))
 
 
-@settings(max_examples=25, **few)
+@settings(max_examples=12, **few)
 @given(st.fixed_dictionaries({}, optional=VALID))
 def test_valid_options_train(block_class, aten_kernels, options):
     torch._dynamo.reset()

@@ -374,7 +374,8 @@ def dense_export_error(row: Row, model: nn.Module, kwargs: Mapping[str, Any], pa
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error comes from."""
+    """The first line that says something of what an error comes from."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+    lines = [each for each in str(error).splitlines() if each.strip() and not each.endswith("raised:")]
+    return f"{type(error).__name__}: {(lines or [''])[0]}"[:200]

@@ -48,8 +48,9 @@ RUN = ("use_joint_graph_passes", "use_post_grad_passes")
 """Inductor's settings without which it calls neither hook; its mode "lite" turns them off."""
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Weights that a graph has handed to what follows it: they stay dense there, too, or one step would see two weights."""
+_others: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""A dense weight -> how a graph has read it in training, other than by matmuls. In what runs after that graph, perhaps
+beyond a graph break, it stays dense too: one step must not see two weights."""
 
 
 def sltrain(
@@ -112,7 +113,7 @@ class CapturedGraph:
 
     def __post_init__(self) -> None:
         self.uses: dict[int, WeightUse] = {}  # of each dense weight, by its position among the inputs
-        self.kept: set[int] = set()  # of these, what is returned or needed after a graph break
+        self.others: list[int] = []  # of these, what is not read by matmuls alone
         self.convertible: frozenset[int] = frozenset()
         self.names: dict[int, str] = {}  # of each dense weight, in the model that was looked at last
         self.admitted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> may this one be converted?
@@ -123,9 +124,9 @@ class CapturedGraph:
     def find(self, example_inputs: Sequence[Any], live: LiveObjects) -> PassReport:
         """Finds the weights that may be converted; returns the decision on each."""
         self.uses = weight_uses(self.gm, example_inputs)
-        self.kept = torch_private.kept_inputs(self.gm) & self.uses.keys()
-        for index in self.kept:
+        for index in torch_private.kept_inputs(self.gm) & self.uses.keys():
             self.uses[index].others.append("output")
+        self.others = [index for index, use in self.uses.items() if use.others and not use.without_grad]
         self.convertible = frozenset(
             index
             for index, use in self.uses.items()
@@ -160,8 +161,8 @@ class CapturedGraph:
         weights, explicit = [], []
         for index, use in self.uses.items():
             parameter, held = inputs[index], owners[id(inputs[index])]
-            if parameter in _kept:
-                use = replace(use, others=[*use.others, "output"])
+            if parameter in _others:
+                use = replace(use, others=[*use.others, *_others[parameter]])
             remember_owners(parameter, held)
             names = live.names(live.root(held[0][0])).get(id(parameter), []) if held else []
             if any(EXPLICIT in vars(ancestor) for module, _ in held for ancestor in live.ancestors(module)):
@@ -209,8 +210,9 @@ class CapturedGraph:
 
     def run(self, *args: Any) -> Any:
         """What Dynamo calls in the place of the graph."""
-        for index in self.kept:
-            _kept[args[index]] = True
+        for index in self.others:
+            if args[index] not in _others and in_training(args[index]):
+                _others[args[index]] = self.uses[index].others
         wanted = frozenset() if self.config.dryrun else self.wanted(args)
         if not wanted:
             return self.variant(wanted)(*args)

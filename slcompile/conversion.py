@@ -22,7 +22,7 @@ from slcompile.owners import LiveObjects, hooks_of, plain_name, wrapper_of
 from slcompile.passes import Decision, PassReport
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.step_hook import retire
-from slcompile.weight import SUFFIX, SLWeight, base_class, class_with, put_in_place, sl_names, take_out
+from slcompile.weight import SUFFIX, SLWeight, base_class, class_with, put_in_place, restore, sl_names, snapshot
 
 log = logging.getLogger("slcompile")
 
@@ -121,17 +121,15 @@ def convert(candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects
     assert init is not None
     weights = [_make_weight(each, config, init) for each in candidates]
     before = positions(roots)
-    done: list[tuple[nn.Module, str, nn.Parameter]] = []
+    modules = snapshot(module for each in candidates for module, _ in each.owners)
     try:
         for each, weight in zip(candidates, weights, strict=True):
             for module, name in each.owners:
                 put_in_place(module, name, weight)
-                done.append((module, name, each.weight))
         made = {id(each.weight): weight for each, weight in zip(candidates, weights, strict=True)}
         mend(live.optimizers, made, before, positions(roots))
     except BaseException:
-        for module, name, dense in reversed(done):
-            take_out(module, name, dense)
+        restore(modules)
         raise
     for each, weight in zip(candidates, weights, strict=True):
         retire(each.weight, f"{each.name} was converted to sparse-plus-low-rank factors", weight)

@@ -18,7 +18,7 @@ from slcompile.owners import LiveObjects, plain_name
 from slcompile.passes import merge_weights, run
 from slcompile.passes.find_matmuls import WeightUse, is_weight
 from slcompile.step_hook import retire
-from slcompile.weight import SUFFIX, Factors, SLWeight, dense_names, put_in_place, sl_names, take_out
+from slcompile.weight import SUFFIX, Factors, SLWeight, dense_names, restore, sl_names, snapshot, take_out
 
 
 def factorize_(
@@ -86,17 +86,15 @@ def merge_(model: nn.Module) -> nn.Module:
         weight.check_support()
         weight.check_whole()
     merged: dict[int, nn.Parameter] = {}
-    done: list[tuple[nn.Module, str, SLWeight]] = []
+    before = snapshot(module for module, _, _ in places)
     try:
         for module, name, weight in places:
             if id(weight) not in merged:
                 trained = any(each.requires_grad for each in weight.parameters())
                 merged[id(weight)] = nn.Parameter(weight.merged(), requires_grad=trained)
             take_out(module, name, merged[id(weight)])
-            done.append((module, name, weight))
     except BaseException:
-        for module, name, weight in reversed(done):
-            put_in_place(module, name, weight)
+        restore(before)
         raise
     for _, name, weight in places:
         for suffix, parameter in weight.named_parameters():

@@ -85,8 +85,16 @@ def mend(
             edits.append((old, [parameter for parameter, _ in new]))
             if old_names is not None:
                 edits.append((old_names, [name for _, name in new]))
-    for target, content in edits:
-        target[:] = content
-    for optimizer in optimizers:
-        if isinstance(optimizer, PerLayer):
+    old_contents = [(target, list(target)) for target, _ in edits]
+    per_layer = [optimizer for optimizer in optimizers if isinstance(optimizer, PerLayer)]
+    try:
+        for target, content in edits:
+            target[:] = content
+        for optimizer in per_layer:
             optimizer.watch()
+    except BaseException:
+        for target, content in old_contents:
+            target[:] = content
+        for optimizer in per_layer:
+            optimizer.watch()
+        raise

@@ -363,8 +363,17 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], *, for_inductor: 
 
     table = select_decomp_table() if for_inductor else None
     # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
-    with torch._guards.tracing(None), _mode_of(inputs), torch.no_grad():
+    with _compiling(), torch._guards.tracing(None), _mode_of(inputs), torch.no_grad():
         return make_fx(function, decomposition_table=table)(*inputs)
+
+
+def _compiling() -> contextlib.AbstractContextManager[Any]:
+    """Says that this process is compiling, as Dynamo does (torch 2.13), also while a backward graph is compiled later.
+
+    Else every other thread that calls a compiled function while this one traces is told that it may not.
+    """
+    session: Any = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)
+    return cast(contextlib.AbstractContextManager[Any], session())
 
 
 def _mode_of(values: Sequence[Any]) -> Any:

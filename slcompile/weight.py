@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -337,16 +337,30 @@ def class_with(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
     return sl_class(base, names)
 
 
+def snapshot(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, type, dict, dict, dict]]:
+    """What ``put_in_place`` and ``take_out`` change of these modules, for ``restore``."""
+    orders = [(each, dict(vars(each).get(_ORDER, {}))) for each in modules]
+    return [(each, type(each), dict(each._parameters), dict(each._modules), order) for each, order in orders]
+
+
+def restore(before: Iterable[tuple[nn.Module, type, dict, dict, dict]]) -> None:
+    """Puts modules back as they were at their ``snapshot``, at whatever point the change was interrupted."""
+    for module, kind, parameters, children, order in before:
+        module.__class__ = kind
+        for current, old in ((module._parameters, parameters), (module._modules, children)):
+            current.clear()
+            current.update(old)
+        vars(module).pop(_ORDER, None)
+        if order:
+            vars(module)[_ORDER] = order
+
+
 def put_in_place(module: nn.Module, name: str, weight: SLWeight) -> None:
     """Replaces the dense parameter ``name`` by ``weight``: afterwards ``module.<name>`` is the composed tensor."""
     cls = class_with(module, tuple(sorted({*sl_names(module), name})))
     order = list(module._parameters)
     module.add_module(name + SUFFIX, weight)  # raises where the name is taken
-    try:
-        module.__class__ = cls
-    except BaseException:
-        delattr(module, name + SUFFIX)
-        raise
+    module.__class__ = cls
     vars(module).setdefault(_ORDER, {})[name] = order
     del module._parameters[name]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slcompile import torch_private
-from slcompile.backend import sltrain
+from slcompile.backend import POST_HOOK, sltrain
 
 
 def pytest_configure() -> None:
@@ -92,17 +92,22 @@ class CountingBackend:
 
 @pytest.fixture
 def aten_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor gets every graph, runs every pass on it, partitions it and generates no code: ATen runs what is left.
-
-    A graph takes some tenths of a second instead of several; our own ops run as they are (``lower_ops`` is left out).
+    """Inductor traces and partitions every graph, all our passes run, and ATen executes what they leave: no code is
+    generated, and a graph takes some tenths of a second instead of several.
     """
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
 
-    def inner(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        return make_boxed_func(gm.forward)
-
     def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+        def inner(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+            for graph_pass in torch_private.passes_of(settings, POST_HOOK):
+                graph_pass(gm.graph)
+            # lower_ops leaves results transposed; in generated code, as here, a view of one may be a copy.
+            for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+                node.target = torch.ops.aten.reshape.default
+            gm.recompile()
+            return make_boxed_func(gm.forward)
+
         return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
 
     monkeypatch.setattr(torch_private, "inductor", inductor)

@@ -67,9 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row.failures for row in rows))
 
 
+@torch.no_grad()
 def prepare() -> None:
-    """What each child would do first: imports, the patterns of Inductor's passes."""
-    torch.compile(torch.nn.Linear(32, 32), options=dict(ATEN))(torch.randn(2, 32)).sum().backward()
+    """What each child would do first: imports, the patterns of Inductor's passes. No autograd: it refuses forks."""
+    torch.compile(torch.nn.Linear(32, 32), options=dict(ATEN))(torch.randn(2, 32))
 
 
 def in_child(name: str, timeout: float, **settings: Any) -> Row:

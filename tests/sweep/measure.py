@@ -259,10 +259,10 @@ def compare_gradients(
     row: Row, lowering: str, got: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> float:
     """The largest distance of a parameter's gradient from float64's, as a share of what is allowed."""
-    if got.keys() != eager.keys():
-        row.failures.append(
-            f"{lowering}: {sorted(got.keys() ^ eager.keys())} have a gradient in one of eager and compiled"
-        )
+    # AOTAutograd gives zeros where only an output that the loss does not read depends on a parameter; eager gives none.
+    alone = (eager.keys() - got.keys()) | {name for name in got.keys() - eager.keys() if bool(got[name].any())}
+    if alone:
+        row.failures.append(f"{lowering}: {sorted(alone)} have a gradient in one of eager and compiled")
     worst = 0.0
     for name in got.keys() & eager.keys():
         if bool(eager[name].any()) and not bool(got[name].any()):
@@ -374,7 +374,8 @@ def dense_export_error(row: Row, model: nn.Module, kwargs: Mapping[str, Any], pa
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error comes from."""
+    """The first line that says something of what an error comes from."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+    lines = [each for each in str(error).splitlines() if each.strip() and not each.endswith("raised:")]
+    return f"{type(error).__name__}: {(lines or [''])[0]}"[:200]

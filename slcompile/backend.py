@@ -152,8 +152,9 @@ class CapturedGraph:
     def _eligible(self, root: nn.Module, live: LiveObjects) -> dict[str, torch.Size]:
         """Name and shape of a model's parameters that are large enough and not excluded."""
         names = live.names(root)
-        matrices = [each for each in root.parameters() if each.dim() == 2 and min(each.shape) >= self.config.min_dim]
-        return {names[id(each)][0]: each.shape for each in matrices if self.config.includes(*names[id(each)])}
+        weights = [each for each in root.parameters() if each.dim() in (2, 3)]  # matrices and stacks of them
+        large = [each for each in weights if min(each.shape[-2:]) >= self.config.min_dim]
+        return {names[id(each)][0]: each.shape for each in large if self.config.includes(*names[id(each)])}
 
     def choose(self, live: LiveObjects, inputs: Sequence[Any]) -> tuple[list[Candidate], PassReport]:
         """Applies the policy to the weights among these inputs."""

@@ -19,7 +19,7 @@ from torch import nn
 from slcompile import cost, memory
 from slcompile.config import LOWERINGS, SUPPORTS, SLConfig, did_you_mean
 from slcompile.export.checkpoint import load_factorized
-from slcompile.export.files import beside, move_into_place, writable_file
+from slcompile.export.files import writable_file, write_text
 from slcompile.export.onnx import export_onnx
 from slcompile.export.safetensors import save_merged
 from slcompile.export.twin import arguments_for
@@ -179,17 +179,15 @@ def _from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any
 
 def _from_hf(path: Path, shape: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
     """The transformers model of a config, on the meta device, and an example input for it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("--hf needs transformers: pip install transformers") from error
     if not path.is_file():
         raise ValueError(f"--hf must be a config.json, got {path}, which is no file")
+    config = memory.hf_config(path)
+    import transformers  # an extra; without it there is no config
+
     sizes = shape.split("x")
     if len(sizes) != 2 or not all(each.isdigit() and int(each) > 0 for each in sizes):
         raise ValueError(f"--shape must be BATCHxLENGTH, such as 8x256, got {shape!r}")
-    with _errors_of(f"reading {path}"):
-        config = transformers.AutoConfig.from_pretrained(path)
+    with _errors_of(f"building the model of {path}"):
         kinds = [getattr(transformers, each, None) for each in config.architectures or ()]
         with torch.device("meta"):
             if kinds and kinds[0] is not None:
@@ -340,8 +338,6 @@ def _memory(args: argparse.Namespace) -> None:
     print(title)
     print(report)
     if json_file is not None:
-        with beside(json_file) as scratch:
-            (scratch / json_file.name).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-            move_into_place(scratch, json_file.parent, last=json_file.name)
+        write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
     if args.plot is not None:
         print(f"chart in {plot_memory(report, args.plot)}")

@@ -77,8 +77,11 @@ def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SL
 
 
 def require_possible_rank(shapes: Iterable[Sequence[int]], config: SLConfig) -> None:
-    """Raises ValueError where the rank, an int, is more than the smaller side of every one of these weights."""
-    smaller_sides = [min(shape) for shape in shapes]
+    """Raises ValueError where the rank, an int, is more than the smaller side of every one of these matrices.
+
+    Of a stack of matrices the last two sizes are those of its matrices.
+    """
+    smaller_sides = [min(shape[-2:]) for shape in shapes]
     if isinstance(config.rank, int) and smaller_sides and config.rank > max(smaller_sides):
         raise ValueError(
             f"rank must be at most {max(smaller_sides)}, the smaller side of the largest eligible weight, got "

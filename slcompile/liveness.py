@@ -1,10 +1,8 @@
 """When each buffer of a training step is allocated and freed, read from the graphs that Inductor would be given.
 
-The model is captured on fake tensors as ``backend="sltrain"`` captures it: Dynamo, AOTAutograd, our passes, Inductor's
-joint passes and its partitioner. The forward and the backward graph are then walked in order: every buffer that a
-kernel writes is allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the
-alternative: it sees what eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses
-away.
+The forward and the backward graph (``step_graphs.py``) are walked in order: every buffer that a kernel writes is
+allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the alternative: it sees what
+eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses away.
 
 What is assumed of Inductor, and nothing else:
 
@@ -22,18 +20,14 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.backend import JOINT_HOOK, GraphPasses
-from slcompile.config import SLConfig
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes import joint_passes, post_passes, run
 from slcompile.passes.graph import arguments
-from slcompile.weight import SLWeight
+from slcompile.step_graphs import Graphs
 
 PARTS = (
     "parameters",
@@ -47,9 +41,6 @@ PARTS = (
 )
 """What memory is for. ``indices``: of non-zeros, stored ones and, on CPU, those that the factored lowering keeps.
 ``activations``: saved by the forward pass for the backward pass. ``composed weights``: W, and dense gradients of it."""
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments and keyword arguments of a model."""
 
 Place = tuple[str, int | None]
 """A phase of the step and the layer whose code runs then; None outside the layers."""
@@ -69,7 +60,6 @@ class Plan:
     """How a step runs.
 
     Attributes:
-        config: Of the factorization.
         device: ``"cpu"`` or ``"cuda"``: whose lowerings and kernels.
         scratch: Bytes that the optimizer's step allocates for one parameter, by its elements and bytes an element.
         together: Whether one step holds that for all parameters at once.
@@ -77,7 +67,6 @@ class Plan:
         by_layers: Whether each layer is compiled by itself.
     """
 
-    config: SLConfig
     device: str
     scratch: Callable[[int, int], int]
     together: bool
@@ -106,74 +95,6 @@ class Event:
     @property
     def label(self) -> str:
         return self.place if self.layer is None or self.place == START else f"{self.place} of layer {self.layer}"
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """Forward and backward graph.
-
-    Attributes:
-        of_values: Positions of ``values`` among the graph's inputs, and so among the gradients.
-    """
-
-    forward: fx.Graph
-    backward: fx.Graph
-    of_values: frozenset[int]
-
-
-def capture(model: nn.Module, call: Call, dtype: torch.dtype | None, plan: Plan, factorized: bool) -> Graphs:
-    """Captures a model on the meta device as one graph; under our passes where it is factorized.
-
-    Args:
-        model: Its parameters and buffers become fake tensors.
-        call: What it is called with.
-        dtype: Of floating-point arguments; their own by default.
-
-    Raises:
-        torch._dynamo.exc.Unsupported: It cannot be captured as one graph.
-        ValueError: It has nothing to train.
-    """
-    mode = torch_private.new_fake_mode()
-    made: dict[int, nn.Parameter] = {}  # of tied parameters one
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        to = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        # On the CPU whatever the plan says: autograd needs its device, and the passes are told where the graph runs.
-        return torch.empty(value.shape, dtype=to, device="cpu")
-
-    with mode:
-        args, kwargs = torch_private.map_leaves(fake, call)
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    new = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-                    module._parameters[name] = made.setdefault(id(parameter), new)
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
-    values = {id(each.values) for each in model.modules() if isinstance(each, SLWeight)}
-    found: list[Graphs] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        settings = {}
-        if factorized:
-            passes = joint_passes(plan.config, torch.device(plan.device))
-            settings[JOINT_HOOK] = GraphPasses(passes, plan.config, [])
-        parts = torch_private.partitioned(gm, inputs, settings)
-        if len(parts) != 2:
-            raise ValueError("model_or_config has no parameter that its output depends on: there is nothing to train")
-        if factorized and plan.device == "cpu":  # kernels of GPUs are seen from outside, with their workspace
-            for part in parts:
-                run(post_passes(plan.config), part)
-        of_values = frozenset(position for position, each in enumerate(inputs) if id(each) in values)
-        found.append(Graphs(parts[0].graph, parts[1].graph, of_values))
-        return gm.forward
-
-    with mode, torch_private.unlimited_recompiles():
-        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
-    (graphs,) = found
-    return graphs
 
 
 _FUSED_NAMES = frozenset(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from slcompile import torch_private
 from slcompile.config import SLConfig, did_you_mean
 from slcompile.factorize import checked_config, factorize_, unwrapped
-from slcompile.liveness import PARTS, PROOF_LAYERS, Call, Event, Plan, capture, profile, repeated, step_events
+from slcompile.liveness import PARTS, PROOF_LAYERS, Event, Plan, profile, repeated, step_events
+from slcompile.step_graphs import Call, capture
 from slcompile.weight import SLWeight
 
 Build = Callable[[int | None], nn.Module]
@@ -250,14 +251,14 @@ def estimate_memory(
         if value not in allowed:
             raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")
     kind = OPTIMIZERS[optimizer]
-    plan = Plan(config, device, kind.scratch_on(device), kind.together, per_layer, compiled == "layers")
+    plan = Plan(device, kind.scratch_on(device), kind.together, per_layer, compiled == "layers")
     call = (tuple(args), dict(kwargs or {}))
     build, layers = _builder(model_or_config, dtype)
     usages, depths = {}, []
     for factorized in (True, False):
         make = _factorizing(build, config, call) if factorized else build
         with _quietly():
-            events, depth = _step(make, layers, call, dtype, plan, factorized)
+            events, depth = _step(make, layers, call, dtype, plan, config if factorized else None)
             model = make(layers)
         depths.append(depth)
         for name in ("sltrain", "low_rank") if factorized else ("dense",):
@@ -377,12 +378,12 @@ def _quietly() -> Iterator[None]:
 
 
 def _step(
-    make: Build, layers: int | None, call: Call, dtype: torch.dtype | None, plan: Plan, factorized: bool
+    make: Build, layers: int | None, call: Call, dtype: torch.dtype | None, plan: Plan, config: SLConfig | None
 ) -> tuple[list[Event], int | None]:
     """The events of a step of a model of this depth, and the depth of the deepest graphs that were made for them."""
 
     def captured(depth: int | None) -> list[Event]:
-        return step_events(capture(make(depth), call, dtype, plan, factorized), plan)
+        return step_events(capture(make(depth), call, dtype, plan.device, config), plan)
 
     proof = PROOF_LAYERS + 1
     if layers is None or layers <= proof:

@@ -5,17 +5,16 @@ import logging
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 import slcompile
 import slcompile.backend
 from slcompile.ops import WEIGHT_OPS
+from tests.helpers import saved_for_backward
 
 OPTIONS = {"rank": 8, "density": 0.05}
 WEIGHTS = {"up.weight", "down.weight", "mix"}
@@ -34,19 +33,6 @@ def train(model, batch, optimizer, steps: int) -> list[float]:
 
 def is_converted(model: nn.Module) -> bool:
     return bool(slcompile.factors(model))
-
-
-def saved_for_backward(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The result, and every tensor that it keeps; what a compile on the way traces with fake tensors does not count."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, FakeTensor):
-            saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        return run(), saved
 
 
 def test_the_string_alone_trains_without_an_import_of_slcompile(tmp_path):

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
+from tests.helpers import saved_for_backward
 
 WIDTH, INTERMEDIATE, TOKENS = 48, 80, 40
 RANK, DENSITY = 8, 0.05
@@ -67,19 +67,6 @@ def transformers(layers: int = 1) -> tuple[nn.Module, Callable[[nn.Module], Tens
     return model, lambda forward: forward(input_ids=ids, labels=ids, use_cache=False).loss, switch
 
 
-def saved_by(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the tensors that it keeps for the backward pass; a compile's fake ones do not count."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, FakeTensor):
-            saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        return run(), saved
-
-
 @pytest.mark.parametrize("make", [functional, transformers])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 @pytest.mark.parametrize("keep_weights", [False, True], ids=["recompute", "keep"])
@@ -103,7 +90,7 @@ def test_gradients_are_eagers_and_weights_are_saved_only_on_request(make, loweri
         torch._dynamo.reset()
         switch(checkpointing)
         model.zero_grad()
-        loss, saved = saved_by(lambda: loss_of(compiled))
+        loss, saved = saved_for_backward(lambda: loss_of(compiled))
         shapes = {w.shape for w in weights} | {w.shape[::-1] for w in weights}
         composed = [tuple(each.shape) for each in saved if tuple(each.shape) in shapes]
         if lowering == "composed" and keep_weights:

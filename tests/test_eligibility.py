@@ -157,7 +157,7 @@ def test_a_weight_on_meta_is_decided_by_its_shape() -> None:
 class TestRequirePossibleRank:
     def test_rank_above_every_weight_raises_and_says_what_is_possible(self) -> None:
         with pytest.raises(ValueError, match=r"^rank must be at most 64, .* got 100$"):
-            require_possible_rank([(48, 48), (64, 96)], SLConfig(rank=100))
+            require_possible_rank([(48, 48), (4, 64, 96)], SLConfig(rank=100))
 
     @pytest.mark.parametrize(
         ("shapes", "rank"), [([(48, 48), (512, 512)], 100), ([], 100), ([(64, 64)], 0.9), ([(64, 64)], 64)]

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import slcompile
 from slcompile import memory
-from slcompile.liveness import PARTS, Event, Plan, capture, repeated, step_events
+from slcompile.liveness import PARTS, Event, Plan, repeated, step_events
 from slcompile.memory import OPTIMIZERS, estimate_memory
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
+from slcompile.step_graphs import capture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IDS = {name: torch.zeros(2, 64, dtype=torch.int64) for name in ("input_ids", "labels")}
@@ -123,8 +124,8 @@ class Two(nn.Module):
 
 
 def events_of(model, x, *, factorized=False, per_layer=False, by_layers=False, config=CONFIG):
-    plan = Plan(config, "cpu", lambda count, itemsize: 0, False, per_layer, by_layers)
-    return step_events(capture(model.to("meta"), ((x,), {}), None, plan, factorized), plan)
+    plan = Plan("cpu", lambda count, itemsize: 0, False, per_layer, by_layers)
+    return step_events(capture(model.to("meta"), ((x,), {}), None, "cpu", config if factorized else None), plan)
 
 
 class TestLiveness:
@@ -214,7 +215,7 @@ class TestRepeating:
         def events(graphs, plan):
             return graphs
 
-        def captured(model, call, dtype, plan, factorized):
+        def captured(model, call, dtype, device, config):
             depth = len(model.model.layers)
             depths.append(depth)
             return [

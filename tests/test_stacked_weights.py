@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 
@@ -111,6 +112,19 @@ def test_what_a_factorized_weight_can_do_a_stack_can(support, tmp_path):
     slcompile.merge_(model)
     assert torch.equal(model(*tokens), expected)
     assert {name: each.shape for name, each in model.state_dict().items()} == dense
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_rank_above_every_matrix_is_refused(explicit):
+    model, tokens = Experts(all_experts), (torch.randn(32, WIDTH), torch.arange(32))
+    if explicit:
+        config = slcompile.SLConfig(rank=100, exclude=("mix*",))
+        run = functools.partial(slcompile.factorize_, model, config, example_args=tokens)
+    else:
+        compiled = torch.compile(model, backend="sltrain", options={"rank": 100, "exclude": ("mix*",)})
+        run = functools.partial(compiled, *tokens)
+    with pytest.raises(Exception, match=r"rank must be at most 64, .* got 100"):
+        run()
 
 
 def test_a_learned_stack_starts_from_its_best_approximation():

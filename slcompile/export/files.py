@@ -41,6 +41,15 @@ def beside(target: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes a text file, moved into place when it is whole; returns its absolute path. Raises as ``writable_file``."""
+    target = writable_file(path)
+    with beside(target) as scratch:
+        (scratch / target.name).write_text(text, encoding="utf-8")
+        move_into_place(scratch, target.parent, last=target.name)
+    return target
+
+
 def move_into_place(scratch: Path, directory: Path, *, last: str, stale: Set[str] = frozenset()) -> None:
     """Moves all files of ``scratch`` into ``directory``.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from slcompile.export.files import beside, move_into_place, writable_file
+from slcompile.export.files import write_text
 
 
 class Document:
@@ -42,7 +42,7 @@ class Document:
         Raises:
             ValueError: ``path`` cannot be written.
         """
-        return _write(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+        return write_text(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Self:
@@ -66,7 +66,7 @@ class Document:
         Raises:
             ValueError: ``path`` cannot be written.
         """
-        return _write(path, self._page())
+        return write_text(path, self._page())
 
     def _repr_html_(self) -> str:
         """The page for a notebook's cell, in a frame of its own: its style and script touch nothing else."""
@@ -82,11 +82,3 @@ class Document:
     def _require_schema(cls, given: Mapping[str, Any]) -> None:
         if given.get("schema") != cls.SCHEMA:
             raise ValueError(f"schema must be {cls.SCHEMA!r}, got {given.get('schema')!r}")
-
-
-def _write(path: str | os.PathLike[str], text: str) -> Path:
-    target = writable_file(path)
-    with beside(target) as scratch:
-        (scratch / target.name).write_text(text, encoding="utf-8")
-        move_into_place(scratch, target.parent, last=target.name)
-    return target

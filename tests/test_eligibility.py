@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.config import SLConfig
-from slcompile.eligibility import decide, require_possible_rank
+from slcompile.convert.eligibility import decide, require_possible_rank
 from slcompile.passes import Decision
 from slcompile.passes.find_matmuls import WeightUse
 

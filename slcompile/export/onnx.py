@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slcompile.export import files
+from slcompile import files
 from slcompile.export.compact import compose_in_graph
 from slcompile.export.twin import (
     MakeTensor,
-    arguments_for,
     dense_tensors,
     evaluating,
     export_dtype,
@@ -42,9 +41,10 @@ from slcompile.export.verify import (
     tensors_of,
     worst,
 )
-from slcompile.factorize import factors, unwrapped
+from slcompile.factorize import factors
+from slcompile.models import arguments_for, unwrapped
 from slcompile.torch_private import leaves_with_paths
-from slcompile.weight import SLWeight
+from slcompile.weight.structure import FactorizedWeight
 
 INSTALL = 'pip install "slcompile[onnx]"'
 INLINE_LIMIT = 256 * 2**20
@@ -246,11 +246,9 @@ def export_onnx(
 
 def _factorization(model: nn.Module) -> str:
     """The distinct settings of a model's factorized weights, as JSON."""
-    weights = [each for each in model.modules() if isinstance(each, SLWeight)]
-    settings = {(each.rank, each.density, each.support, each.scale) for each in weights}
-    return json.dumps(
-        [dict(zip(("rank", "density", "support", "scale"), each, strict=True)) for each in sorted(settings)]
-    )
+    weights = [module for module in model.modules() if isinstance(module, FactorizedWeight)]
+    settings = {json.dumps({"structure": weight.structure, **weight.describe()}) for weight in weights}
+    return f"[{', '.join(sorted(settings))}]"
 
 
 def _dense_graph(twin: nn.Module, args: Any, kwargs: Any, axes: Sequence[Mapping[int, str]], **settings: Any) -> Any:

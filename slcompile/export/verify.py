@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slcompile.export.twin import MakeTensor, arguments_for, evaluating, merged_weights
+from slcompile.export.twin import MakeTensor, evaluating, merged_weights
+from slcompile.models import arguments_for
 from slcompile.torch_private import leaves_with_paths
 
 log = logging.getLogger("slcompile")

@@ -157,7 +157,7 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
     idle = {**rewrite, "stage": "joint", "name": "fuse_weight_grads", "changed": False, "created": 0, "erased": 0}
     idle |= {"rewritten": 0, "skipped": 0, "diff": ""}
     return {
-        "schema": "slcompile.explain/2",
+        "schema": "slcompile.explain/3",
         "model": "LlamaForCausalLM",
         "versions": {"slcompile": "0.1.0", "torch": "2.13.0"},
         "config": {"rank": 0.25, "density": 0.03, "exclude": ["*lm_head*", "*embed*"]},

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from slcompile.names import SUFFIX
 from slcompile.optim import PerLayer
-from slcompile.step_hook import MATRIX_ONLY, is_matrix_only
-from slcompile.weight import SUFFIX, SLWeight
+from slcompile.weight.marks import MATRIX_ONLY, is_matrix_only
 
 
 def positions(roots: Sequence[nn.Module]) -> dict[int, int]:
@@ -52,7 +52,7 @@ def require_mendable(optimizers: Iterable[Optimizer], replaced: Mapping[int, str
 
 def mend(
     optimizers: Iterable[Optimizer],
-    weights: Mapping[int, SLWeight],
+    weights: Mapping[int, nn.Module],
     before: Mapping[int, int],
     after: Mapping[int, int],
 ) -> None:

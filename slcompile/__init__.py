@@ -1,6 +1,7 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
 from slcompile import optim
+from slcompile.check import CheckReport, check
 from slcompile.config import SLConfig
 from slcompile.convert.ledger import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
@@ -19,6 +20,7 @@ from slcompile.weight.sl_weight import Factors, SLWeight
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "Decision",
     "Explanation",
     "ExportReport",
@@ -28,6 +30,7 @@ __all__ = [
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "check",
     "estimate_memory",
     "explain",
     "export_onnx",

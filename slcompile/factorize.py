@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -20,7 +20,6 @@ from slcompile.passes import merge_weights, run
 from slcompile.weight.marks import retire
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names, restore, sl_names, snapshot, take_out
-from slcompile.weight.sl_weight import Factors
 from slcompile.weight.structure import FactorizedWeight
 
 
@@ -91,24 +90,7 @@ def merge_(model: nn.Module) -> nn.Module:
         RuntimeError: A seed buffer was overwritten, or the factors are sharded; the model is then as it was.
     """
     model = unwrapped(model)
-    places = [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
-    for _, _, weight in places:
-        weight.check_support()
-        weight.check_whole()
-    merged: dict[int, nn.Parameter] = {}
-    before = snapshot(module for module, _, _ in places)
-    try:
-        for module, name, weight in places:
-            if id(weight) not in merged:
-                trained = any(each.requires_grad for each in weight.parameters())
-                merged[id(weight)] = nn.Parameter(weight.merged(), requires_grad=trained)
-            take_out(module, name, merged[id(weight)])
-    except BaseException:
-        restore(before)
-        raise
-    for _, name, weight in places:
-        for suffix, parameter in weight.named_parameters():
-            retire(parameter, f"{name}{SUFFIX}.{suffix} was merged into a dense weight by merge_")
+    _merge_places(_places(model))
     for module in model.modules():
         vars(module).pop(EXPLICIT, None)
         if isinstance(module, fx.GraphModule):
@@ -117,8 +99,43 @@ def merge_(model: nn.Module) -> nn.Module:
     return model
 
 
-def factors(model: nn.Module) -> dict[str, Factors]:
-    """Name of each factorized weight, as it was when dense -> its factors (detached, sharing memory)."""
+def merge_some(model: nn.Module, names: Collection[str]) -> None:
+    """Merges the factorized weights of these names, and leaves the others; errors as ``merge_``."""
+    wanted = {id(weight) for name, weight in _named_weights(model) if name in names}
+    _merge_places([place for place in _places(model) if id(place[2]) in wanted])
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, FactorizedWeight]]:
+    """Every module that has a factorized weight, the weight's name there, and the weight."""
+    return [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
+
+
+def _merge_places(places: Sequence[tuple[nn.Module, str, FactorizedWeight]]) -> None:
+    for _, _, weight in places:
+        weight.check_support()
+        weight.check_whole()
+    merged: dict[int, nn.Parameter] = {}
+    before = snapshot(module for module, _, _ in places)
+    try:
+        for module, name, weight in places:
+            if id(weight) not in merged:
+                trained = any(parameter.requires_grad for parameter in weight.parameters())
+                merged[id(weight)] = nn.Parameter(weight.merged(), requires_grad=trained)
+            take_out(module, name, merged[id(weight)])
+    except BaseException:
+        restore(before)
+        raise
+    for _, name, weight in places:
+        for suffix, parameter in weight.named_parameters():
+            retire(parameter, f"{name}{SUFFIX}.{suffix} was merged into a dense weight by merge_")
+
+
+def factors(model: nn.Module) -> dict[str, Any]:
+    """Returns the factors of each factorized weight, by its name when it was dense; detached, sharing memory.
+
+    Raises:
+        RuntimeError: A seed buffer was overwritten.
+    """
     return {name: weight.factors() for name, weight in _named_weights(unwrapped(model))}
 
 

@@ -362,7 +362,10 @@ def test_attention_reads_factored_products_right_in_lite_mode():
 
     model = slcompile.factorize_(Attention(), slcompile.SLConfig(init="spectral"))
     x = torch.randn(1, 16, 64)
-    inductor = {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(slcompile.backend.RUN, True)}
+    inductor = {
+        **torch._inductor.list_mode_options()["lite"],
+        **dict.fromkeys(slcompile.captured.REQUIRED_SETTINGS, True),
+    }
     compiled = torch.compile(model, backend="sltrain", options={"lowering": "factored", "inductor": inductor})
     torch.testing.assert_close(compiled(x), model(x))
 

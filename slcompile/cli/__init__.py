@@ -1,14 +1,15 @@
-"""The command line: ``slcompile diff``, ``slcompile export``, ``slcompile memory``, ``slcompile rates``."""
+"""The command line: ``slcompile check``, ``diff``, ``export``, ``memory`` and ``rates``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from slcompile.cli import diff, export, memory, rates
+from slcompile.cli import check, diff, export, memory, rates
 
-COMMANDS = (diff, export, memory, rates)
-"""Modules with ``add(commands)``, which adds a parser, and ``run(args)``, which does what it parsed."""
+COMMANDS = (check, diff, export, memory, rates)
+"""Modules with ``add(commands)``, which adds a parser, and ``run(args)``, which does what it parsed and may return
+an exit code."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,8 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add(commands).set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"slcompile: {error}", file=sys.stderr)
         return 2
-    return 0

@@ -102,7 +102,8 @@ def test_a_model_and_its_data_can_be_moved_together(tmp_path):
 FAULTS = """
 import json, os, pathlib, resource, signal, sys, types
 import onnx, onnx_ir, onnxruntime, onnxscript, torch
-from slcompile.export import files, onnx as export
+from slcompile import files
+from slcompile.export import onnx as export
 sys.path.insert(0, sys.argv[1])
 from test_files import BYTES, X, network
 

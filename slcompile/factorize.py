@@ -20,7 +20,6 @@ from slcompile.passes import merge_weights, run
 from slcompile.weight.marks import retire
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names, restore, sl_names, snapshot, take_out
-from slcompile.weight.sl_weight import Factors
 from slcompile.weight.structure import FactorizedWeight
 
 
@@ -117,8 +116,11 @@ def merge_(model: nn.Module) -> nn.Module:
     return model
 
 
-def factors(model: nn.Module) -> dict[str, Factors]:
-    """Name of each factorized weight, as it was when dense -> its factors (detached, sharing memory)."""
+def factors(model: nn.Module) -> dict[str, Any]:
+    """Returns the factors of each factorized weight, by the name that it had when dense; detached, sharing memory.
+
+    They are ``Factors``; of a structure other than SLTrain's, the operands of its op by name.
+    """
     return {name: weight.factors() for name, weight in _named_weights(unwrapped(model))}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
@@ -67,3 +70,12 @@ def saved_for_backward(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return run(), saved
+
+
+def torchrun(*command: object, processes: int = 2) -> str:
+    """Runs a script on several processes; returns what it printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

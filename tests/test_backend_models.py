@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-import slcompile.backend
+import slcompile.captured
 
 OPTIONS = {"rank": 8, "density": 0.05}
 
@@ -231,5 +231,5 @@ def test_merging_and_training_on_is_announced_as_a_conversion(block, batch, capl
 
 
 def test_the_cache_key_covers_the_passes():
-    files = slcompile.backend.hashed_files()
+    files = slcompile.captured.hashed_files()
     assert {"recompute_weights.py", "backend.py", "compose.py"} <= {file.name for file in files}

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import slcompile
+from slcompile.captured import REQUIRED_SETTINGS
 
 OPTIONS = {"rank": 8, "density": 0.05, "init": "spectral"}
+LITE = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(REQUIRED_SETTINGS, True)}}
+"""Options with which our passes run and Inductor calls ATen instead of compiling C++, which takes most time."""
 
 
 class Model(nn.Module):

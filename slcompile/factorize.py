@@ -133,6 +133,8 @@ def _merge_places(places: Sequence[tuple[nn.Module, str, FactorizedWeight]]) -> 
 def factors(model: nn.Module) -> dict[str, Any]:
     """Returns the factors of each factorized weight, by its name when it was dense; detached, sharing memory.
 
+    They are ``Factors``; of a structure other than SLTrain's, the operands of its op by name.
+
     Raises:
         RuntimeError: A seed buffer was overwritten.
     """

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slcompile import torch_private
 from slcompile.backend import sltrain
+from slcompile.convert.ledger import ledger
 
 
 def pytest_configure() -> None:
@@ -30,10 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_torch() -> Iterator[None]:
+def fresh_process() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    ledger.reset()
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import slcompile
 import slcompile.backend
 from slcompile.ops import WEIGHT_OPS
-from tests.helpers import saved_for_backward
+from tests.testing import saved_for_backward
 
 OPTIONS = {"rank": 8, "density": 0.05}
 WEIGHTS = {"up.weight", "down.weight", "mix"}

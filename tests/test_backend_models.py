@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-import slcompile.backend
+import slcompile.captured
 
 OPTIONS = {"rank": 8, "density": 0.05}
 

@@ -45,6 +45,8 @@ BAD: dict[str, list[Any]] = {
     "keep_weights": [0, 1, None, "yes"],
     "autotune": [0, 1, None, "yes"],
     "dryrun": [0, 1, None, "yes"],
+    "structure": ["", "Sparse_low_rank", "dense", None, 1],
+    "skip_passes": ["", "merge_weights", 1, {"lower_ops": 1}],
 }
 
 
@@ -68,6 +70,8 @@ GOOD: dict[str, list[Any]] = {
     "keep_weights": [False, True],
     "autotune": [False, True],
     "dryrun": [False, True],
+    "structure": ["sparse_low_rank"],
+    "skip_passes": [(), ("lower_ops",), ("lower_ops", "choose_lowering")],
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-from tests.helpers import OPTIONS, Model, Plain, compiled_with, converted
+from tests.testing import OPTIONS, Model, Plain, compiled_with, converted
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 

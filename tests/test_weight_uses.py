@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import slcompile
-from tests.helpers import OPTIONS, Model, Plain, attention, converted
+from tests.testing import OPTIONS, Model, Plain, attention, converted
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 

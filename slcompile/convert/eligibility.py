@@ -40,6 +40,8 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
         return "no_grad", "read under torch.no_grad() alone"
     if weight.dim() != 2 and not use.stacked:
         return "not_2d", f"has {weight.dim()} dimensions, and is not read as a stack of matrices"
+    if weight.dim() != 2 and not structure_of(config).takes_stacks:
+        return "not_2d", f"is a stack of matrices, of which the structure {config.structure!r} takes none"
     if not weight.is_floating_point():
         return "dtype", f"{weight.dtype} is not a floating-point type"
     if not weight.requires_grad:

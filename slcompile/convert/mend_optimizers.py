@@ -56,7 +56,7 @@ def mend(
     before: Mapping[int, int],
     after: Mapping[int, int],
 ) -> None:
-    """Puts B, A and values in the place of each dense weight, in the groups that hold it.
+    """Puts the trained parts of a weight in the place of the dense one, in the groups that hold it.
 
     Lists are edited in place, all or none. A group that was in the order of ``parameters()`` is so afterwards, so that
     the optimizer's state dict fits an optimizer made of the converted model. Per-layer optimizers hook the new ones.

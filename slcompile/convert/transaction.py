@@ -58,7 +58,7 @@ def convert(
     ]
     _swap(candidates, weights, live, roots)
     for candidate, weight in zip(candidates, weights, strict=True):
-        retire(candidate.weight, f"{candidate.name} was converted to sparse-plus-low-rank factors", weight)
+        retire(candidate.weight, f"{candidate.name} was converted to factors", weight)
     pairs = [(candidate.weight, weight) for candidate, weight in zip(candidates, weights, strict=True)]
     ledger.note_conversion(record, roots, pairs, init, report)
     return weights

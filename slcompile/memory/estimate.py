@@ -80,18 +80,20 @@ def estimate_memory(
     call = (tuple(args), dict(kwargs or {}))
     build, layers = _builder(model_or_config, dtype)
     usages, depths = {}, []
+    described: set[str] = set()
     for factorized in (True, False):
         make = _factorizing(build, config, call) if factorized else build
         events, depth = _step(make, layers, call, dtype, plan, config if factorized else None)
         model = make(layers)
         depths.append(depth)
+        described |= {key for each in model.modules() if isinstance(each, FactorizedWeight) for key in each.describe()}
         for name in ("sltrain", "low_rank") if factorized else ("dense",):
             usages[name] = _usage(model, events, kind, with_values=name != "low_rank")
-    settings = {
+    asked: dict[str, Any] = {key: getattr(config, key) for key in ("rank", "density", "support") if key in described}
+    settings: dict[str, Any] = {
         "optimizer": optimizer + (" per layer" if per_layer else ""),
-        "rank": config.rank,
-        "density": config.density,
-        "support": config.support,
+        "structure": config.structure,
+        **asked,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": device,
         "compiled": compiled,

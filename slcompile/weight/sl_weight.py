@@ -56,6 +56,7 @@ class SLWeight(FactorizedWeight):
 
     structure = "sparse_low_rank"
     op = torch.ops.slcompile.compose.default
+    takes_stacks = True
 
     B: nn.Parameter
     A: nn.Parameter

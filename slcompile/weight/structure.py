@@ -37,10 +37,12 @@ class FactorizedWeight(nn.Module):
     Attributes:
         structure: Name in the table of structures, and in checkpoints.
         op: The op that composes the weight, ``op(*operands, *op_args) -> Tensor``, in ``slcompile.ops.WEIGHT_OPS``.
+        takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
     """
 
     structure: ClassVar[str]
     op: ClassVar[torch._ops.OpOverload]
+    takes_stacks: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import slcompile
-from slcompile.captured import REQUIRED_SETTINGS, sltrain
+from slcompile.backend import sltrain
+from slcompile.captured import REQUIRED_SETTINGS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 

@@ -40,8 +40,6 @@ BAD: dict[str, list[Any]] = {
     "exclude": ["", [""], [1], ["a", None], None, 1, {"*": 1}],
     "min_dim": [0, -1, 1.0, True, None],
     "lowering": ["", "Factored", "dense", None, 1],
-    "structure": ["", "sltrain", None, 1],
-    "skip_passes": ["lower", None, 1],
     "keep_weights": [0, 1, None, "yes"],
     "autotune": [0, 1, None, "yes"],
     "dryrun": [0, 1, None, "yes"],

@@ -25,6 +25,7 @@ from slcompile.config import LOWERINGS, SKIPPABLE, SLConfig, checked_config
 from slcompile.convert.ledger import EXPLICIT, Ledger
 from slcompile.factorize import factorize_model, factors, merge_, merge_some
 from slcompile.models import arguments_for, unwrapped
+from slcompile.names import SUFFIX
 from slcompile.weight.placing import base_class
 from slcompile.weight.structure import FactorizedWeight
 
@@ -132,16 +133,21 @@ def check(
     Raises:
         ValueError: As ``factorize_``; or the model returns nothing that depends on a parameter.
     """
-    config = checked_config(config)
-    model = copy.deepcopy(unwrapped(model))
+    config, loss = checked_config(config), loss or _default_loss
+    dense, model = unwrapped(model), copy.deepcopy(unwrapped(model))
     batch = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
-    if not any(isinstance(module, FactorizedWeight) for module in model.modules()):
+    is_dense = not any(isinstance(module, FactorizedWeight) for module in model.modules())
+    if is_dense:
         factorize_model(model, config, *batch, Ledger(silent=True))
     vars(model).setdefault(EXPLICIT, config)  # so that weights which are merged to find the one to blame stay dense
     _fill(model)
-    checker = _Checker(model, batch, config, loss or _default_loss)
-    distances = {f"{mode}, {lowering}": checker.distances(mode, lowering) for mode in MODES for lowering in LOWERINGS}
+    runner = _Runner(batch, config, loss)
+    checker = _Checker(model, runner)
+    runs = [(mode, lowering) for mode in MODES for lowering in ("eager", *LOWERINGS)]
+    distances = {f"{mode}, {lowering}": checker.distances(mode, lowering) for mode, lowering in runs}
     distances["inference, merged"] = checker.merged_distances()
+    if is_dense:
+        distances["training, converting"] = _converting(copy.deepcopy(dense), runner)
     worst = [max(found, key=lambda each: each.share) for found in distances.values() if found]
     wrong = [each for found in distances.values() for each in found if not each.share <= 1]
     blame = {run: checker.blame(run) for run in dict.fromkeys(each.run for each in wrong)}
@@ -156,15 +162,60 @@ def check(
     )
 
 
-class _Checker:
-    """A factorized model, what eager mode and float64 give for it, and the runs that are compared with them."""
+@dataclass(frozen=True)
+class _Runner:
+    """Runs a model, or what was compiled of it, on the batch."""
 
-    def __init__(self, model: nn.Module, batch: Any, config: SLConfig, loss: Loss) -> None:
-        self.model, self.batch, self.config, self.loss = model, batch, config, loss
+    batch: Any
+    config: SLConfig
+    loss: Loss
+
+    def measure(self, model: nn.Module, mode: str, run: Run | None = None) -> dict[str, Tensor]:
+        """The outputs of a model, and in training the gradients; on the same random numbers each time."""
+        args, kwargs = arguments_for(model, self.batch)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        model.train(mode == "training").zero_grad()
+        try:
+            with _seeded(model), torch.set_grad_enabled(mode == "training"):
+                outputs = (model if run is None else run)(*args, **kwargs)
+                found = {f"output {'.'.join(path)}".strip(): leaf for path, leaf in _tensors(outputs)}
+                if mode == "training":
+                    self.loss(outputs).backward()
+            found = {name: leaf.detach().clone() for name, leaf in found.items()}
+            gradients = {f"gradient of {name}": each.grad for name, each in model.named_parameters()}
+            return found | {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+        finally:
+            model.zero_grad()
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    def compiled(
+        self, model: nn.Module, mode: str, lowering: str = "auto", skip: tuple[str, ...] = ()
+    ) -> dict[str, Tensor]:
+        """Returns what a compiled run of a model gives."""
+        options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        options |= {"lowering": lowering, "skip_passes": skip, "inductor": {"fallback_random": True}}
+        with torch_private.unlimited_recompiles():
+            return self.measure(model, mode, torch.compile(model, backend="sltrain", options=options))
+
+
+def _converting(dense: nn.Module, runner: _Runner) -> list[Distance]:
+    """The distances of the step in which the string converts a dense model, which it does to this one."""
+    found = runner.compiled(dense, "training")
+    return _Checker(dense, runner).compare("training, converting", found)
+
+
+class _Checker:
+    """A factorized model, and what eager mode and float64 give for it where weights are composed by their formula."""
+
+    def __init__(self, model: nn.Module, runner: _Runner) -> None:
+        self.model, self.runner = model, runner
         self.names = list(factors(model))
-        exact = copy.deepcopy(model).double()
-        self.eager = {mode: self._measure(model, mode) for mode in MODES}
-        self.exact = {mode: self._measure(exact, mode) for mode in MODES}
+        eager = _by_formula(copy.deepcopy(model))
+        exact = _by_formula(copy.deepcopy(model).double())
+        self.eager = {mode: runner.measure(eager, mode) for mode in MODES}
+        self.exact = {mode: runner.measure(exact, mode) for mode in MODES}
 
     def distances(
         self, mode: str, lowering: str, skip: tuple[str, ...] = (), dense: Sequence[str] = ()
@@ -173,31 +224,31 @@ class _Checker:
 
         Args:
             mode: In ``MODES``.
-            lowering: In ``LOWERINGS``.
+            lowering: In ``LOWERINGS``, or ``"eager"``.
             skip: Passes that are left out.
             dense: Weights that are merged to dense before; what is told of them is left out.
         """
         model = copy.deepcopy(self.model)
         merge_some(model, dense)
-        options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
-        options |= {"lowering": lowering, "skip_passes": skip, "inductor": {"fallback_random": True}}
-        compiled = torch.compile(model, backend="sltrain", options=options)
-        with torch_private.unlimited_recompiles():
-            found = self._measure(model, mode, compiled)
-        return self._compare(f"{mode}, {lowering}", mode, found)
+        if lowering == "eager":
+            found = self.runner.measure(model, mode)
+        else:
+            found = self.runner.compiled(model, mode, lowering, skip)
+        merged = tuple(f"gradient of {name}{SUFFIX}." for name in dense)
+        return [each for each in self.compare(f"{mode}, {lowering}", found) if not each.tensor.startswith(merged)]
 
     def merged_distances(self) -> list[Distance]:
         """Returns the distance of each output of the merged model in eager mode."""
         merged = merge_(copy.deepcopy(self.model))
-        return self._compare("inference, merged", "inference", self._measure(merged, "inference"))
+        return self.compare("inference, merged", self.runner.measure(merged, "inference"))
 
     def dense_is_wrong(self, mode: str) -> bool:
         """Whether Inductor alone gets the merged model wrong."""
         merged = merge_(copy.deepcopy(self.model))
-        exact = self._measure(copy.deepcopy(merged).double(), mode)
-        eager = self._measure(merged, mode)
+        exact = self.runner.measure(copy.deepcopy(merged).double(), mode)
+        eager = self.runner.measure(merged, mode)
         with torch_private.unlimited_recompiles():
-            found = self._measure(merged, mode, torch.compile(merged, options={"fallback_random": True}))
+            found = self.runner.measure(merged, mode, torch.compile(merged, options={"fallback_random": True}))
         return any(not _share(found[name], eager[name], exact[name])[1] <= 1 for name in exact.keys() & found.keys())
 
     def blame(self, run: str) -> str:
@@ -205,6 +256,10 @@ class _Checker:
         mode, lowering = run.split(", ")
         if lowering == "merged":
             return "the merged weights are not what the factors compose to"
+        if lowering == "eager":
+            return "the op that composes weights does not compute their formula"
+        if lowering == "converting":
+            return "the step that converts is: call slcompile.factorize_(model, config) before training to avoid it"
         if self.dense_is_wrong(mode):
             return "Inductor alone, without slcompile, gets the merged model wrong as well: report it to PyTorch"
         for name in SKIPPABLE:
@@ -225,28 +280,10 @@ class _Checker:
     def _is_right(self, mode: str, lowering: str, skip: tuple[str, ...] = (), dense: Sequence[str] = ()) -> bool:
         return all(each.share <= 1 for each in self.distances(mode, lowering, skip, dense))
 
-    def _measure(self, model: nn.Module, mode: str, run: Run | None = None) -> dict[str, Tensor]:
-        """The outputs of a model, and in training the gradients; on the same random numbers each time."""
-        args, kwargs = arguments_for(model, self.batch)
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        model.train(mode == "training").zero_grad()
-        try:
-            with _seeded(model), torch.set_grad_enabled(mode == "training"):
-                outputs = (model if run is None else run)(*args, **kwargs)
-                found = {f"output {'.'.join(path)}".strip(): leaf for path, leaf in _tensors(outputs)}
-                if mode == "training":
-                    self.loss(outputs).backward()
-            found = {name: leaf.detach().clone() for name, leaf in found.items()}
-            gradients = {f"gradient of {name}": each.grad for name, each in model.named_parameters()}
-            return found | {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
-        finally:
-            model.zero_grad()
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-
-    def _compare(self, run: str, mode: str, found: Mapping[str, Tensor]) -> list[Distance]:
-        eager, exact, lowering = self.eager[mode], self.exact[mode], run.split(", ")[1]
+    def compare(self, run: str, found: Mapping[str, Tensor]) -> list[Distance]:
+        """Returns the distance of each tensor that a run gave; of one that it did not give, an infinite one."""
+        mode, lowering = run.split(", ")
+        eager, exact = self.eager[mode], self.exact[mode]
         distances = []
         for name, truth in exact.items():
             if name in found:
@@ -278,6 +315,14 @@ def _default_loss(outputs: Any) -> Tensor:
         raise ValueError("model returns no floating-point tensor that depends on a parameter; give loss")
     parts = [leaf.sum() if path[-1:] == ("loss",) else (leaf - 1).square().mean() for path, leaf in leaves]
     return torch.stack([part.reshape(()) for part in parts]).sum()
+
+
+def _by_formula(model: nn.Module) -> nn.Module:
+    """Lets a model compose its weights by their formula, and not by the op that is checked."""
+    for module in model.modules():
+        if isinstance(module, FactorizedWeight):
+            vars(module)["forward"] = module.reference
+    return model
 
 
 @torch.no_grad()

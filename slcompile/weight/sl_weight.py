@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,10 +148,15 @@ class SLWeight(FactorizedWeight):
         }
 
     def forward(self) -> Tensor:
+        # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent.
+        return self._composed(compose_reference if torch_private.is_transforming() else compose)
+
+    def reference(self) -> Tensor:
+        return self._composed(compose_reference)
+
+    def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         B, A, values = self.B, self.A, self.values
-        # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent.
-        op = compose_reference if torch_private.is_transforming() else compose
         return op(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
 
     @torch.no_grad()

@@ -150,6 +150,13 @@ class FactorizedWeight(nn.Module):
         """Composes the weight, of ``shape``."""
         return type(self).op(*self.operands().values(), *self.op_args())
 
+    def reference(self) -> Tensor:
+        """Composes the weight by its formula, in ops that every transform can differentiate; by default the op itself.
+
+        What ``op`` computes is checked against it.
+        """
+        return FactorizedWeight.forward(self)
+
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype, and the composed weight's."""

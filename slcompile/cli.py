@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         "--config", nargs="+", default=[], metavar="KEY=VALUE", help="fields of SLConfig, such as rank=128"
     )
     diff.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser opens offline")
-    diff.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON (slcompile/inspect/SCHEMA.md)")
+    diff.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON (docs/schema.md)")
     rates = commands.add_parser(
         "rates",
         help="the device's rates, by which the lowering of each matmul is chosen",

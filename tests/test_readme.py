@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
 
 import slcompile
 
@@ -15,6 +20,32 @@ README = (ROOT / "README.md").read_text()
 def test_ci_runs_the_test_command():
     (command,) = re.findall(r"^python3 -m venv .* (pip install .*pytest.*)$", README, flags=re.MULTILINE)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", "1 error"), ("", "1 skipped")])
+def test_ci_skips_no_browser_test(tmp_path, ci, outcome):
+    # A PATH without a browser. The test that is chosen is one of those that need it.
+    arguments = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "in_a_frame",
+        "tests/inspect/test_page.py",
+    ]
+    environment = {**os.environ, "PATH": str(tmp_path), "CI": ci}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert outcome in done.stdout, done.stdout + done.stderr
+    assert done.returncode == (1 if ci else 0)
+    assert "apt install chromium" in done.stdout
+
+
+def test_ci_installs_a_browser():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.index("export CI=true") < script.index("apt-get install") < script.index("pytest")
 
 
 def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):

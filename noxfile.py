@@ -54,4 +54,4 @@ def torch_2_11(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation, into site/; with ``serve`` as the argument, on a local port. Needs no torch."""
     session.install("-c", "constraints.txt", *PYPROJECT["project"]["optional-dependencies"]["docs"])
-    session.run("mkdocs", *(session.posargs or ("build", "--strict")))
+    session.run("mkdocs", *(session.posargs or ("build", "--strict")), env={"NO_MKDOCS_2_WARNING": "1"})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 import slcompile
 
@@ -141,6 +142,13 @@ def test_licences_travel_with_it(built):
         metadata = archive.read(f"{folder}/METADATA").decode()
     assert re.search(r"^License-Expression: Apache-2.0 AND MIT$", metadata, flags=re.MULTILINE)
     assert re.search(rf"^Version: {re.escape(slcompile.__version__)}$", metadata, flags=re.MULTILINE)
+
+
+def test_the_citation_names_the_same_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what the format requires
+    assert citation["license"] == "Apache-2.0"
+    assert "version" not in citation  # it would be a second place for it
 
 
 def test_the_notices_quote_the_vendored_licence():

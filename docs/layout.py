@@ -1,4 +1,4 @@
-"""Writes the page of the layout when mkdocs builds it: the first line of each file's docstring, by folder.
+"""Fills two pages when mkdocs builds them: the layout, from the files' docstrings, and the order of the passes.
 
 The sources are read and not imported, so that building the documentation needs no torch.
 """
@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MARK = "<!-- layout -->"
 
 
 def on_page_markdown(markdown: str, **context: Any) -> str:
-    """What mkdocs calls for each page; the mark in one of them becomes the tables."""
-    return markdown.replace(MARK, "\n".join(tables())) if MARK in markdown else markdown
+    """Replaces the two marks, in the pages that have them; mkdocs calls it for each page."""
+    if "<!-- layout -->" in markdown:
+        markdown = markdown.replace("<!-- layout -->", "\n".join(tables()))
+    if "<!-- passes -->" in markdown:
+        markdown = markdown.replace("<!-- passes -->", f"```text\n{docstring(ROOT / 'passes' / '__init__.py')}\n```")
+    return markdown
 
 
 def tables() -> list[str]:
@@ -35,12 +38,17 @@ def tables() -> list[str]:
 
 
 def summary(file: Path) -> str:
-    """The first line of a file's docstring, as text that a table can hold.
+    """The first line of a file's docstring, as text that a table can hold."""
+    return docstring(file).partition("\n")[0].replace("``", "`").replace("|", r"\|").replace("*", r"\*")
+
+
+def docstring(file: Path) -> str:
+    """A file's docstring.
 
     Raises:
-        ValueError: The file has no docstring.
+        ValueError: It has none.
     """
-    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-    if not docstring:
+    found = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    if not found:
         raise ValueError(f"{file.relative_to(ROOT)} has no docstring, which the page of the layout shows")
-    return docstring.partition("\n")[0].replace("``", "`").replace("|", r"\|").replace("*", r"\*")
+    return found

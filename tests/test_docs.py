@@ -82,8 +82,9 @@ def test_commands_in_the_pages_have_their_options(page, capsys):
             words = shlex.split(line, comments=True)
             if words[:1] != ["slcompile"]:
                 continue
-            with pytest.raises(SystemExit):
+            with pytest.raises(SystemExit) as ended:
                 main([words[1], "--help"])
+            assert ended.value.code == 0, line
             known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
             assert {word for word in words if word.startswith("--")} <= known, line
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from slcompile.kernels import compose, linear_factored, project, siblings, support, weight_grads
 from slcompile.kernels.build import TARGETS, Resources, compile_for, resources, signature_of
-from slcompile.support import groups_per_row
+from slcompile.ops.support import groups_per_row
 
 DTYPE = torch.bfloat16
 TRAINING_TOKENS = 8192

@@ -23,8 +23,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import slcompile
-from slcompile.liveness import PARTS
-from slcompile.memory import Usage, estimate_memory, held_memory, llama_config
+from slcompile.memory.estimate import estimate_memory, held_memory
+from slcompile.memory.liveness import PARTS
+from slcompile.memory.report import Usage
+from slcompile.models import llama_config
 from slcompile.ops.sparse_cpu import kept_bytes
 
 PARTS_OF_PAGE = ("table", "figure", "reality")

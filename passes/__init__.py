@@ -23,9 +23,10 @@
 
    merge_weights           compose(...) becomes the dense parameter, in graphs that read attributes
 
-A pass is a function ``verb_noun(gm, ...) -> PassReport`` in a file of its name. To add one to the joint graph, write
-the function and put it into ``joint_passes``. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike; only for
-``compose`` they know lowerings.
+A pass is a function ``verb_noun(gm, ...) -> PassReport`` in a file of its name. ``run`` times it and names its report.
+To add one to the joint graph, write the function and put it into ``joint_passes``. The option ``skip_passes`` leaves
+passes of 2. and 3. out by name. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike; only for ``compose`` they
+know lowerings.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from slcompile.config import SLConfig
 from slcompile.passes.choose_lowering import choose_lowering
 from slcompile.passes.find_matmuls import find_matmuls
 from slcompile.passes.fuse_weight_grads import fuse_weight_grads
-from slcompile.passes.graph import Decision, GraphPass, PassReport, run
+from slcompile.passes.graph import Decision, GraphPass, PassReport, pass_name, run
 from slcompile.passes.group_projections import group_projections
 from slcompile.passes.lower_ops import lower_ops
 from slcompile.passes.merge_weights import merge_weights
@@ -47,8 +48,9 @@ from slcompile.passes.recompute_weights import recompute_weights
 
 
 def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[GraphPass, ...]:
-    """The passes on the joint graph, in order; for another device than it was captured on, if one is given."""
-    return (
+    """Returns the passes on the joint graph, in order; for another device than it was captured on, if one is given."""
+    return _without_skipped(
+        config,
         fuse_weight_grads,
         functools.partial(choose_lowering, lowering=config.lowering, device=device),
         group_projections,
@@ -57,8 +59,12 @@ def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[
 
 
 def post_passes(config: SLConfig) -> tuple[GraphPass, ...]:
-    """The passes on the forward and the backward graph, in order."""
-    return (functools.partial(lower_ops, autotune=config.autotune),)
+    """Returns the passes on the forward and the backward graph, in order."""
+    return _without_skipped(config, functools.partial(lower_ops, autotune=config.autotune))
+
+
+def _without_skipped(config: SLConfig, *passes: GraphPass) -> tuple[GraphPass, ...]:
+    return tuple(each for each in passes if pass_name(each) not in config.skip_passes)
 
 
 __all__ = [

@@ -39,12 +39,12 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         lowering: ``"auto"``, or ``"composed"`` or ``"factored"`` for each matmul that can be.
         device: Where the graph will run; the device of its tensors by default.
     """
-    report = PassReport("choose_lowering")
+    report = PassReport()
     sites: list[Site] = []
     for weight in [node for node in gm.graph.nodes if node.target in WEIGHT_OPS]:
         found, left = _products(weight)
         sites += found
-        report.skipped += left
+        report.left += left
     backward = _depends_on_tangents(gm.graph)
     phases = Counter((site.weight, site.node in backward) for site in sites)
     costs = [_costs(site, phases[site.weight, site.node in backward], device) for site in sites]
@@ -78,7 +78,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
             _grads_factored(insert, node)
         else:
             _multiply_factored(insert, chosen_site)
-    if report.rewritten:
+    if report.replaced:
         gm.graph.eliminate_dead_code()
         assert chosen.keys().isdisjoint(gm.graph.nodes), "a matmul that was rewritten is still read"
         gm.recompile()

@@ -15,25 +15,25 @@ def fuse_weight_grads(gm: fx.GraphModule) -> PassReport:
     product is then no node of its own, so that a lowering is free never to form it. A gradient that is a sum (a weight
     that several matmuls read), that came through a view, or that something else reads too, is left.
     """
-    report = PassReport("fuse_weight_grads")
+    report = PassReport()
     insert = Inserter(gm.graph)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.slcompile.compose_backward.default):
         product, swapped, exclusive = trunk(arguments(node)[0])
         shape = tuple(arguments(node)[0].meta["val"].shape)
         if op_name(product) != "mm":
             detail = f"the gradient comes from {op_name(product)}, not from one product"
-            report.skipped.append(Decision(node.name, "not_a_product", detail, shape))
+            report.left.append(Decision(node.name, "not_a_product", detail, shape))
             continue
         if not exclusive or len(arguments(node)[0].users) > 1:
-            report.skipped.append(Decision(node.name, "shared", "something else reads the dense gradient", shape))
+            report.left.append(Decision(node.name, "shared", "something else reads the dense gradient", shape))
             continue
         first, second = arguments(product)
         # G = first @ second, or its transpose: then G = second^T @ first^T.
         left, right = (second, insert.transpose(node, first)) if swapped else (insert.transpose(node, first), second)
         fused = insert.call(node, torch.ops.slcompile.weight_grads.default, left, right, *arguments(node)[1:])
         node.replace_all_uses_with(fused, propagate_meta=False)
-        report.rewritten.append(Decision(node.name, shape=shape))
-    if report.rewritten:
+        report.replaced.append(Decision(node.name, shape=shape))
+    if report.replaced:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return report

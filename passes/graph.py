@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ class Decision:
 
     Attributes:
         name: Fully qualified name of the weight, or the node's name.
-        reason: A fixed code; empty for what was rewritten.
+        reason: A fixed code; empty for what was replaced.
         detail: The same as a sentence.
         shape: Of the weight.
         matmuls: How many matmuls read it.
@@ -49,20 +50,26 @@ class Decision:
 
 @dataclass
 class PassReport:
-    """What a pass rewrote, and what it left alone with a reason for each."""
+    """What a pass replaced, and what it left alone with a reason for each.
 
-    pass_name: str
-    rewritten: list[Decision] = field(default_factory=list)
-    skipped: list[Decision] = field(default_factory=list)
+    Attributes:
+        pass_name: The function's name; ``run`` fills it in. ``"weights"`` for the policy on a model's weights.
+        replaced, left: The decisions on the candidates.
+        seconds: How long the pass took.
+    """
+
+    pass_name: str = ""
+    replaced: list[Decision] = field(default_factory=list)
+    left: list[Decision] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, decision: Decision, is_rewritten: bool) -> None:
+    def add(self, decision: Decision, is_replaced: bool) -> None:
         """Records what was decided on one candidate."""
-        (self.rewritten if is_rewritten else self.skipped).append(decision)
+        (self.replaced if is_replaced else self.left).append(decision)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: the pass's name, and a list of decisions."""
-        marked = [("replaced", each) for each in self.rewritten] + [("left", each) for each in self.skipped]
+        marked = [("replaced", each) for each in self.replaced] + [("left", each) for each in self.left]
         decisions = [
             {"name": each.name, "decision": decision, "reason": each.reason, "detail": each.detail}
             | {"shape": list(each.shape), "matmuls": each.matmuls}
@@ -71,8 +78,8 @@ class PassReport:
         return {"pass": self.pass_name, "decisions": decisions}
 
     def __str__(self) -> str:
-        text = [f"{self.pass_name}: {len(self.rewritten)} rewritten, {len(self.skipped)} left"]
-        for mark, decisions in (("+", self.rewritten), ("-", self.skipped)):
+        text = [f"{self.pass_name}: {len(self.replaced)} replaced, {len(self.left)} left"]
+        for mark, decisions in (("+", self.replaced), ("-", self.left)):
             for each in decisions:
                 shape = "x".join(map(str, each.shape))
                 why = f"  {each.reason}" if each.reason else ""
@@ -83,6 +90,11 @@ class PassReport:
 GraphPass = Callable[[fx.GraphModule], PassReport]
 Watch = Callable[[PassReport, Mapping[str, str], Mapping[str, str]], None]
 """Is told of each pass: its report, and the graph's ``lines`` before and after it."""
+
+
+def pass_name(graph_pass: GraphPass) -> str:
+    """Returns the name of a pass: its function's, also where ``functools.partial`` gave it some arguments."""
+    return graph_pass.func.__name__ if isinstance(graph_pass, functools.partial) else graph_pass.__name__
 
 
 def run(passes: Iterable[GraphPass], gm: fx.GraphModule, watch: Watch | None = None) -> list[PassReport]:
@@ -96,13 +108,13 @@ def run(passes: Iterable[GraphPass], gm: fx.GraphModule, watch: Watch | None = N
     for graph_pass in passes:
         begin = time.perf_counter()
         report = graph_pass(gm)
-        report.seconds = time.perf_counter() - begin
-        if report.rewritten:
+        report.pass_name, report.seconds = pass_name(graph_pass), time.perf_counter() - begin
+        if report.replaced:
             gm.graph.lint()
         reports.append(report)
         if not watched:
             continue
-        after = lines(gm.graph) if report.rewritten else before
+        after = lines(gm.graph) if report.replaced else before
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s\n%s", report, diff(before, after))
         if watch is not None:

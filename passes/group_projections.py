@@ -24,7 +24,7 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
     Legal because the op works on lists, entry by entry. What a later sibling needs is moved before the first one;
     where that would need a result of the group itself, the sibling is left. So are nodes without a sibling.
     """
-    report = PassReport("group_projections")
+    report = PassReport()
     groups: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=_FACTORED):
         x, _, _, values, _, _, transposed = arguments(node)
@@ -32,21 +32,21 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
     # Each group in the graph's order as it is by then: merging another one may have moved its members.
     for first, *others in map(sorted, groups.values()):
         if not others:
-            report.skipped.append(Decision(first.name, "alone", "no other factored matmul reads its input"))
+            report.left.append(Decision(first.name, "alone", "no other factored matmul reads its input"))
             continue
         group = [first]
         for node in others:
             needed = _needed_after(first, node)
             if any(each in group for each in needed):
-                report.skipped.append(Decision(node.name, "depends", f"it needs the result of {first.name}"))
+                report.left.append(Decision(node.name, "depends", f"it needs the result of {first.name}"))
                 continue
             for each in needed:
                 first.prepend(each)
             group.append(node)
         if len(group) > 1:
             _merge(Inserter(gm.graph), group)
-            report.rewritten.append(Decision(", ".join(each.name for each in group), matmuls=len(group)))
-    if report.rewritten:
+            report.replaced.append(Decision(", ".join(each.name for each in group), matmuls=len(group)))
+    if report.replaced:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return report

@@ -37,7 +37,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         gm: A graph with ``meta["val"]``; changed in place.
         autotune: Whether the kernels time several configurations, once for each shape.
     """
-    report = PassReport("lower_ops")
+    report = PassReport()
     insert = Inserter(gm.graph)
     has_fixed_layouts = torch_private.calls_aten() or any(map(torch_private.is_higher_order, gm.graph.nodes))
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
@@ -48,11 +48,11 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         table = _triton(autotune) if on_gpu else _aten()
         lowered = table.get(node.target)
         if lowered is None:
-            report.skipped.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
+            report.left.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
             continue
         if has_fixed_layouts and not on_gpu and node.target is _OPS.linear_factored.default:
             detail = "an op that Inductor calls as it is may read its result, in the layout that it was traced with"
-            report.skipped.append(Decision(node.name, "layout", detail))
+            report.left.append(Decision(node.name, "layout", detail))
             continue
         results = insert.inline(node, lowered, *arguments(node))
         if isinstance(results, fx.Node):
@@ -60,8 +60,8 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         else:
             for user in list(node.users):
                 user.replace_all_uses_with(results[arguments(user)[1]], propagate_meta=False)
-        report.rewritten.append(Decision(node.name))
-    if report.rewritten:
+        report.replaced.append(Decision(node.name))
+    if report.replaced:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return report

@@ -6,6 +6,7 @@ import operator
 
 from torch import fx, nn
 
+from slcompile.names import SUFFIX
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import Decision, PassReport
 
@@ -15,15 +16,15 @@ def merge_weights(gm: fx.GraphModule) -> PassReport:
 
     A weight op whose weight is still factorized, or whose operands are placeholders, is left.
     """
-    report = PassReport("merge_weights")
+    report = PassReport()
     for node in list(gm.graph.nodes):
         if node.target not in WEIGHT_OPS:
             continue
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         first = operands[0]
-        path = str(first.target).rpartition(".")[0].removesuffix("_sl") if first.op == "get_attr" else ""
+        path = str(first.target).rpartition(".")[0].removesuffix(SUFFIX) if first.op == "get_attr" else ""
         if not path or not isinstance(_attribute(gm, path), nn.Parameter):
-            report.skipped.append(Decision(node.name, "still_factorized", "its factors are what the graph reads"))
+            report.left.append(Decision(node.name, "still_factorized", "its factors are what the graph reads"))
             continue
         with gm.graph.inserting_before(node):
             dense = gm.graph.get_attr(path)
@@ -33,8 +34,8 @@ def merge_weights(gm: fx.GraphModule) -> PassReport:
         for operand in operands:
             if not operand.users:
                 gm.graph.erase_node(operand)
-        report.rewritten.append(Decision(path))
-    if report.rewritten:
+        report.replaced.append(Decision(path))
+    if report.replaced:
         gm.recompile()
     return report
 

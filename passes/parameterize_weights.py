@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx
 
+from slcompile.names import SUFFIX
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import Decision, PassReport
 
@@ -14,7 +15,8 @@ from slcompile.passes.graph import Decision, PassReport
 class WeightModule(Protocol):
     """What the passes need of a weight structure: its op, the tensors the op takes, and its other arguments."""
 
-    op: Any
+    @property
+    def op(self) -> Any: ...
 
     def operands(self) -> dict[str, Tensor]: ...
 
@@ -33,7 +35,7 @@ def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, We
         gm: Changed in place and recompiled.
         weights: Name of the weight's node -> (fully qualified name, its weight module).
     """
-    report = PassReport("parameterize_weights")
+    report = PassReport()
     for node in list(gm.graph.nodes):
         if node.name not in weights:
             continue
@@ -43,9 +45,9 @@ def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, We
         for suffix, tensor in module.operands().items():
             with gm.graph.inserting_before(node):
                 if node.op == "placeholder":
-                    operand = gm.graph.placeholder(f"{node.name}_sl_{suffix}")
+                    operand = gm.graph.placeholder(f"{node.name}{SUFFIX}_{suffix}")
                 else:
-                    operand = gm.graph.get_attr(f"{node.target}_sl.{suffix}")
+                    operand = gm.graph.get_attr(f"{node.target}{SUFFIX}.{suffix}")
             operand.meta["val"] = tensor
             if "tensor_dict" in node.meta:  # what Dynamo knows of the parameter: that it stays where it is
                 operand.meta["tensor_dict"] = node.meta["tensor_dict"]
@@ -57,9 +59,9 @@ def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, We
         node.replace_all_uses_with(composed, propagate_meta=False)
         composed.meta = {key: value for key, value in node.meta.items() if key in ("val", "example_value")}
         gm.graph.erase_node(node)
-        report.rewritten.append(
+        report.replaced.append(
             Decision(name, shape=tuple(composed.meta["val"].shape) if "val" in composed.meta else ())
         )
-    if report.rewritten:
+    if report.replaced:
         gm.recompile()
     return report

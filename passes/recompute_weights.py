@@ -22,7 +22,7 @@ def recompute_weights(gm: fx.GraphModule, keep: bool = False) -> PassReport:
         keep: Whether the user wants speed rather than memory: then those of these nodes that an activation meets, or
             what they are views of, are MUST_SAVE, and only what leads to them is recomputed.
     """
-    report = PassReport("recompute_weights")
+    report = PassReport()
     tagged: set[fx.Node] = set()
     for node in gm.graph.nodes:
         is_weight = node.target in WEIGHT_OPS
@@ -34,7 +34,7 @@ def recompute_weights(gm: fx.GraphModule, keep: bool = False) -> PassReport:
         # A weight belongs to no checkpointed region: between two regions the partitioner would save it after all.
         node.meta.pop("ac_graph_id", None)
         if is_weight:
-            report.rewritten.append(Decision(node.name, shape=tuple(node.meta["val"].shape)))
+            report.replaced.append(Decision(node.name, shape=tuple(node.meta["val"].shape)))
     for node in tagged if keep else ():
         if any(user not in tagged for user in node.users):
             while getattr(node.target, "is_view", False):  # the partitioner recomputes views whatever their policy is

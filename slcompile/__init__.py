@@ -1,7 +1,9 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
+from slcompile import optim
+from slcompile.check import CheckReport, check
 from slcompile.config import SLConfig
-from slcompile.conversion import last_report
+from slcompile.convert.ledger import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
 from slcompile.export.safetensors import save_merged
@@ -9,14 +11,16 @@ from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
-from slcompile.memory import MemoryReport, estimate_memory
+from slcompile.memory.estimate import estimate_memory
+from slcompile.memory.report import MemoryReport
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
-from slcompile.weight import Factors, SLWeight
+from slcompile.weight.sl_weight import Factors, SLWeight
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "Decision",
     "Explanation",
     "ExportReport",
@@ -26,6 +30,7 @@ __all__ = [
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "check",
     "estimate_memory",
     "explain",
     "export_onnx",
@@ -36,6 +41,7 @@ __all__ = [
     "load_factorized",
     "merge_",
     "merged_state_dict",
+    "optim",
     "rewrite",
     "save_factorized",
     "save_merged",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,11 @@ from typing import Any
 SUPPORTS = ("stratified", "uniform")
 INITS = ("auto", "kaiming", "spectral")
 LOWERINGS = ("auto", "composed", "factored")
+SKIPPABLE = ("fuse_weight_grads", "choose_lowering", "group_projections", "recompute_weights", "lower_ops")
+"""Passes without which a graph computes the same: those on the joint graph, and the lowering of our ops."""
+
+STRUCTURES: dict[str, Any] = {}
+"""Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class SLConfig:
         autotune: Whether Triton kernels time several configurations, once for each shape, instead of taking the
             device's default.
         dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.
+        structure: What takes a dense weight's place; ``"sparse_low_rank"`` is SLTrain's.
+        skip_passes: Names of passes that are left out, to find the one that is to blame for a wrong number.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names it.
@@ -57,6 +64,8 @@ class SLConfig:
     keep_weights: bool = False
     autotune: bool = False
     dryrun: bool = False
+    structure: str = "sparse_low_rank"
+    skip_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -82,6 +91,12 @@ class SLConfig:
         )
         _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
         _require_choice("lowering", self.lowering, LOWERINGS)
+        _require_choice("structure", self.structure, STRUCTURES)
+        skipped = (self.skip_passes,) if isinstance(self.skip_passes, str) else self.skip_passes
+        _require(isinstance(skipped, (list, tuple)), "skip_passes", skipped, "a sequence of names of passes")
+        for name in skipped:
+            _require_choice("skip_passes", name, SKIPPABLE)
+        object.__setattr__(self, "skip_passes", tuple(skipped))
         for name in ("keep_weights", "autotune", "dryrun"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
@@ -159,6 +174,13 @@ def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")
+
+
+def checked_config(config: SLConfig | None) -> SLConfig:
+    """The config, the default one for None."""
+    if config is not None and not isinstance(config, SLConfig):
+        raise ValueError(f"config must be an SLConfig, got {type(config).__name__}")
+    return config if config is not None else SLConfig()

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from slcompile import torch_private
-from slcompile.capture import captured_uses
-from slcompile.config import SLConfig
-from slcompile.conversion import EXPLICIT, choose, convert, forget, linear_modules, lock
-from slcompile.eligibility import require_possible_rank
-from slcompile.owners import LiveObjects, plain_name
+from slcompile.config import SLConfig, checked_config
+from slcompile.convert.candidates import gather
+from slcompile.convert.eligibility import require_possible_rank
+from slcompile.convert.ledger import EXPLICIT, Ledger, ledger
+from slcompile.convert.transaction import convert
+from slcompile.convert.weight_uses import captured_uses, uses_by_module_type
+from slcompile.models import unwrapped
+from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.passes import merge_weights, run
-from slcompile.passes.find_matmuls import WeightUse, is_weight
-from slcompile.step_hook import retire
-from slcompile.weight import SUFFIX, Factors, SLWeight, dense_names, restore, sl_names, snapshot, take_out
+from slcompile.weight.marks import retire
+from slcompile.weight.owners import LiveObjects
+from slcompile.weight.placing import dense_names, restore, sl_names, snapshot, take_out
+from slcompile.weight.structure import FactorizedWeight
 
 
 def factorize_(
@@ -47,25 +49,32 @@ def factorize_(
             hooks or a parametrization, a module cannot be converted, an optimizer cannot be mended. The model is
             then as it was.
     """
-    config = checked_config(config)
+    return factorize_model(model, checked_config(config), example_args, example_kwargs, ledger)
+
+
+def factorize_model(
+    model: nn.Module,
+    config: SLConfig,
+    example_args: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+    ledger: Ledger,
+) -> nn.Module:
+    """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own."""
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
     if example_args is None and example_kwargs is None:
-        uses = _uses_by_module_type(model, config)
+        uses = uses_by_module_type(model, config)
     else:
         uses = captured_uses(model, tuple(example_args or ()), dict(example_kwargs or {}))
-    with lock:
+    with ledger.lock:
         live = LiveObjects.find()
-        owners = live.owners(weight for weight, _ in uses)
-        names = live.names(model)
-        candidates, report = choose(
-            [(names.get(id(weight), []), weight, owners[id(weight)], use) for weight, use in uses], config
-        )
-        if not candidates:
-            require_possible_rank([each.shape for each in report.skipped if each.reason == "no_saving"], config)
-            reasons = sorted({each.reason for each in report.skipped})
+        found = gather(uses, config, live, model=model)
+        report = found.report()
+        if not found.chosen:
+            require_possible_rank([each.shape for each in report.left if each.reason == "no_saving"], config)
+            reasons = sorted({each.reason for each in report.left})
             raise ValueError(f"model has no eligible weight; its {len(uses)} weights stay dense: {', '.join(reasons)}")
-        convert(candidates, config, live, report)
+        convert(found.chosen, config, live, report, ledger)
         object.__setattr__(model, EXPLICIT, config)
     return model
 
@@ -81,7 +90,27 @@ def merge_(model: nn.Module) -> nn.Module:
         RuntimeError: A seed buffer was overwritten, or the factors are sharded; the model is then as it was.
     """
     model = unwrapped(model)
-    places = [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
+    _merge_places(_places(model))
+    for module in model.modules():
+        vars(module).pop(EXPLICIT, None)
+        if isinstance(module, fx.GraphModule):
+            run([merge_weights], module)
+    ledger.forget(model)
+    return model
+
+
+def merge_some(model: nn.Module, names: Collection[str]) -> None:
+    """Merges the factorized weights of these names, and leaves the others; errors as ``merge_``."""
+    wanted = {id(weight) for name, weight in _named_weights(model) if name in names}
+    _merge_places([place for place in _places(model) if id(place[2]) in wanted])
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, FactorizedWeight]]:
+    """Every module that has a factorized weight, the weight's name there, and the weight."""
+    return [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
+
+
+def _merge_places(places: Sequence[tuple[nn.Module, str, FactorizedWeight]]) -> None:
     for _, _, weight in places:
         weight.check_support()
         weight.check_whole()
@@ -90,7 +119,7 @@ def merge_(model: nn.Module) -> nn.Module:
     try:
         for module, name, weight in places:
             if id(weight) not in merged:
-                trained = any(each.requires_grad for each in weight.parameters())
+                trained = any(parameter.requires_grad for parameter in weight.parameters())
                 merged[id(weight)] = nn.Parameter(weight.merged(), requires_grad=trained)
             take_out(module, name, merged[id(weight)])
     except BaseException:
@@ -99,16 +128,16 @@ def merge_(model: nn.Module) -> nn.Module:
     for _, name, weight in places:
         for suffix, parameter in weight.named_parameters():
             retire(parameter, f"{name}{SUFFIX}.{suffix} was merged into a dense weight by merge_")
-    for module in model.modules():
-        vars(module).pop(EXPLICIT, None)
-        if isinstance(module, fx.GraphModule):
-            run([merge_weights], module)
-    forget(model)
-    return model
 
 
-def factors(model: nn.Module) -> dict[str, Factors]:
-    """Name of each factorized weight, as it was when dense -> its factors (detached, sharing memory)."""
+def factors(model: nn.Module) -> dict[str, Any]:
+    """Returns the factors of each factorized weight, by its name when it was dense; detached, sharing memory.
+
+    They are ``Factors``; of a structure other than SLTrain's, the operands of its op by name.
+
+    Raises:
+        RuntimeError: A seed buffer was overwritten.
+    """
     return {name: weight.factors() for name, weight in _named_weights(unwrapped(model))}
 
 
@@ -120,7 +149,7 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
     """
     model = unwrapped(model)
     state = model.state_dict()
-    entries: dict[str, Tensor | SLWeight] = {}
+    entries: dict[str, Tensor | FactorizedWeight] = {}
     weights = {name + SUFFIX + ".": (name, weight) for name, weight in _named_weights(model)}
     for key, value in state.items():
         key = plain_name(key)
@@ -134,12 +163,12 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 class _MergedStateDict(Mapping[str, Tensor]):
-    def __init__(self, entries: dict[str, Tensor | SLWeight], metadata: Any) -> None:
+    def __init__(self, entries: dict[str, Tensor | FactorizedWeight], metadata: Any) -> None:
         self._entries, self._metadata = entries, metadata
 
     def __getitem__(self, key: str) -> Tensor:
         value = self._entries[key]
-        return value.merged() if isinstance(value, SLWeight) else value
+        return value.merged() if isinstance(value, FactorizedWeight) else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -151,39 +180,7 @@ class _MergedStateDict(Mapping[str, Tensor]):
         return OrderedDict, (), None, None, iter(self.items())  # torch.save writes an ordinary state dict
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where torch.compile's wrapper is given."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return torch_private.without_wrappers(model)
-
-
-def checked_config(config: SLConfig | None) -> SLConfig:
-    """The config, the default one for None."""
-    if config is not None and not isinstance(config, SLConfig):
-        raise ValueError(f"config must be an SLConfig, got {type(config).__name__}")
-    return config if config is not None else SLConfig()
-
-
-def _uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Parameter, WeightUse]]:
-    for path, module in model.named_modules():
-        scripted = isinstance(module, torch.jit.ScriptModule) and is_weight(getattr(module, "weight", None))
-        name = plain_name(f"{path}.weight".lstrip("."))
-        if scripted and config.includes(name):
-            raise ValueError(f"{name} is of a scripted module and cannot be factorized; exclude it, or script later")
-    uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
-    for path, module, input_dim in linear_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is None:
-            name = f"{path}.weight".lstrip(".")
-            if nn.utils.parametrize.is_parametrized(module, "weight") and config.includes(name):
-                raise ValueError(f"{name} carries a parametrization; remove it, or exclude the weight")
-            continue  # already factorized, or not a parameter
-        uses.setdefault(id(weight), (weight, WeightUse(input_dim=input_dim)))[1].matmuls.append("linear")
-    return list(uses.values())
-
-
-def _named_weights(model: nn.Module) -> Iterator[tuple[str, SLWeight]]:
+def _named_weights(model: nn.Module) -> Iterator[tuple[str, FactorizedWeight]]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name in sl_names(module):
-            yield plain_name(f"{path}.{name}".lstrip(".")), getattr(module, name + SUFFIX)
+            yield plain_name(qualified(path, name)), getattr(module, name + SUFFIX)

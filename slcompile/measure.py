@@ -12,7 +12,7 @@ import torch
 
 from slcompile.cost import DTYPES, Rates, default_rates, store_rates
 from slcompile.ops.sparse_cpu import sparse_addmm
-from slcompile.support import stratified_columns
+from slcompile.ops.support import stratified_columns
 
 
 def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rates, Path]:

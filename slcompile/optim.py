@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile import torch_private
-from slcompile.owners import LiveObjects, wrapper_of
-from slcompile.step_hook import require_steppable
+from slcompile.weight.marks import require_steppable
+from slcompile.weight.owners import LiveObjects, wrapper_of
 
 
 def per_layer(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import fx, nn
 
-from slcompile.config import SLConfig
-from slcompile.conversion import choose, convert, lock
-from slcompile.eligibility import require_possible_rank
-from slcompile.factorize import checked_config
-from slcompile.owners import LiveObjects, owners_among
+from slcompile.config import SLConfig, checked_config
+from slcompile.convert.candidates import gather
+from slcompile.convert.eligibility import require_possible_rank
+from slcompile.convert.ledger import ledger
+from slcompile.convert.transaction import convert
 from slcompile.passes import PassReport, find_matmuls, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse, is_weight
-from slcompile.weight import SLWeight, dense_names
+from slcompile.weight.owners import LiveObjects
+from slcompile.weight.placing import dense_names
+from slcompile.weight.structure import FactorizedWeight
 
 
 def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
@@ -47,26 +51,23 @@ def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
         use = WeightUse(matmuls=["linear"]) if is_linear else find_matmuls([node])
         uses.setdefault(id(weight), WeightUse()).add(use)
         reads.setdefault(id(weight), []).append(node)
-    if not weights and not any(isinstance(module, SLWeight) for module in gm.modules()):
+    if not weights and not any(isinstance(module, FactorizedWeight) for module in gm.modules()):
         raise ValueError("gm reads no weight as an attribute; graphs whose parameters are inputs cannot be rewritten")
-    with lock:
-        owners = owners_among(gm.modules(), weights.values())
+    with ledger.lock:
         live = LiveObjects.find()
-        names = live.names(gm)
-        dense = [(names[key], weights[key], owners[key], uses[key]) for key in weights if not uses[key].composed]
-        candidates, report = choose(dense, config, rewriting=True)
-        if not candidates:
-            require_possible_rank([each.shape for each in report.skipped if each.reason == "no_saving"], config)
+        dense = [(weights[key], uses[key]) for key in weights if not uses[key].composed]
+        found = gather(dense, config, live, model=gm, rewriting=True)
+        report = found.report()
+        if not found.chosen:
+            require_possible_rank([each.shape for each in report.left if each.reason == "no_saving"], config)
             return report
-        made = dict(
-            zip((id(each.weight) for each in candidates), convert(candidates, config, live, report), strict=True)
-        )
+        modules = convert(found.chosen, config, live, report, ledger)
     table = {}
-    for key, module in made.items():
-        for node in reads[key]:
+    for candidate, module in zip(found.chosen, modules, strict=True):
+        for node in reads[id(candidate.weight)]:
             node = _inline_linear(gm, node) if node.op == "call_module" else node
-            table[node.name] = (names[key][0], module)
-    run([lambda graph_module: parameterize_weights(graph_module, table)], gm)
+            table[node.name] = (candidate.name, module)
+    run([functools.partial(parameterize_weights, weights=table)], gm)
     return report
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slcompile import torch_private
 from slcompile.backend import sltrain
+from slcompile.convert.ledger import ledger
 
 
 def pytest_configure() -> None:
@@ -42,10 +43,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(autouse=True)
-def fresh_torch() -> Iterator[None]:
+def fresh_process() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    ledger.reset()
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import slcompile
 import slcompile.backend
 from slcompile.ops import WEIGHT_OPS
-from tests.helpers import saved_for_backward
+from tests.testing import saved_for_backward
 
 OPTIONS = {"rank": 8, "density": 0.05}
 WEIGHTS = {"up.weight", "down.weight", "mix"}
@@ -69,8 +69,8 @@ def test_first_run_converts_with_one_additional_compile_and_frees_the_dense_weig
     assert counting.calls == 2
     assert set(slcompile.factors(block)) == WEIGHTS
     report = slcompile.last_report()
-    assert {each.name for each in report.rewritten} == WEIGHTS
-    assert [(each.name, each.reason) for each in report.skipped] == [("head.weight", "too_small")]
+    assert {each.name for each in report.replaced} == WEIGHTS
+    assert [(each.name, each.reason) for each in report.left] == [("head.weight", "too_small")]
 
 
 def test_the_first_step_saves_no_more_for_backward_than_later_ones(block, batch):
@@ -112,7 +112,7 @@ def test_eval_mode_and_frozen_weights_stay_dense_and_training_converts_later(blo
     compiled(batch[0]).sum().backward()  # Dynamo does not guard on `training`: the same graph, another variant of it
     assert set(slcompile.factors(block)) == {"mix"}
     assert block.mix_sl.B.grad is not None
-    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    reasons = {each.name: each.reason for each in slcompile.last_report().left}
     assert reasons == {"up.weight": "eval", "down.weight": "frozen", "head.weight": "too_small"}
     assert counting.calls == 1
     block.up.train()
@@ -246,7 +246,7 @@ def test_tied_embedding_is_left_dense():
     model = Tied()
     torch.compile(model, backend="sltrain", options=OPTIONS)(torch.randint(100, (2, 7))).sum().backward()
     assert set(slcompile.factors(model)) == {"layer.weight"}
-    assert {each.name: each.reason for each in slcompile.last_report().skipped} == {"table.weight": "tied"}
+    assert {each.name: each.reason for each in slcompile.last_report().left} == {"table.weight": "tied"}
 
 
 def test_a_weight_that_no_module_owns_is_left_dense(batch):
@@ -263,7 +263,7 @@ def test_a_weight_that_no_module_owns_is_left_dense(batch):
     model = Listed()
     torch.compile(model, backend="sltrain", options=OPTIONS)(batch[0]).sum().backward()
     assert set(slcompile.factors(model)) == {"layer.weight"}
-    (left,) = slcompile.last_report().skipped
+    (left,) = slcompile.last_report().left
     assert left.reason == "not_owned"
     assert weights[0].grad is not None
 
@@ -291,7 +291,7 @@ def test_graph_breaks_convert_each_fragment(batch):
     assert set(slcompile.factors(model)) == {"first.weight", "second.weight"}
     assert all(p.grad is not None for p in model.parameters())
     # What graphs without anything to convert leave is reported too, before the first conversion and after it.
-    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    reasons = {each.name: each.reason for each in slcompile.last_report().left}
     assert reasons == {"into.weight": "too_small", "out.weight": "too_small"}
 
 
@@ -308,7 +308,7 @@ def test_patterns_are_matched_with_the_names_of_dense_weights_also_after_convers
         compiled(batch[0]).sum().backward()
     assert set(slcompile.factors(block)) == {"up.weight"}
     assert counting.calls == 2
-    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    reasons = {each.name: each.reason for each in slcompile.last_report().left}
     assert reasons == {"down.weight": "excluded", "mix": "excluded", "head.weight": "too_small"}
 
 
@@ -362,7 +362,10 @@ def test_attention_reads_factored_products_right_in_lite_mode():
 
     model = slcompile.factorize_(Attention(), slcompile.SLConfig(init="spectral"))
     x = torch.randn(1, 16, 64)
-    inductor = {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(slcompile.backend.RUN, True)}
+    inductor = {
+        **torch._inductor.list_mode_options()["lite"],
+        **dict.fromkeys(slcompile.captured.REQUIRED_SETTINGS, True),
+    }
     compiled = torch.compile(model, backend="sltrain", options={"lowering": "factored", "inductor": inductor})
     torch.testing.assert_close(compiled(x), model(x))
 
@@ -388,8 +391,8 @@ def test_a_dry_run_reports_and_trains_dense(block, batch, caplog):
     (record,) = [each for each in caplog.records if each.name == "slcompile"]
     assert "dry run, nothing of Block is changed" in record.getMessage()
     report = slcompile.last_report()
-    assert {each.name for each in report.rewritten} == WEIGHTS
-    assert [(each.name, each.reason) for each in report.skipped] == [("head.weight", "too_small")]
+    assert {each.name for each in report.replaced} == WEIGHTS
+    assert [(each.name, each.reason) for each in report.left] == [("head.weight", "too_small")]
     torch._dynamo.reset()
     torch.compile(block, backend="sltrain", options=OPTIONS)(batch[0]).sum().backward()
     assert is_converted(block)
@@ -397,8 +400,8 @@ def test_a_dry_run_reports_and_trains_dense(block, batch, caplog):
 
 def test_who_owns_the_weights_is_looked_up_once_not_once_for_each(batch, monkeypatch):
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
-    find, calls = slcompile.owners.LiveObjects.find, []
-    monkeypatch.setattr(slcompile.owners.LiveObjects, "find", lambda: calls.append(None) or find())
+    find, calls = slcompile.weight.owners.LiveObjects.find, []
+    monkeypatch.setattr(slcompile.weight.owners.LiveObjects, "find", lambda: calls.append(None) or find())
     torch.compile(model, backend="sltrain", options=OPTIONS)(batch[0])
     assert len(calls) <= 4
 

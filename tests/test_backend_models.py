@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-import slcompile.backend
+import slcompile.captured
 
 OPTIONS = {"rank": 8, "density": 0.05}
 
@@ -96,7 +96,7 @@ def test_what_a_graph_leaves_is_reported_of_every_module_that_runs_it(caplog):
     with caplog.at_level(logging.WARNING, "slcompile"):
         torch.compile(model, backend="sltrain", options=OPTIONS)(torch.randn(8, 64)).sum().backward()
     assert set(slcompile.factors(model)) == {"layer.linear.weight"}
-    left = {each.name: each.reason for each in slcompile.last_report().skipped}
+    left = {each.name: each.reason for each in slcompile.last_report().left}
     assert left == {"first.0.weight": "too_small", "second.0.weight": "too_small"}
     # A graph without anything to convert is not the whole model.
     assert not [record for record in caplog.records if "no weight of" in record.getMessage()]
@@ -151,7 +151,7 @@ def test_weights_read_without_gradients_inside_the_graph_stay_dense(batch):
     model = Distilled()
     torch.compile(model, backend="sltrain", options=OPTIONS)(batch[0]).sum().backward()
     assert set(slcompile.factors(model)) == {"student.weight"}
-    assert [(each.name, each.reason) for each in slcompile.last_report().skipped] == [("teacher.weight", "no_grad")]
+    assert [(each.name, each.reason) for each in slcompile.last_report().left] == [("teacher.weight", "no_grad")]
 
 
 def test_what_was_learned_anywhere_in_the_model_decides_for_all_of_it():
@@ -231,5 +231,5 @@ def test_merging_and_training_on_is_announced_as_a_conversion(block, batch, capl
 
 
 def test_the_cache_key_covers_the_passes():
-    files = slcompile.backend.hashed_files()
+    files = slcompile.captured.hashed_files()
     assert {"recompute_weights.py", "backend.py", "compose.py"} <= {file.name for file in files}

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slcompile import SLConfig, capture, factorize_, torch_private
+from slcompile import SLConfig, factorize_, torch_private
+from slcompile.convert import weight_uses as capture
 
 
 class Plain(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
-from tests.helpers import saved_for_backward
+from tests.testing import saved_for_backward
 
 WIDTH, INTERMEDIATE, TOKENS = 48, 80, 40
 RANK, DENSITY = 8, 0.05

@@ -27,7 +27,8 @@ from transformers import (
 
 import slcompile
 from slcompile import cli, cost
-from slcompile.cli import example_inputs, main
+from slcompile.cli import main
+from slcompile.cli.sources import example_inputs
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.measure import measure_rates
 

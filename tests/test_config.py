@@ -24,6 +24,8 @@ def test_defaults() -> None:
         "keep_weights": False,
         "autotune": False,
         "dryrun": False,
+        "structure": "sparse_low_rank",
+        "skip_passes": (),
     }
 
 
@@ -41,6 +43,8 @@ BAD: dict[str, list[Any]] = {
     "keep_weights": [0, 1, None, "yes"],
     "autotune": [0, 1, None, "yes"],
     "dryrun": [0, 1, None, "yes"],
+    "structure": ["", "Sparse_low_rank", "dense", None, 1],
+    "skip_passes": ["", "merge_weights", 1, {"lower_ops": 1}],
 }
 
 
@@ -64,6 +68,8 @@ GOOD: dict[str, list[Any]] = {
     "keep_weights": [False, True],
     "autotune": [False, True],
     "dryrun": [False, True],
+    "structure": ["sparse_low_rank"],
+    "skip_passes": [(), ("lower_ops",), ("lower_ops", "choose_lowering")],
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.config import SLConfig
-from slcompile.eligibility import decide, require_possible_rank
+from slcompile.convert.eligibility import decide, require_possible_rank
 from slcompile.passes import Decision
 from slcompile.passes.find_matmuls import WeightUse
 
@@ -54,7 +54,7 @@ LEFT: dict[str, tuple[Tensor, dict[str, Any], str]] = {
     "not_owned": (parameter(64, 64), {"owners": ()}, "no module holds it"),
     "excluded": (parameter(64, 64), {"names": ("lm_head.weight",)}, "patterns"),
     "too_small": (parameter(31, 512), {}, "fewer than 32"),
-    "no_saving": (parameter(64, 64), {"config": SLConfig(rank=32)}, "rank 32 and its non-zeros take 4224"),
+    "no_saving": (parameter(64, 64), {"config": SLConfig(rank=32)}, "its factors take 4224 parameters at this rank"),
 }  # fmt: skip
 
 

@@ -270,8 +270,8 @@ def test_seeds_are_drawn_like_any_initialiser_or_fixed_by_name(block_class):
 def test_rewrite_of_a_symbolic_trace(block, batch):
     gm = fx.symbolic_trace(block)
     report = slcompile.rewrite(gm, CONFIG)
-    assert {each.name for each in report.rewritten} == {"up.weight", "down.weight", "mix"}
-    assert [(each.name, each.reason) for each in report.skipped] == [("head.weight", "too_small")]
+    assert {each.name for each in report.replaced} == {"up.weight", "down.weight", "mix"}
+    assert [(each.name, each.reason) for each in report.left] == [("head.weight", "too_small")]
     code = gm.code
     assert code.count("torch.ops.slcompile.compose.default") == 3
     assert re.search(r"linear\(x, \w+, up_bias\)", code)
@@ -281,7 +281,7 @@ def test_rewrite_of_a_symbolic_trace(block, batch):
     torch.testing.assert_close(gm(batch[0]), dense(batch[0]))
     gm(batch[0]).sum().backward()
     assert block.up.weight_sl.values.grad is not None
-    assert slcompile.rewrite(gm, CONFIG).rewritten == []  # twice changes nothing
+    assert slcompile.rewrite(gm, CONFIG).replaced == []  # twice changes nothing
     assert gm.code == code
     want = gm(batch[0])
     slcompile.merge_(gm)
@@ -292,7 +292,7 @@ def test_rewrite_of_a_symbolic_trace(block, batch):
 def test_rewrite_of_an_exported_program_leaves_the_exported_model_alone(block, batch):
     gm = torch.export.export(block, (batch[0],)).module()
     report = slcompile.rewrite(gm, CONFIG)
-    assert {each.name for each in report.rewritten} == {"up.weight", "down.weight", "mix"}
+    assert {each.name for each in report.replaced} == {"up.weight", "down.weight", "mix"}
     assert type(block.up) is nn.Linear
     output = randomize(gm)(batch[0])
     output.sum().backward()
@@ -315,7 +315,7 @@ def test_a_graph_module_keeps_the_weights_that_it_reads_itself(block, batch):
     for _ in range(2):
         compiled(batch[0]).sum().backward()
     assert set(slcompile.factors(gm)) == {"up.weight", "down.weight"}
-    assert {each.name: each.reason for each in slcompile.last_report().skipped}["mix"] == "graph_module"
+    assert {each.name: each.reason for each in slcompile.last_report().left}["mix"] == "graph_module"
 
 
 def test_capturing_works_however_often_it_is_done(block_class, batch):

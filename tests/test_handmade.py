@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-from tests.helpers import OPTIONS, Model, Plain, compiled_with, converted
+from tests.testing import OPTIONS, Model, Plain, compiled_with, converted
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 
@@ -58,7 +58,7 @@ def test_weights_inside_a_branch_of_a_graph_stay_dense(assert_eager):
     for sign in (1, -1, 1):
         assert_eager(compiled, model, (x, torch.tensor(sign)))
     assert converted(model) == {"first.weight"}
-    skipped = slcompile.last_report().skipped
+    skipped = slcompile.last_report().left
     assert [(each.name, each.detail) for each in skipped] == [
         (f"{side}.weight", "read by cond, not by a matmul") for side in ("left", "right")
     ]
@@ -100,7 +100,7 @@ def test_a_weight_that_a_region_hands_on_stays_dense(how, counting, assert_eager
         expected = {"last.weight"} if how not in ("module", "nowhere") else {"layer.weight", "last.weight"}
         assert converted(model) == expected
         if how not in ("module", "nowhere"):
-            (left,) = slcompile.last_report().skipped
+            (left,) = slcompile.last_report().left
             assert (left.name, left.reason, left.detail) == ("layer.weight", "other_use", "also read by output")
 
 
@@ -126,7 +126,7 @@ def test_a_weight_that_an_earlier_graph_reads_otherwise_stays_dense(assert_eager
     for _ in range(3):
         assert_eager(compiled, model, (torch.randn(8, 64),))
     assert converted(model) == {"last.weight"}
-    (left,) = slcompile.last_report().skipped
+    (left,) = slcompile.last_report().left
     assert (left.name, left.reason, left.detail) == ("layer.weight", "other_use", "also read by sum")
 
 
@@ -151,7 +151,7 @@ def test_recurrent_layers_are_left_with_the_reason(kind, assert_eager):
         for _ in range(2):
             assert_eager(compiled_with("sltrain", model), model, (x,))
     assert converted(model) == {"first.weight", "last.weight"}
-    reasons = {each.name: each.reason for each in slcompile.last_report().skipped}
+    reasons = {each.name: each.reason for each in slcompile.last_report().left}
     assert reasons == dict.fromkeys(flat, "no_matmul" if kind is nn.LSTM else "recurrent")  # an LSTM stays one op
 
 

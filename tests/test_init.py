@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slcompile.init import TRAINED_RATIO, looks_trained, spectral_factors
 from slcompile.ops import compose
-from slcompile.support import flat_positions, groups_per_row, uniform_index
+from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
+from slcompile.weight.start import TRAINED_RATIO, looks_trained, spectral_factors
 
 SHAPES = [(256, 256), (512, 128), (64, 2048), (32, 32)]
 

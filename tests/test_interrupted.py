@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import slcompile
-import slcompile.capture
-import slcompile.conversion
+import slcompile.convert.transaction
+import slcompile.convert.weight_uses
 import slcompile.factorize
 
 CONFIG = slcompile.SLConfig(rank=2, density=0.1, min_dim=8)
@@ -77,7 +77,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_conversion_interrupted_anywhere_is_undone_or_done(make, alive, monkeypatch):
-    convert, x = slcompile.conversion.convert, torch.randn(4, 16)
+    convert, x = slcompile.convert.transaction.convert, torch.randn(4, 16)
     undone = 0
     for at in itertools.count(1):
         model = tiny()
@@ -129,7 +129,9 @@ def test_a_failure_of_the_compiler_leaves_the_model_dense(block, batch, stage, a
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
     before = state(block, optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(slcompile.capture, "_reads_are_plain", lambda *args: False)  # lower_to_aten is called then
+        patch.setattr(
+            slcompile.convert.weight_uses, "_reads_are_plain", lambda *args: False
+        )  # lower_to_aten is called then
         patch.setattr(slcompile.torch_private, stage, lambda *args: 1 / 0)
         with pytest.raises(Exception, match="division by zero"):
             compiled(batch[0])

@@ -11,7 +11,7 @@ import torch
 from slcompile import cost, measure
 from slcompile.cost import DTYPES
 from slcompile.measure import measure_rates
-from slcompile.support import stratified_columns
+from slcompile.ops.support import stratified_columns
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import slcompile
 from slcompile import memory
-from slcompile.liveness import PARTS, Event, Plan, repeated, step_events
-from slcompile.memory import OPTIMIZERS, estimate_memory
+from slcompile.memory.estimate import estimate_memory
+from slcompile.memory.graphs import capture
+from slcompile.memory.liveness import PARTS, Event, Plan, repeated, step_events
+from slcompile.memory.optimizer_bytes import OPTIMIZERS
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
-from slcompile.step_graphs import capture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IDS = {name: torch.zeros(2, 64, dtype=torch.int64) for name in ("input_ids", "labels")}

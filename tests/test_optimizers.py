@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import slcompile
-import slcompile.conversion
+import slcompile.convert.transaction
 
 OPTIONS = {"rank": 8, "density": 0.05}
 CONFIG = slcompile.SLConfig(rank=8, density=0.05)
@@ -173,7 +173,7 @@ def test_what_cannot_be_converted_is_refused_and_the_model_left_as_it_was(block,
 def test_an_exception_half_way_leaves_everything_as_it_was(block, monkeypatch):
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     before, groups = {name: id(p) for name, p in block.named_parameters()}, held(optimizer)
-    swap = slcompile.conversion.put_in_place
+    swap = slcompile.convert.transaction.put_in_place
     swapped = []
 
     def failing(module, name, weight):
@@ -182,7 +182,7 @@ def test_an_exception_half_way_leaves_everything_as_it_was(block, monkeypatch):
         swapped.append(name)
         swap(module, name, weight)
 
-    monkeypatch.setattr(slcompile.conversion, "put_in_place", failing)
+    monkeypatch.setattr(slcompile.convert.transaction, "put_in_place", failing)
     with pytest.raises(MemoryError):
         slcompile.factorize_(block, CONFIG)
     assert swapped
@@ -195,7 +195,7 @@ def test_an_optimizer_of_stale_parameters_refuses_to_step(block):
     stale = list(block.parameters())
     slcompile.factorize_(block, CONFIG)
     optimizer = torch.optim.SGD(stale, lr=0.1)
-    with pytest.raises(RuntimeError, match=r"up\.weight was converted to sparse-plus-low-rank factors"):
+    with pytest.raises(RuntimeError, match=r"up\.weight was converted to factors"):
         optimizer.step()
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     optimizer.step()
@@ -216,7 +216,7 @@ def test_a_compiled_optimizer_step_still_traces(block, batch):
 def test_a_failure_to_mend_leaves_every_optimizer_as_it_was(block, monkeypatch):
     first, second = (torch.optim.SGD(block.named_parameters(), lr=0.1) for _ in range(2))
     before = held(first), held(second)
-    monkeypatch.setattr(slcompile.conversion, "require_mendable", lambda *args: None)
+    monkeypatch.setattr(slcompile.convert.transaction, "require_mendable", lambda *args: None)
     second.param_groups[0]["param_names"].pop()
     with pytest.raises(ValueError, match="zip"):
         slcompile.factorize_(block, CONFIG)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import slcompile
-from slcompile.init import looks_trained, spectral_factors
 from slcompile.ops import compose
-from slcompile.support import groups_per_row
+from slcompile.ops.support import groups_per_row
+from slcompile.weight.start import looks_trained, spectral_factors
 
 EXPERTS, WIDTH, HIDDEN = 4, 64, 96
 OPTIONS = {"rank": 8, "density": 0.05}
@@ -152,6 +152,6 @@ def test_a_stack_that_is_read_otherwise_stays_dense(caplog):
 
     model = Heads()
     torch.compile(model, backend="sltrain", options=OPTIONS)(torch.randn(8, WIDTH)).sum().backward()
-    (left,) = slcompile.last_report().skipped
+    (left,) = slcompile.last_report().left
     assert (left.name, left.reason) == ("q", "not_2d")
     assert "stack of matrices" in left.detail

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slcompile.support import (
+from slcompile.ops.support import (
     SEED_LIMIT,
     draw_seed,
     flat_positions,

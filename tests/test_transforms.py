@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import slcompile
-from tests.helpers import OPTIONS, Plain, compiled_with, converted
+from tests.testing import OPTIONS, Plain, compiled_with, converted
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 

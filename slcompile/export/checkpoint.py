@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slcompile.config import SLConfig
-from slcompile.conversion import EXPLICIT
-from slcompile.export import files
-from slcompile.factorize import unwrapped
-from slcompile.support import IMPORTED
-from slcompile.weight import SUFFIX, SLWeight, put_in_place
+from slcompile import files
+from slcompile.config import STRUCTURES, SLConfig, did_you_mean
+from slcompile.convert.ledger import EXPLICIT
+from slcompile.models import unwrapped
+from slcompile.names import SUFFIX
+from slcompile.ops.support import IMPORTED
+from slcompile.weight.placing import put_in_place
+from slcompile.weight.structure import FactorizedWeight
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
 
@@ -39,15 +41,9 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     if save_pretrained is None:
         raise ValueError(f"model must have save_pretrained, as transformers' models do, got {type(model).__name__}")
     described = {
-        path.removesuffix(SUFFIX): {
-            "rank": each.rank,
-            "alpha": each.scale * each.rank,
-            "density": each.density,
-            "support": each.support,
-            "input_dim": each.input_dim,
-        }
-        for path, each in model.named_modules()
-        if isinstance(each, SLWeight)
+        path.removesuffix(SUFFIX): {"structure": module.structure, **module.describe()}
+        for path, module in model.named_modules()
+        if isinstance(module, FactorizedWeight)
     }
     if not described:
         raise ValueError("model has no factorized weight; use its own save_pretrained")
@@ -118,8 +114,8 @@ def _settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
 
 def _require_positions_inside(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, SLWeight) and module.support == "uniform":
-            low, high, size = int(module.index.min()), int(module.index.max()), math.prod(module.shape)
+        for index in module.parts()["indices"] if isinstance(module, FactorizedWeight) else ():
+            low, high, size = int(index.min()), int(index.max()), math.prod(module.shape)
             if low < 0 or high >= size:
                 raise ValueError(f"{path}.index must lie in [0, {size}), got {low} to {high}")
 
@@ -130,8 +126,11 @@ def _install(model: nn.Module, name: str, described: Mapping[str, Any]) -> None:
         dense = model.get_parameter(name)
     except AttributeError as error:
         raise ValueError(f"the checkpoint factorizes {name}, which the model does not have") from error
-    config = SLConfig(**{key: described[key] for key in ("rank", "alpha", "density", "support")})
-    weight = SLWeight(dense.shape, config, name=name, input_dim=described["input_dim"], dtype=dense.dtype)
+    settings = dict(described)
+    structure = settings.pop("structure", "sparse_low_rank")  # which the first format left out
+    if structure not in STRUCTURES:
+        raise ValueError(f"the checkpoint holds {name} as {structure!r}{did_you_mean(structure, STRUCTURES)}")
+    weight = STRUCTURES[structure].from_description(dense.shape, settings, name=name, dtype=dense.dtype)
     for module in list(model.modules()):
         for attribute, parameter in list(module._parameters.items()):
             if parameter is dense:

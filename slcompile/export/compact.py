@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slcompile.owners import plain_name
-from slcompile.support import flat_positions, uniform_dtype
-from slcompile.weight import SUFFIX, SLWeight
+from slcompile.names import SUFFIX, plain_name
+from slcompile.ops.support import flat_positions, uniform_dtype
+from slcompile.weight.sl_weight import SLWeight
 
 
 def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import secrets
@@ -16,35 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slcompile.export import files
+from slcompile import files
+from slcompile.export.call import Call
 from slcompile.export.compact import compose_in_graph
 from slcompile.export.twin import (
     MakeTensor,
-    arguments_for,
     dense_tensors,
-    evaluating,
     export_dtype,
     meta_twin,
     reference,
     require_finite,
     state_hash,
 )
-from slcompile.export.verify import (
-    Comparison,
-    FileFigures,
-    another_call,
-    axis_names,
-    bind,
-    compare_calls,
-    measure,
-    require_close,
-    require_same_weights,
-    tensors_of,
-    worst,
-)
-from slcompile.factorize import factors, unwrapped
-from slcompile.torch_private import leaves_with_paths
-from slcompile.weight import SLWeight
+from slcompile.export.verify import Comparison, compare_calls, require_close, require_same_weights, worst
+from slcompile.factorize import factors
+from slcompile.models import unwrapped
+from slcompile.weight.structure import FactorizedWeight
 
 INSTALL = 'pip install "slcompile[onnx]"'
 INLINE_LIMIT = 256 * 2**20
@@ -64,8 +50,6 @@ class ExportReport:
         absent: Names of those that it does not, because the exported graph does not read them.
         comparisons: Each output at each shape, of merged PyTorch and of onnxruntime, with the trained model's.
         metadata: What the file says of itself.
-        compact, merged_file: For ``compact=True``: its figures, and those of the file with merged weights, measured
-            one after the other; else None.
     """
 
     path: Path
@@ -76,8 +60,6 @@ class ExportReport:
     absent: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     metadata: dict[str, str]
-    compact: FileFigures | None = None
-    merged_file: FileFigures | None = None
 
     @property
     def max_abs(self) -> float | None:
@@ -105,9 +87,6 @@ class ExportReport:
             )
         if self.max_abs is None:
             lines.append("  not run in onnxruntime")
-        lines += [
-            f"  {name}: {each}" for name, each in (("compact", self.compact), ("merged", self.merged_file)) if each
-        ]
         return "\n".join(lines)
 
 
@@ -167,106 +146,92 @@ def export_onnx(
     dtype = export_dtype(model, dtype)
     require_finite(model)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    call, shapes = bind(model, args, dict(kwargs or {}), dynamic_shapes)
-    _require_names("input_names", input_names, len(tensors_of(call)))
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata must map strings to strings, got {key!r}: {value!r}")
     trained = reference(model, dtype)
-    trained_args, trained_kwargs = arguments_for(trained, call)
-    with evaluating(trained):
-        found_names = _output_names(trained(*trained_args, **trained_kwargs))
-    _require_names("output_names", output_names, len(found_names))
-    output_names = list(output_names or found_names)
+    call = Call.of(model, args, dict(kwargs or {}), dynamic_shapes).with_outputs(trained)
+    call = call.renamed(input_names, output_names)
 
     twin = meta_twin(model, dtype)
     tensors = dense_tensors(model, twin)
-    twin_args, twin_kwargs = arguments_for(twin, call)
-    graph = _dense_graph(
-        twin,
-        twin_args,
-        twin_kwargs,
-        axis_names(model, call, shapes),
-        input_names=list(input_names or _input_names(model, call)),
-        output_names=output_names,
-        dynamic_shapes=shapes,
-        opset_version=opset,
-    )
+    graph = _dense_graph(twin, call, opset)
     names = tuple(factors(model))
     stored = _stored(twin, names, graph.graph.initializers)
     _fill(graph, tensors)
-    compact_figures = merged_figures = None
     if compact:
-        if verify and dtype is not torch.bfloat16:
-            with files.beside(path) as scratch:
-                _save(graph, scratch / path.name, "merged.data", None, None)
-                merged_figures = measure(scratch / path.name, call, dtype)
         compose_in_graph(graph, model, twin)
-    described = {
-        "producer": f"slcompile {version('slcompile')}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "state_sha256": state_hash(model),
-        "factorized_weights": str(len(names)),
-        "factorization": _factorization(model),
-        **(metadata or {}),
-    }
     with files.beside(path) as scratch:
         file = scratch / path.name
-        data = f"{path.stem}-{secrets.token_hex(6)}.data"
-        _save(graph, file, data, shard_size, progress)
-        comparisons = []
-        if verify:
-            require_same_weights(file, tensors)
-            calls = [call, *another_call(trained, call, shapes)]
-            comparisons = compare_calls(trained, calls, dtype, output_names, file)
-            require_close(comparisons, dtype)
-            if merged_figures is not None:
-                compact_figures = measure(file, call, dtype)
-        for against in ("merged", "onnxruntime"):
-            if found := worst(comparisons, against):
-                described |= {f"{against}_max_abs": f"{found[0]:.3e}", f"{against}_max_rel": f"{found[1]:.3e}"}
+        _save(graph, file, f"{path.stem}-{secrets.token_hex(6)}.data", shard_size, progress)
+        comparisons = _checked(file, trained, call, dtype, tensors) if verify else []
+        described = _description(model, dtype, comparisons) | dict(metadata or {})
         _describe(file, described)
         sizes = {path.parent / each.name: each.stat().st_size for each in scratch.iterdir()}
         files.move_into_place(scratch, path.parent, last=path.name, stale=_data_files(path))
     absent = tuple(name for name in names if name not in stored)
-    opset = graph.opset_imports[""]
-    return ExportReport(
-        path,
-        sizes,
-        opset,
-        dtype,
-        stored,
-        absent,
-        tuple(comparisons),
-        described,
-        compact_figures,
-        merged_figures,
-    )
+    opset_version = graph.opset_imports[""]
+    return ExportReport(path, sizes, opset_version, dtype, stored, absent, tuple(comparisons), described)
+
+
+def _checked(
+    file: Path, trained: nn.Module, call: Call, dtype: torch.dtype, tensors: Mapping[str, MakeTensor]
+) -> list[Comparison]:
+    """Reads the weights back and compares the outputs at one shape or two; raises ValueError where they differ."""
+    require_same_weights(file, tensors)
+    comparisons = compare_calls(trained, [call, *call.resized(trained)], dtype, file)
+    require_close(comparisons, dtype)
+    return comparisons
+
+
+def _description(model: nn.Module, dtype: torch.dtype, comparisons: Sequence[Comparison]) -> dict[str, str]:
+    """What the file says of itself."""
+    described = {
+        "producer": f"slcompile {version('slcompile')}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "state_sha256": state_hash(model),
+        "factorized_weights": str(len(factors(model))),
+        "factorization": _factorization(model),
+    }
+    for against in ("merged", "onnxruntime"):
+        if found := worst(comparisons, against):
+            described |= {f"{against}_max_abs": f"{found[0]:.3e}", f"{against}_max_rel": f"{found[1]:.3e}"}
+    return described
 
 
 def _factorization(model: nn.Module) -> str:
     """The distinct settings of a model's factorized weights, as JSON."""
-    weights = [each for each in model.modules() if isinstance(each, SLWeight)]
-    settings = {(each.rank, each.density, each.support, each.scale) for each in weights}
-    return json.dumps(
-        [dict(zip(("rank", "density", "support", "scale"), each, strict=True)) for each in sorted(settings)]
-    )
+    weights = [module for module in model.modules() if isinstance(module, FactorizedWeight)]
+    settings = {json.dumps({"structure": weight.structure, **weight.describe()}) for weight in weights}
+    return f"[{', '.join(sorted(settings))}]"
 
 
-def _dense_graph(twin: nn.Module, args: Any, kwargs: Any, axes: Sequence[Mapping[int, str]], **settings: Any) -> Any:
+def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
     """The twin's graph as an ``onnx_ir.Model`` of standard operators; its weights have no values yet."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+    args, kwargs = call.on(twin)
     with warnings.catch_warnings():
         # At every export: torch's own use of its pytree, and a remark on arguments that are no tensors.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*different number of inputs")
         # Optimizing would fold weights into anonymous, transposed copies; the runtime does that when it loads.
-        program = torch.onnx.export(twin, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False, **settings)
+        program = torch.onnx.export(
+            twin,
+            args,
+            kwargs=kwargs,
+            input_names=list(call.input_names),
+            output_names=list(call.output_names),
+            dynamic_shapes=call.shapes,
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert program is not None
     # torch names the axes itself only where every argument is a tensor.
     renamed: dict[Any, str] = {}
-    for value, names in zip(program.model.graph.inputs, axes, strict=True):
+    for value, names in zip(program.model.graph.inputs, call.axis_names, strict=True):
         assert value.shape is not None
         renamed |= {value.shape[dim]: name for dim, name in names.items()}
     program.rename_axes(renamed)
@@ -341,32 +306,6 @@ def _stored(twin: nn.Module, names: Sequence[str], initializers: Iterable[str]) 
     parameters = {name: id(parameter) for name, parameter in twin.named_parameters(remove_duplicate=False)}
     stored = {parameters[name] for name in initializers if name in parameters}
     return tuple(name for name in names if parameters[name] in stored)
-
-
-def _require_names(argument: str, names: Sequence[str] | None, count: int) -> None:
-    if names is not None and len(names) != count:
-        raise ValueError(f"{argument} must have {count} names, one for each tensor, got {len(names)}")
-
-
-def _input_names(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[str]:
-    arguments = inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
-    leaves = leaves_with_paths(dict(arguments))
-    return [_dotted(path, "past_key_values") for path, leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _output_names(outputs: Any) -> list[str]:
-    names = [_dotted(path, "present") for path, leaf in leaves_with_paths(outputs) if isinstance(leaf, Tensor)]
-    return [f"output_{name}" if name[:1].isdecimal() else name or "output" for name in names]
-
-
-def _dotted(path: Sequence[str], cache: str) -> str:
-    """``cache`` (or ``past_key_values``) / ``key_cache`` / ``0`` becomes ``<cache>.0.key``, Hugging Face's name."""
-    if path[:1] in (("past_key_values",), ("cache",)) and len(path) >= 3:
-        kind = next((kind for kind in ("key", "value") if any(kind in part for part in path[1:])), None)
-        index = next((part for part in path[1:] if part.isdecimal()), None)
-        if kind and index:
-            return f"{cache}.{index}.{kind}"
-    return ".".join(path)
 
 
 def _require_libraries() -> None:

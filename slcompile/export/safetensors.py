@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from slcompile.export import files
+from slcompile import files
 from slcompile.export.twin import dense_tensors, export_dtype, floating_dtype, meta_twin, require_finite
-from slcompile.factorize import unwrapped
-from slcompile.weight import base_class
+from slcompile.models import unwrapped
+from slcompile.weight.placing import base_class
 
 INSTALL = 'pip install "slcompile[safetensors]"'
 INDEX = "model.safetensors.index.json"

@@ -6,15 +6,15 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slcompile.factorize import merge_
-from slcompile.owners import plain_name
-from slcompile.torch_private import map_leaves, without_wrappers
-from slcompile.weight import SUFFIX, SLWeight
+from slcompile.models import meta_copy
+from slcompile.names import SUFFIX, plain_name, qualified
+from slcompile.torch_private import without_wrappers
+from slcompile.weight.structure import FactorizedWeight
 
 MakeTensor = Callable[[], Tensor]
 
@@ -51,14 +51,9 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             trained (rotary tables), and keep their precision.
     """
     for module in model.modules():
-        if isinstance(module, SLWeight):
+        if isinstance(module, FactorizedWeight):
             module.check_whole()
-    memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    twin = merge_(copy.deepcopy(model, memo)).eval()
+    twin = merge_(meta_copy(model)).eval().requires_grad_(False)
     for module in list(twin.modules()):
         for name, child in module._modules.items():
             module._modules[name] = None if child is None else without_wrappers(child)
@@ -79,12 +74,12 @@ def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
     """
     sources: dict[str, MakeTensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SLWeight):
+        if isinstance(module, FactorizedWeight):
             sources[plain_name(path).removesuffix(SUFFIX)] = module.merged_wide
             continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                sources[plain_name(f"{path}.{name}".lstrip("."))] = tensor.detach
+                sources[plain_name(qualified(path, name))] = tensor.detach
 
     trained = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
 
@@ -142,10 +137,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Lets a model compute with exactly the weights that are written: composed wide, rounded once to ``dtype``."""
-    weights = [module for module in model.modules() if isinstance(module, SLWeight)]
+    weights = [module for module in model.modules() if isinstance(module, FactorizedWeight)]
 
-    def composed(weight: SLWeight) -> MakeTensor:
-        return lambda: weight.merged_wide().to(dtype).to(weight.B.dtype)
+    def composed(weight: FactorizedWeight) -> MakeTensor:
+        return lambda: weight.merged_wide().to(dtype).to(weight.dtype)
 
     for weight in weights:
         vars(weight)["forward"] = composed(weight)
@@ -154,17 +149,3 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for weight in weights:
             del vars(weight)["forward"]
-
-
-def arguments_for(model: nn.Module, arguments: Any) -> Any:
-    """Nested arguments on a model's device, floating-point ones in its dtype."""
-    parameter = next((each for each in model.parameters() if each.is_floating_point()), None)
-    if parameter is None:
-        return arguments
-
-    def move(each: Any) -> Any:
-        if not isinstance(each, Tensor):
-            return each
-        return each.to(parameter.device, parameter.dtype if each.is_floating_point() else each.dtype)
-
-    return map_leaves(move, arguments)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from slcompile.export.files import write_text
+from slcompile.files import write_text
 
 
 class Document:

@@ -7,27 +7,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-import slcompile
 from slcompile import torch_private
-from slcompile.backend import CapturedGraph, expand
-from slcompile.config import SLConfig
-from slcompile.cost import Matmul
-from slcompile.factorize import checked_config, unwrapped
+from slcompile.captured import CapturedGraph, expand
+from slcompile.config import SLConfig, checked_config
 from slcompile.inspect.explanation import ADAM, Break, Change, Explanation, MatmulRow, PassRow, Summary
 from slcompile.inspect.graph_diff import GraphDiff, Snapshot, compare, named, snapshot, source_line
 from slcompile.inspect.not_captured import first_line, not_captured
+from slcompile.models import unwrapped
+from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import WEIGHT_OPS
-from slcompile.owners import LiveObjects, plain_name
 from slcompile.passes import Decision, PassReport, joint_passes, post_passes, run
 from slcompile.passes.find_matmuls import MatmulRead, find_matmuls
 from slcompile.passes.graph import Watch
 from slcompile.passes.graph_text import diff
-from slcompile.weight import SUFFIX, SLWeight, base_class, dense_names
+from slcompile.weight.owners import LiveObjects
+from slcompile.weight.placing import base_class, dense_names
+from slcompile.weight.structure import FactorizedWeight
 
 
 def explain(
@@ -69,11 +70,11 @@ def explain(
     rows = [*collector.rows(), *not_captured(model, collector.weights, skipped)]
     breaks = [*collector.breaks, *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped)]
     changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]
-    made = (each for each in model.modules() if isinstance(each, SLWeight))
+    made = (each for each in model.modules() if isinstance(each, FactorizedWeight))
     changes += [(each.parameters, each.bytes, False) for each in map(_factorized, made)]
     return Explanation(
         base_class(model).__name__,
-        {"slcompile": slcompile.__version__, "torch": torch.__version__},
+        {"slcompile": version("slcompile"), "torch": torch.__version__},
         {each.name: getattr(config, each.name) for each in dataclasses.fields(config)},
         Summary(
             sum(row.decision == "replaced" for row in rows),
@@ -107,7 +108,7 @@ def _total(now: float, changes: Iterable[tuple[Change, bool]]) -> Change:
 
 def _training_bytes(model: nn.Module) -> int:
     """Of all parameters as they are, their gradients and Adam's states, and of what composes weights."""
-    supports = [each for module in model.modules() if isinstance(module, SLWeight) for each in module.buffers()]
+    supports = [each for module in model.modules() if isinstance(module, FactorizedWeight) for each in module.buffers()]
     return sum(each.nbytes for each in supports) + sum(
         each.nbytes * (ADAM if each.requires_grad else 1) for each in model.parameters()
     )
@@ -162,7 +163,7 @@ class _Weight:
 
     name: str
     dense: Tensor
-    factors: SLWeight | None
+    factors: FactorizedWeight | None
     trained: bool
     reads: list[_Read] = field(default_factory=list)
     input_grads: int = 0
@@ -220,10 +221,10 @@ class _Use:
             self.weight.reads.append(_Read(captured.number, node, read, self.decision))
 
 
-def _factorized(factors: SLWeight, name: str = "") -> _Weight:
+def _factorized(factors: FactorizedWeight, name: str = "") -> _Weight:
     """A weight that is factorized already."""
     trained = any(each.requires_grad for each in factors.parameters())
-    like = torch.empty(factors.shape, dtype=factors.B.dtype, device="meta", requires_grad=trained)
+    like = torch.empty(factors.shape, dtype=factors.dtype, device="meta", requires_grad=trained)
     return _Weight(name, like, factors, trained)
 
 
@@ -245,15 +246,12 @@ class _Collector:
         if reason is not None:
             self.breaks.append(Break(first_line(reason[0]), source_line(reason[1])))
         live = LiveObjects.find()
-        graph = CapturedGraph(gm, self.config, {})
-        report = graph.find(example_inputs, live)
-        wanted = graph.wanted(example_inputs)
-        graph.leave(report, graph.convertible - wanted)
+        graph = CapturedGraph(gm, example_inputs, self.config, {})
         names = graph.parameter_names(example_inputs, live)
         labels = _labels(gm.graph, names)
         before = snapshot(gm.graph, labels, self.paths)
-        rewritten, inputs, made = graph.parameterize(wanted, example_inputs, self._watch(number, "captured"))
-        weights = self._weights(graph, report, example_inputs, names, made, live)
+        rewritten, inputs, made = graph.parameterize(graph.wanted, example_inputs, self._watch(number, "captured"))
+        weights = self._weights(graph, example_inputs, names, made, live)
         nodes = _Captured(number, gm.graph)
         names = expand(names, {index: _operand_names(names[index], each) for index, each in made.items()})
         labels |= _labels(rewritten.graph, names)
@@ -267,15 +265,14 @@ class _Collector:
     def _weights(
         self,
         graph: CapturedGraph,
-        report: PassReport,
         inputs: Sequence[Any],
         names: Sequence[str],
-        made: Mapping[int, SLWeight],
+        made: Mapping[int, FactorizedWeight],
         live: LiveObjects,
     ) -> list[_Use | None]:
         """The weight and the decision that each input of the rewritten graph is of, dense or as a factor."""
         found: list[_Use | None] = [None] * len(inputs)
-        decisions = {each.name: each for each in [*report.rewritten, *report.skipped]}
+        decisions = {each.name: each for each in [*graph.report.replaced, *graph.report.left]}
         for index, use in graph.uses.items():
             parameter, decision = inputs[index], decisions[graph.names[index]]
             trained = parameter.requires_grad and not use.without_grad
@@ -285,7 +282,7 @@ class _Collector:
         owners = live.owners(each for each in inputs if isinstance(each, nn.Parameter))
         for index, each in enumerate(inputs):
             for module, attribute in owners.get(id(each), ()):
-                if isinstance(module, SLWeight) and attribute == next(iter(module.operands())):
+                if isinstance(module, FactorizedWeight) and attribute == next(iter(module.operands())):
                     name = names[index].removesuffix(f"{SUFFIX}.{attribute}")
                     weight = self.weights.setdefault(id(each), _factorized(module, name))
                     found[index] = _Use(weight, Decision(name, "", "factorized already"), index)
@@ -324,7 +321,7 @@ class _Collector:
                     use.add(read, captured)
 
             def collect(report: PassReport) -> None:
-                for each in [*report.rewritten, *report.skipped]:
+                for each in [*report.replaced, *report.left]:
                     if each.factor in uses:
                         decision = replace(each, node=origins.get(each.node, ""))
                         uses[each.factor].weight.lowered.append((number, decision))
@@ -355,8 +352,8 @@ class _Collector:
                 before != after,
                 len(after.keys() - before.keys()),
                 len(before.keys() - after.keys()),
-                len(report.rewritten),
-                len(report.skipped),
+                len(report.replaced),
+                len(report.left),
                 diff(before, after),
             )
             self.passes.append(row)
@@ -392,9 +389,9 @@ def _row(weight: _Weight, read: _Read, config: SLConfig) -> MatmulRow:
         decision="left" if factors is None else "replaced",
         reason=read.decision.reason if factors is None else "",
         detail=read.decision.detail,
-        rank=factors.rank if factors is not None else None,
-        density=factors.values.numel() / weight.dense.numel() if factors is not None else None,
-        nonzeros=factors.values.numel() if factors is not None else None,
+        rank=factors.describe().get("rank") if factors is not None else None,
+        density=factors.nonzeros / weight.dense.numel() if factors is not None else None,
+        nonzeros=factors.nonzeros if factors is not None else None,
         lowering="mixed" if len(lowerings) > 1 else next(iter(lowerings), ""),
         costs=dict(costs),
         bytes=weight.bytes,
@@ -412,7 +409,6 @@ def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decisio
     if weight.factors is None:
         return Change(before, before)
     factors, tokens = weight.factors, torch_private.size_hint(read.matmul.tokens)
-    matmul = Matmul(*factors.as_matrix, factors.rank, factors.values.numel(), factors.B.dtype)
 
     def factored(phase: str, decisions: Sequence[Decision]) -> float:
         """The share of a phase's products that are factored; all are composed where nothing was decided."""
@@ -420,13 +416,13 @@ def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decisio
         return sum(found) / len(found) if found else 0.0
 
     def products(part: float, composes: float) -> float:
-        return part * matmul.factored_flops(tokens) + (1 - part) * (product + composes * matmul.compose_flops)
+        return part * factors.factored_flops(tokens) + (1 - part) * (product + composes * factors.compose_flops)
 
     grads = factored("gradients", rest)
     after = products(factored("forward", own), share)
     after += input_grads * products(factored("backward", rest), 0 if config.keep_weights else share)
     if weight.trained:
-        after += grads * matmul.factored_flops(tokens) + (1 - grads) * (product + share * matmul.project_flops)
+        after += grads * factors.factored_flops(tokens) + (1 - grads) * (product + share * 2 * factors.compose_flops)
     return Change(before, after)
 
 
@@ -436,5 +432,5 @@ def _labels(graph: fx.Graph, names: Sequence[str]) -> dict[str, str]:
     return {node: name for node, name in zip(placeholders, names, strict=True) if name}
 
 
-def _operand_names(name: str, factors: SLWeight) -> list[str]:
+def _operand_names(name: str, factors: FactorizedWeight) -> list[str]:
     return [f"{name}{SUFFIX}.{operand}" for operand in factors.operands()]

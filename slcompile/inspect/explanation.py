@@ -91,7 +91,7 @@ class PassRow:
         seconds: That it took.
         changed: Whether the graph is another one than before.
         created, erased: Number of nodes.
-        rewritten, skipped: Number of candidates.
+        replaced, left: Number of candidates.
         diff: What changed, as text.
     """
 
@@ -102,8 +102,8 @@ class PassRow:
     changed: bool
     created: int
     erased: int
-    rewritten: int
-    skipped: int
+    replaced: int
+    left: int
     diff: str
 
 
@@ -131,7 +131,7 @@ class Explanation(Document):
             backward in one), forward, backward.
     """
 
-    SCHEMA = "slcompile.explain/2"
+    SCHEMA = "slcompile.explain/3"
 
     model: str
     versions: Mapping[str, str]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from slcompile.factorize import unwrapped
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, Link, ModuleStack, Node
 from slcompile.inspect.onnx_graph import onnx_snapshot
-from slcompile.owners import plain_name
-from slcompile.weight import SUFFIX, dense_names
+from slcompile.models import unwrapped
+from slcompile.names import SUFFIX, plain_name
+from slcompile.weight.placing import dense_names
 
 _PRODUCTS = frozenset("Einsum Gemm MatMul".split())
 _ENDS = ("placeholder", "output")

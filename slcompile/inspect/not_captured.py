@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from slcompile import torch_private
-from slcompile.conversion import linear_modules
+from slcompile.convert.weight_uses import linear_modules
 from slcompile.inspect.explanation import ADAM, Change, MatmulRow
 from slcompile.inspect.graph_diff import source_line
 from slcompile.torch_private import SkippedFrame
-from slcompile.weight import base_class
+from slcompile.weight.placing import base_class
 
 
 def not_captured(model: nn.Module, seen: Mapping[int, Any], skipped: Sequence[SkippedFrame]) -> Iterator[MatmulRow]:

@@ -80,9 +80,9 @@ def _breaks(explanation: Explanation) -> str:
 
 
 def _passes(rows: Sequence[PassRow]) -> str:
-    table = [["pass", "graph", "changed", "created", "erased", "rewritten", "skipped", "ms"]]
+    table = [["pass", "graph", "changed", "created", "erased", "replaced", "left", "ms"]]
     for row in rows:
-        numbers = [row.created, row.erased, row.rewritten, row.skipped]
+        numbers = [row.created, row.erased, row.replaced, row.left]
         table.append(
             [
                 row.name,

@@ -10,8 +10,15 @@ from slcompile.ops.project import project
 from slcompile.ops.values_grad import values_grad
 from slcompile.ops.weight_grads import weight_grads
 
-WEIGHT_OPS = (torch.ops.slcompile.compose.default,)
+WEIGHT_OPS: list[torch._ops.OpOverload] = [torch.ops.slcompile.compose.default]
 """Ops that make a dense weight from trained parameters. Passes treat them alike and know nothing else of them."""
+
+
+def register_weight_op(op: torch._ops.OpOverload) -> None:
+    """Adds an op, which returns a dense weight and takes its trained parts first, to ``WEIGHT_OPS``."""
+    if op not in WEIGHT_OPS:
+        WEIGHT_OPS.append(op)
+
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the Triton kernels of these ops compute with; other dtypes run in ATen on every device."""
@@ -24,6 +31,7 @@ __all__ = [
     "compose_reference",
     "linear_factored",
     "project",
+    "register_weight_op",
     "values_grad",
     "weight_grads",
 ]

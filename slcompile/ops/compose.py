@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from slcompile.support import flat_positions
+from slcompile.ops.support import flat_positions
 
 
 def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from slcompile.support import stratified_columns
+from slcompile.ops.support import stratified_columns
 
 _TAGS = (torch.Tag.needs_contiguous_strides,)
 

@@ -102,7 +102,8 @@ def test_a_model_and_its_data_can_be_moved_together(tmp_path):
 FAULTS = """
 import json, os, pathlib, resource, signal, sys, types
 import onnx, onnx_ir, onnxruntime, onnxscript, torch
-from slcompile.export import files, onnx as export
+from slcompile import files
+from slcompile.export import onnx as export
 sys.path.insert(0, sys.argv[1])
 from test_files import BYTES, X, network
 
@@ -300,9 +301,6 @@ def test_compact(support, dtype, tmp_path):
     graph = 8192  # bytes for names, nodes and biases
     assert path.stat().st_size < 2 * factors * dtype.itemsize + graph
     assert path.stat().st_size < merged.path.stat().st_size / 3
-    assert (report.compact.size, report.merged_file.size) > (0, 0)
-    assert report.compact.size < report.merged_file.size / 3
-    assert "compact: " in str(report)
 
     # float32: a weight of 9 summands, then 256 products, each sum as a random walk of roundings, in two layers.
     # float16: factors, product, sum and activations are rounded, each to 11 bits, and the same again.

@@ -85,7 +85,7 @@ def test_passes_show_what_they_changed(block, batch):
         ("backward", "lower_ops", True),
     ]
     first = found.passes[0]
-    assert (first.created, first.erased, first.rewritten, first.skipped) == (15, 3, 3, 0)
+    assert (first.created, first.erased, first.replaced, first.left) == (15, 3, 3, 0)
     assert "- up.weight = placeholder()  # [96, 64] float32" in first.diff.splitlines()
     assert "+ up.weight_sl.B = placeholder()  # [96, 8] float32" in first.diff.splitlines()
     tagged = [line for line in found.passes[4].diff.splitlines() if line.endswith("must_recompute")]
@@ -294,7 +294,7 @@ def test_json_round_trips_and_folding_keeps_the_text_short(batch, tmp_path):
     assert slcompile.Explanation.from_json(found.to_json(tmp_path / "e.json")) == found
     assert [each.name for each in tmp_path.iterdir()] == ["e.json"]
     document = json.loads((tmp_path / "e.json").read_text())
-    assert document["schema"] == "slcompile.explain/2"
+    assert document["schema"] == "slcompile.explain/3"
     assert document["summary"]["matmuls"] == {"replaced": 4, "total": 4}
     assert max(map(len, str(found).splitlines())) <= 100
 
@@ -375,7 +375,7 @@ def test_tlparse_shows_graphs_and_decisions(logged, tmp_path):
 def test_page_and_notebook(block, batch, tmp_path):
     found = explain(block, (batch[0],), config=CONFIG)
     page = found.to_html(tmp_path / "page.html").read_text()
-    assert "slcompile.explain/2" in page
+    assert "slcompile.explain/3" in page
     assert found._repr_html_().startswith("<iframe")
 
 

@@ -158,12 +158,12 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
     head |= {"detail": "by the include and exclude patterns", "nonzeros": None, "lowering": "", "costs": {}}
     head |= {"shape": [32000, 512], "bytes": {"before": 262144000, "after": 262144000}}
     rewrite = {"graph": 0, "stage": "captured", "name": "parameterize_weights", "seconds": 0.0123, "changed": True}
-    rewrite |= {"created": len(names), "erased": 3, "rewritten": len(names), "skipped": 1}
+    rewrite |= {"created": len(names), "erased": 3, "replaced": len(names), "left": 1}
     rewrite["diff"] = "  ...\n  norm_0\n- t = aten.t(p_weight)\n+ compose = slcompile.compose(B, A)\n  mm"
     idle = {**rewrite, "stage": "joint", "name": "fuse_weight_grads", "changed": False, "created": 0, "erased": 0}
-    idle |= {"rewritten": 0, "skipped": 0, "diff": ""}
+    idle |= {"replaced": 0, "left": 0, "diff": ""}
     return {
-        "schema": "slcompile.explain/2",
+        "schema": "slcompile.explain/3",
         "model": "LlamaForCausalLM",
         "versions": {"slcompile": "0.1.0", "torch": "2.13.0"},
         "config": {"rank": 0.25, "density": 0.03, "exclude": ["*lm_head*", "*embed*"]},
@@ -241,7 +241,7 @@ def layout_time(page: Any) -> float:
 
 @pytest.mark.parametrize("schema", ["slcompile.explain/1", None])
 def test_unknown_schemas_are_refused(schema):
-    with pytest.raises(ValueError, match=r"slcompile\.explain/2, slcompile\.graph_diff/2, got"):
+    with pytest.raises(ValueError, match=r"slcompile\.explain/3, slcompile\.graph_diff/2, got"):
         render({**explanation(1), "schema": schema})
 
 

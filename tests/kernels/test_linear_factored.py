@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slcompile.support import flat_positions, groups_per_row, uniform_index
+from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 

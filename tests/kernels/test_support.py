@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slcompile.support import SEED_LIMIT, stratified_columns
+from slcompile.ops.support import SEED_LIMIT, stratified_columns
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slcompile.ops import WEIGHT_OPS, compose, compose_backward, compose_reference
-from slcompile.support import flat_positions, groups_per_row, uniform_index
+from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
 
 SUPPORTS = ("stratified", "uniform")
 # rows, columns, rank: nothing divides anything, and the smallest there is; then stacks of matrices.

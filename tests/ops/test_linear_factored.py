@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slcompile.ops import compose_reference, linear_factored
 from slcompile.ops.linear_factored import linear_factored_aten
-from slcompile.support import groups_per_row, uniform_index
+from slcompile.ops.support import groups_per_row, uniform_index
 
 SUPPORTS = ("stratified", "uniform")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

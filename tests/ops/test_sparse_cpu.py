@@ -6,7 +6,7 @@ from torch import Tensor
 
 from slcompile.ops import compose_reference, sparse_cpu
 from slcompile.ops.sparse_cpu import entries, kept_bytes, sparse_addmm, sparse_dots, transposed_copy
-from slcompile.support import flat_positions, groups_per_row, uniform_index
+from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
 
 SUPPORTS = ("stratified", "uniform")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

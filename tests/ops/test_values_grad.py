@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from slcompile.ops import compose_reference, values_grad
+from slcompile.ops.support import groups_per_row, uniform_index
 from slcompile.ops.values_grad import values_grad_aten
-from slcompile.support import groups_per_row, uniform_index
 
 SUPPORTS = ("stratified", "uniform")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

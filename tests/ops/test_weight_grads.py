@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from slcompile.ops import compose_reference, weight_grads
+from slcompile.ops.support import groups_per_row, uniform_index
 from slcompile.ops.weight_grads import weight_grads_aten
-from slcompile.support import groups_per_row, uniform_index
 
 SUPPORTS = ("stratified", "uniform")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slcompile.ops import compose
-from slcompile.support import groups_per_row, uniform_index
+from slcompile.ops.support import groups_per_row, uniform_index
 
 SCALE = 0.5
 N, K, R, T = 40, 48, 8, 24

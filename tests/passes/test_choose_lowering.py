@@ -21,7 +21,7 @@ def prepared(joint, *args, **kwargs) -> tuple[fx.GraphModule, list[torch.Tensor]
 def test_graph(stratified_joint):
     gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t())
     report = choose_lowering(gm, "factored")
-    assert [(each.name, each.lowering) for each in report.rewritten] == [
+    assert [(each.name, each.lowering) for each in report.replaced] == [
         ("compose", "factored"),
         ("compose", "factored"),
         ("weight_grads_default gradients", "factored"),
@@ -72,10 +72,10 @@ def test_same_numbers_and_twice_changes_nothing(joint, name, lowered):
     gm, inputs = prepared(joint, function, x_shape)
     expected = gm(*inputs)
     report = choose_lowering(gm, "factored")
-    assert [each.lowering for each in report.rewritten] == ["factored"] * 3
+    assert [each.lowering for each in report.replaced] == ["factored"] * 3
     assert sorted(joint.ours(gm)) == ["linear_factored", "linear_factored", "values_grad"]
     again = choose_lowering(gm, "factored")
-    assert (again.rewritten, again.skipped) == ([], [])
+    assert (again.replaced, again.left) == ([], [])
     if lowered:
         lower_ops(gm)
     joint.assert_close(gm(*inputs), expected)
@@ -103,7 +103,7 @@ def test_auto_takes_the_cheaper_and_says_both_costs(stratified_joint, monkeypatc
         gm, inputs = prepared(stratified_joint, lambda x, w: x @ w.t())
         expected = gm(*inputs)
         report = choose_lowering(gm)
-        decisions = report.rewritten + report.skipped
+        decisions = report.replaced + report.left
         assert [each.lowering for each in decisions] == [lowering] * 3
         for each in decisions:
             assert min(each.costs, key=each.costs.__getitem__) == lowering
@@ -126,7 +126,7 @@ def test_mixed_choices_share_what_they_can(stratified_joint, monkeypatch):
     monkeypatch.setattr(cost.Matmul, "factored", lambda self, *args, **kwargs: 1e9)
     monkeypatch.setattr(cost.Matmul, "grads_factored", grads_factored)
     report = choose_lowering(gm)
-    assert [each.lowering for each in report.skipped + report.rewritten] == ["composed", "composed", "factored"]
+    assert [each.lowering for each in report.left + report.replaced] == ["composed", "composed", "factored"]
     assert found == [2, 2] or found == [2]
     assert stratified_joint.ours(gm) == ["compose", "values_grad"]
     stratified_joint.assert_close(gm(*inputs), expected)
@@ -137,17 +137,17 @@ def test_composed_on_request_changes_nothing(joint):
     before = joint.text_of(gm)
     report = choose_lowering(gm, "composed")
     assert joint.text_of(gm) == before
-    assert [(each.lowering, each.reason) for each in report.skipped] == [("composed", "asked_for")] * 3
-    assert report.rewritten == []
+    assert [(each.lowering, each.reason) for each in report.left] == [("composed", "asked_for")] * 3
+    assert report.replaced == []
 
 
 def test_what_is_no_product_with_the_whole_weight_stays_composed(stratified_joint):
     gm, inputs = prepared(stratified_joint, lambda x, w: x @ w[:20].t() + (x @ w.t())[:, :20])
     expected = gm(*inputs)
     report = choose_lowering(gm, "factored")
-    reasons = {(each.reason, each.detail) for each in report.skipped}
+    reasons = {(each.reason, each.detail) for each in report.left}
     assert reasons == {("not_a_product", "slice reads it, which is no plain product with the whole matrix")}
-    assert len(report.rewritten) == 2  # the other product, forward and backward; the summed gradients are not fused
+    assert len(report.replaced) == 2  # the other product, forward and backward; the summed gradients are not fused
     assert "compose" in stratified_joint.ours(gm)
     stratified_joint.assert_close(gm(*inputs), expected)
 
@@ -156,7 +156,7 @@ def test_another_weight_op_is_left(stratified_joint, monkeypatch):
     gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t())
     monkeypatch.setattr(MODULE, "WEIGHT_OPS", (torch.ops.aten.mm.default,))
     report = choose_lowering(gm, "factored")
-    assert {(each.reason, each.detail) for each in report.skipped} == {("no_factors", "mm has no factored lowering")}
+    assert {(each.reason, each.detail) for each in report.left} == {("no_factors", "mm has no factored lowering")}
 
 
 def test_a_symbolic_number_of_tokens_gets_one_guard(stratified_joint, monkeypatch):
@@ -169,8 +169,8 @@ def test_a_symbolic_number_of_tokens_gets_one_guard(stratified_joint, monkeypatc
     guards = len(shape_env.guards)
     report = choose_lowering(gm)
     assert len(shape_env.guards) <= guards + 1
-    assert len(report.rewritten) + len(report.skipped) == 3
-    assert all("at 24 tokens" in each.detail for each in report.rewritten + report.skipped)
+    assert len(report.replaced) + len(report.left) == 3
+    assert all("at 24 tokens" in each.detail for each in report.replaced + report.left)
     lower_ops(gm)
     stratified_joint.assert_close(gm(*inputs), expected)
 

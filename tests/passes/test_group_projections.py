@@ -9,8 +9,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slcompile.ops import compose
+from slcompile.ops.support import groups_per_row, uniform_index
 from slcompile.passes import choose_lowering, fuse_weight_grads, group_projections, lower_ops
-from slcompile.support import groups_per_row, uniform_index
 
 SCALE = 0.5
 T, K = 24, 48
@@ -59,18 +59,18 @@ def qkv(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def reasons(report) -> list[tuple[str, str]]:
-    return [(each.name, each.reason) for each in report.skipped]
+    return [(each.name, each.reason) for each in report.left]
 
 
 def test_graph(stratified_joint):
     gm, _ = factored(lambda x, q, k: x @ q.t() + x @ k.t(), PAIR)
     report = group_projections(gm)
-    assert [(each.name, each.matmuls) for each in report.rewritten] == [
+    assert [(each.name, each.matmuls) for each in report.replaced] == [
         (f"{FORWARD}, {FORWARD}_1", 2),
         # The gradients of the two products with the same tangents.
         (f"{FORWARD}_2, {FORWARD}_3", 2),
     ]
-    assert report.skipped == []
+    assert report.left == []
     # The arguments are x, the tangents, and B, A, values and support of q (2 to 5) and of k (6 to 9). What the second
     # sibling needs comes before the one op.
     assert stratified_joint.text_of(gm)[:26] == [
@@ -113,10 +113,10 @@ def test_siblings_become_one_with_the_same_numbers(stratified_joint, support, mo
     expected = gm(*inputs)
     report = group_projections(gm)
     gm.graph.lint()
-    assert [(each.name, each.matmuls) for each in report.rewritten] == [(f"{FORWARD}, {FORWARD}_1, {FORWARD}_2", 3)]
+    assert [(each.name, each.matmuls) for each in report.replaced] == [(f"{FORWARD}, {FORWARD}_1, {FORWARD}_2", 3)]
     # The gradients of the three projections have three different inputs.
     assert {reason for _, reason in reasons(report)} == {"alone"}
-    assert len(report.skipped) == 3
+    assert len(report.left) == 3
     assert stratified_joint.ours(gm).count("linear_factored") == 4
     if lowered:
         lower_ops(gm)
@@ -129,8 +129,8 @@ def test_twice_changes_nothing(stratified_joint):
     group_projections(gm)
     before = stratified_joint.text_of(gm)
     again = group_projections(gm)
-    assert again.rewritten == []
-    assert len(again.skipped) == 4
+    assert again.replaced == []
+    assert len(again.left) == 4
     assert stratified_joint.text_of(gm) == before
 
 
@@ -149,10 +149,10 @@ def test_what_has_no_sibling_is_left(stratified_joint, name):
     report = group_projections(gm)
     count = stratified_joint.ours(gm).count("linear_factored")
     assert count >= 2
-    assert [(each.reason, each.detail) for each in report.skipped] == [
+    assert [(each.reason, each.detail) for each in report.left] == [
         ("alone", "no other factored matmul reads its input")
     ] * count
-    assert report.rewritten == []
+    assert report.replaced == []
     assert stratified_joint.text_of(gm) == before
     stratified_joint.assert_close(gm(*inputs), expected, eps=0)
 
@@ -168,13 +168,13 @@ def test_what_needs_a_result_of_the_group_is_left(stratified_joint):
     expected = gm(*inputs)
     report = group_projections(gm)
     gm.graph.lint()
-    assert [each.name for each in report.rewritten] == [f"{FORWARD}, {FORWARD}_2"]
-    assert [(each.name, each.detail) for each in report.skipped if each.reason == "depends"] == [
+    assert [each.name for each in report.replaced] == [f"{FORWARD}, {FORWARD}_2"]
+    assert [(each.name, each.detail) for each in report.left if each.reason == "depends"] == [
         (f"{FORWARD}_1", f"it needs the result of {FORWARD}")
     ]
     stratified_joint.assert_close(gm(*inputs), expected, eps=0)
     before = stratified_joint.text_of(gm)
-    assert group_projections(gm).rewritten == []
+    assert group_projections(gm).replaced == []
     assert stratified_joint.text_of(gm) == before
 
 
@@ -182,7 +182,7 @@ def test_a_graph_without_factored_matmuls_is_left():
     gm = fx.symbolic_trace(torch.nn.Linear(4, 4))
     before = str(gm.graph)
     report = group_projections(gm)
-    assert (report.rewritten, report.skipped) == ([], [])
+    assert (report.replaced, report.left) == ([], [])
     assert str(gm.graph) == before
 
 
@@ -223,5 +223,5 @@ def test_merging_one_group_may_move_members_of_another(stratified_joint):
     choose_lowering(gm, "factored")
     report = group_projections(gm)
     gm.graph.lint()
-    assert report.rewritten
+    assert report.replaced
     stratified_joint.assert_close(gm(*inputs), expected)

@@ -17,7 +17,7 @@ def test_graph_of_a_factored_matmul_on_cpu(stratified_joint):
     fuse_weight_grads(gm)
     choose_lowering(gm, "factored")
     report = lower_ops(gm)
-    assert [each.name for each in report.rewritten] == [
+    assert [each.name for each in report.replaced] == [
         "linear_factored_default",
         "linear_factored_default_1",
         "values_grad_default",
@@ -53,8 +53,8 @@ def test_a_result_that_a_higher_order_op_may_read_keeps_its_layout(stratified_jo
     (output,) = [node for node in gm.graph.nodes if node.op == "output"]
     output.args = ((*output.args[0], second),)
     report = lower_ops(gm)
-    assert [each.name for each in report.rewritten] == ["values_grad_default"]
-    assert [(each.name, each.reason) for each in report.skipped] == [
+    assert [each.name for each in report.replaced] == ["values_grad_default"]
+    assert [(each.name, each.reason) for each in report.left] == [
         ("linear_factored_default", "layout"),
         ("linear_factored_default_1", "layout"),
     ]
@@ -69,8 +69,8 @@ def test_composed_ops_on_cpu(stratified_joint):
     expected = gm(*inputs)
     fuse_weight_grads(gm)
     report = lower_ops(gm)
-    assert [each.name for each in report.rewritten] == ["weight_grads_default"]
-    assert [(each.name, each.reason) for each in report.skipped] == [("compose", "in_place")]
+    assert [each.name for each in report.replaced] == ["weight_grads_default"]
+    assert [(each.name, each.reason) for each in report.left] == [("compose", "in_place")]
     assert stratified_joint.ours(gm) == ["compose", "compose_backward"]
     stratified_joint.assert_close(gm(*inputs), expected)
 
@@ -86,7 +86,7 @@ def test_same_numbers_and_twice_changes_nothing(joint, dtype):
     # The same ATen calls, before and after.
     joint.assert_close(gm(*inputs), expected, eps=2 * torch.finfo(dtype).eps)
     before = joint.text_of(gm)
-    assert lower_ops(gm).rewritten == []
+    assert lower_ops(gm).replaced == []
     assert joint.text_of(gm) == before
 
 
@@ -122,12 +122,12 @@ def test_every_op_becomes_launches_on_a_gpu(stratified_joint, support, lowering,
     joint = type(stratified_joint)(support, dtype)
     gm, report = lowered_on_gpu(joint, lowering)
     assert joint.ours(gm) == []
-    assert report.skipped == []
+    assert report.left == []
     ops = {"composed": ["compose", "weight_grads"], "factored": ["linear_factored", "linear_factored", "values_grad"]}
     expected = ops[lowering]
     if (support, lowering) == ("uniform", "factored"):  # x @ W would scatter, see choose_lowering
         expected = ["compose", "linear_factored", "values_grad"]
-    assert sorted(each.name.split("_default")[0] for each in report.rewritten) == expected
+    assert sorted(each.name.split("_default")[0] for each in report.replaced) == expected
     assert len(gm.graph.find_nodes(op="call_function", target=LAUNCH)) >= len(expected)
     shapes = [tuple(each.meta["val"].shape) for each in gm.graph.find_nodes(op="output")[0].all_input_nodes]
     values = joint.factors[2].shape
@@ -145,8 +145,8 @@ def test_siblings_of_few_tokens_share_launches_on_a_gpu(tokens, projects):
         fakes = [torch.empty(each, device="meta", dtype=torch.int64 if each == (1,) else None) for each in shapes]
         gm = make_fx(siblings)(*fakes)
     choose_lowering(gm, "factored")
-    assert [each.matmuls for each in group_projections(gm).rewritten] == [3]
-    lowered = [each.name for each in lower_ops(gm).rewritten]
+    assert [each.matmuls for each in group_projections(gm).replaced] == [3]
+    lowered = [each.name for each in lower_ops(gm).replaced]
     assert lowered == ["project_default"] * projects + ["linear_factored_default_3"]
 
 
@@ -160,7 +160,7 @@ def test_a_stack_of_matrices_is_composed_by_one_launch_on_a_gpu():
         fakes = [torch.empty(each, device="meta", dtype=torch.int64 if each == (1,) else None) for each in shapes]
         gm = make_fx(experts)(*fakes)
     report = choose_lowering(gm, "factored")
-    assert [(each.reason, each.shape, each.lowering) for each in report.skipped] == [
+    assert [(each.reason, each.shape, each.lowering) for each in report.left] == [
         ("not_a_product", (4, 40, 48), "composed")
     ]
     lower_ops(gm)
@@ -182,7 +182,7 @@ def test_float64_runs_in_aten_on_a_gpu(stratified_joint, lowering):
     joint = type(stratified_joint)("stratified", torch.float64)
     gm, report = lowered_on_gpu(joint, lowering)
     assert joint.ours(gm) == ["compose", "compose_backward"]
-    assert [(each.name, each.reason) for each in report.skipped] == [("compose", "in_place")]
+    assert [(each.name, each.reason) for each in report.left] == [("compose", "in_place")]
     assert gm.graph.find_nodes(op="call_function", target=LAUNCH) == []
 
 
@@ -190,5 +190,5 @@ def test_a_graph_without_our_ops_is_left():
     gm = torch.fx.symbolic_trace(torch.nn.Linear(4, 4))
     before = str(gm.graph)
     report = lower_ops(gm)
-    assert (report.rewritten, report.skipped) == ([], [])
+    assert (report.replaced, report.left) == ([], [])
     assert str(gm.graph) == before

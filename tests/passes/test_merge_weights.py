@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from slcompile.config import SLConfig
 from slcompile.passes import Decision, merge_weights, parameterize_weights
-from slcompile.weight import SLWeight, put_in_place, take_out
+from slcompile.weight.placing import put_in_place, take_out
+from slcompile.weight.sl_weight import SLWeight
 
 
 class Projection(nn.Module):
@@ -74,8 +75,8 @@ def test_graph() -> None:
             %head_weight_1 = get_attr[target=head.weight]
             %linear_1 = call_function[target=torch._C._nn.linear](args = (%x, %head_weight_1), kwargs = {})
             return (relu, linear_1)""")
-    assert report.rewritten == [Decision("fc.weight"), Decision("head.weight")]
-    assert report.skipped == []
+    assert report.replaced == [Decision("fc.weight"), Decision("head.weight")]
+    assert report.left == []
 
 
 def test_is_the_inverse_of_parameterize_weights() -> None:
@@ -103,9 +104,9 @@ def test_weight_that_is_still_factorized_is_left() -> None:
     expected = gm(x)
     make_dense(gm, "head")
     report = merge_weights(gm)
-    assert report.rewritten == [Decision("head.weight")]
-    assert [(each.name, each.reason) for each in report.skipped] == [("compose_default", "still_factorized")]
-    assert report.skipped[0].detail
+    assert report.replaced == [Decision("head.weight")]
+    assert [(each.name, each.reason) for each in report.left] == [("compose_default", "still_factorized")]
+    assert report.left[0].detail
     assert all(map(torch.equal, gm(x), expected))
 
 
@@ -117,8 +118,8 @@ def test_graph_whose_factors_are_inputs_is_left(owner: str) -> None:
     gm = fx.GraphModule(Net(), graph)
     before = text_of(gm)
     report = merge_weights(gm)
-    assert [each.reason for each in report.skipped] == ["still_factorized"]
-    assert report.rewritten == []
+    assert [each.reason for each in report.left] == ["still_factorized"]
+    assert report.replaced == []
     assert text_of(gm) == before
 
 
@@ -130,7 +131,7 @@ def test_weight_of_the_graph_module_itself() -> None:
     graph.output(graph.call_function(torch.ops.slcompile.compose.default, (*factors, 0.5)))
     gm = fx.GraphModule(root, graph)
     gm.weight = nn.Parameter(torch.randn(8, 6))
-    assert merge_weights(gm).rewritten == [Decision("weight")]
+    assert merge_weights(gm).replaced == [Decision("weight")]
     assert gm() is gm.weight
 
 
@@ -143,7 +144,7 @@ def test_factor_that_something_else_reads_stays() -> None:
     make_dense(gm, "fc", "head")
     gm.fc.weight_sl = factors
     report = merge_weights(gm)
-    assert report.rewritten == [Decision("fc.weight"), Decision("head.weight")]
+    assert report.replaced == [Decision("fc.weight"), Decision("head.weight")]
     assert [node.target for node in gm.graph.nodes if "_sl" in str(node.target)] == ["fc.weight_sl.B"]
     assert gm(torch.randn(5, 6))[-1] is factors.B
 
@@ -154,7 +155,7 @@ def test_twice_changes_nothing() -> None:
     merge_weights(gm)
     once = text_of(gm)
     report = merge_weights(gm)
-    assert (report.rewritten, report.skipped) == ([], [])
+    assert (report.replaced, report.left) == ([], [])
     assert text_of(gm) == once
 
 
@@ -162,5 +163,5 @@ def test_graph_without_weight_ops_is_left_alone() -> None:
     gm = fx.symbolic_trace(Net())
     before = text_of(gm)
     report = merge_weights(gm)
-    assert (report.rewritten, report.skipped) == ([], [])
+    assert (report.replaced, report.left) == ([], [])
     assert text_of(gm) == before

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from slcompile.config import SLConfig
 from slcompile.passes import parameterize_weights, run
 from slcompile.passes.graph import Decision
-from slcompile.weight import SLWeight, put_in_place
+from slcompile.weight.placing import put_in_place
+from slcompile.weight.sl_weight import SLWeight
 
 
 def make_weight(support: str = "stratified", rows: int = 8, columns: int = 6) -> SLWeight:
@@ -85,8 +86,8 @@ class TestPlaceholders:
                 %addmm = call_function[target=torch.ops.aten.addmm.default](args = (%bias_1, %x_1, %t), kwargs = {})
                 %mul = call_function[target=torch.ops.aten.mul.Tensor](args = (%compose_default, 2), kwargs = {})
                 return (addmm, mul)""")  # noqa: E501  # a graph's lines are as long as they are
-        assert report.rewritten == [Decision("fc.weight", shape=(8, 6))]
-        assert report.skipped == []
+        assert report.replaced == [Decision("fc.weight", shape=(8, 6))]
+        assert report.left == []
 
     @pytest.mark.parametrize("support", ["stratified", "uniform"])
     def test_numbers_are_the_same(self, support: str) -> None:
@@ -122,7 +123,7 @@ class TestPlaceholders:
         expected = gm(x, U, W)
         report = parameterize_weights(gm, {"u_1": ("one", one), "w_1": ("other", other)})
         gm.graph.lint()
-        assert [each.name for each in report.rewritten] == ["one", "other"]
+        assert [each.name for each in report.replaced] == ["one", "other"]
         assert torch.equal(gm(x, *one.operands().values(), *other.operands().values()), expected)
 
     def test_gradients_reach_the_factors(self) -> None:
@@ -170,7 +171,7 @@ class TestAttributes:
         put_in_place(gm.fc, "weight", weight)
         names = [node.name for node in gm.graph.nodes if node.target == "fc.weight"]
         report = parameterize_weights(gm, dict.fromkeys(names, ("fc.weight", weight)))
-        assert len(names) == len(report.rewritten) == 2
+        assert len(names) == len(report.replaced) == 2
         assert all(map(torch.equal, gm(x), expected))
 
     @pytest.mark.parametrize("support", ["stratified", "uniform"])
@@ -195,7 +196,7 @@ def test_nodes_that_are_not_named_are_left_alone(weights: dict[str, str]) -> Non
     gm = TestPlaceholders.traced(weight)
     before = text_of(gm)
     report = parameterize_weights(gm, {node: (name, weight) for node, name in weights.items()})
-    assert (report.rewritten, report.skipped) == ([], [])
+    assert (report.replaced, report.left) == ([], [])
     assert text_of(gm) == before
 
 
@@ -205,7 +206,7 @@ def test_twice_changes_nothing() -> None:
     gm = TestPlaceholders.traced(weight)
     parameterize_weights(gm, table)
     once = text_of(gm)
-    assert parameterize_weights(gm, table).rewritten == []
+    assert parameterize_weights(gm, table).replaced == []
     assert text_of(gm) == once
 
 

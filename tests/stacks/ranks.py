@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import slcompile
-from slcompile.backend import RUN, sltrain
+from slcompile.backend import sltrain
+from slcompile.captured import REQUIRED_SETTINGS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -23,7 +24,7 @@ import pretrain_distributed as example
 
 STEPS = 3
 CONFIG = slcompile.SLConfig(rank=8, density=0.05)  # no seed: processes agree without one
-LIGHT = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(RUN, True)}}
+LIGHT = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(REQUIRED_SETTINGS, True)}}
 """Options with which our passes run and Inductor calls ATen instead of compiling C++, which takes most time."""
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,9 @@ import ranks
 import torch
 
 import slcompile
+from tests.testing import torchrun
 
 RANKS = Path(ranks.__file__)
-
-
-def torchrun(*command: object, processes: int = 2) -> str:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def on_two(name: str, folder: Path) -> list[dict[str, Any]]:

@@ -286,16 +286,16 @@ def check_report(
     modules: Mapping[str, nn.Module],
 ) -> None:
     """Counts what was found, replaced and left; what eager matmuls read must be there, each reason must be true."""
-    decisions = [*report.rewritten, *report.skipped] if report else []
+    decisions = [*report.replaced, *report.left] if report else []
     # A weight that its module replaces while it runs, as by .to(dtype), is none that the graph's matmul reads.
     found = {each.name for each in decisions if each.matmuls or "set_" in each.detail}
     missed = [names[0] for names, _ in read if found.isdisjoint(names)]
     if missed:
         row.failures.append(f"matmuls read {', '.join(missed)}, which the report does not say")
     row.matmuls = sum(each.matmuls for each in decisions)
-    row.replaced = sum(each.matmuls for each in report.rewritten) if report else 0
+    row.replaced = sum(each.matmuls for each in report.replaced) if report else 0
     elements = {each.name: torch.Size(each.shape).numel() for each in decisions if each.name in found}
-    row.share = sum(elements[each.name] for each in report.rewritten) / sum(elements.values()) if elements else 0.0
+    row.share = sum(elements[each.name] for each in report.replaced) / sum(elements.values()) if elements else 0.0
     left = [each for each in decisions if each.reason and each.name in found]
     row.left = dict(Counter(each.reason for each in left))
     tied = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}

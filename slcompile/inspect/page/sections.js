@@ -329,7 +329,7 @@ function drawPasses(passes, linkOf) {
 
 function passRow(pass) {
   const mark = verdict(pass.changed, "●", "changed", "unchanged");
-  const counts = ["created", "erased", "rewritten", "skipped"].map((name) =>
+  const counts = ["created", "erased", "replaced", "left"].map((name) =>
     h("span", { class: pass[name] ? "count" : "count muted" }, `${integer(pass[name])} ${name}`),
   );
   const head = [h("code", {}, pass.name), mark, counts, h("span", { class: "count time" }, seconds(pass.seconds))];

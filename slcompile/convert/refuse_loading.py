@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from slcompile import torch_private
-from slcompile.weight import SUFFIX, SLWeight
+from slcompile.names import SUFFIX
+from slcompile.weight.structure import FactorizedWeight
 
-VALUES = f"{SUFFIX}.values"
+_PART = f"{SUFFIX}."
+"""What follows the dense weight's name in the key of each part of a factorized weight."""
 
 
 def watch_loading() -> None:
@@ -26,7 +28,7 @@ def require_same_form(model: nn.Module, state: Any) -> None:
     """Raises RuntimeError, as loading does, where a weight is factorized in the state dict or in the model only."""
     if not isinstance(state, Mapping):
         return  # load_state_dict says so itself
-    factorized = {key.removesuffix(VALUES) for key in state if key.endswith(VALUES)}
+    factorized = {key.rpartition(_PART)[0] for key in state if _PART in key}
     if factorized:
         dense = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in factorized]
         if dense:
@@ -34,7 +36,9 @@ def require_same_form(model: nn.Module, state: Any) -> None:
                 f"the state dict holds the factors of {_listed(dense)}, dense in this {type(model).__name__}: call "
                 "slcompile.factorize_(model, config) before loading, with the config of the training"
             )
-    weights = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, SLWeight)]
+    weights = [
+        name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FactorizedWeight)
+    ]
     dense = [name for each in weights if (name := each.removesuffix(SUFFIX)) in state]
     if dense:
         raise RuntimeError(

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile import torch_private
-
-
-def plain_name(name: str) -> str:
-    """A qualified name without the wrappers around modules, which are no part of a weight's name."""
-    for wrapped in torch_private.WRAPPED:
-        name = name.replace(f"{wrapped}.", "")
-    return name
+from slcompile.names import plain_name
 
 
 @dataclass
@@ -99,30 +91,6 @@ def owners_among(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> 
             if id(parameter) in wanted:
                 wanted[id(parameter)].append((module, name))
     return wanted
-
-
-_known_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def remember_owners(parameter: Tensor, owners: Iterable[tuple[nn.Module, str]]) -> None:
-    """Keeps who owns a parameter for ``in_training``, which would else walk over all objects for each parameter."""
-    _known_owners[parameter] = [(weakref.ref(module), name) for module, name in owners]
-
-
-def in_training(parameter: Tensor) -> bool:
-    """Whether a parameter is owned by modules of which none is in ``.eval()``; runs at every call of a graph."""
-    alive = _alive_owners(parameter)
-    if not alive:
-        remember_owners(parameter, LiveObjects.find().owners([parameter])[id(parameter)])
-        alive = _alive_owners(parameter)
-    return bool(alive) and all(module.training for module in alive)
-
-
-def _alive_owners(parameter: Tensor) -> list[nn.Module]:
-    """The owners found before; none where one of them is gone or owns it no more."""
-    found = [(reference(), name) for reference, name in _known_owners.get(parameter, ())]
-    modules = [module for module, name in found if module is not None and module._parameters.get(name) is parameter]
-    return modules if len(modules) == len(found) else []
 
 
 def wrapper_of(ancestors: Iterable[nn.Module], parameter: Tensor) -> str | None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from slcompile import torch_private
-from slcompile.backend import JOINT_HOOK, GraphPasses
+from slcompile.captured import JOINT_HOOK, GraphPasses
 from slcompile.config import SLConfig
 from slcompile.passes import joint_passes, post_passes, run
-from slcompile.weight import SLWeight
+from slcompile.weight.structure import FactorizedWeight
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a model."""
@@ -68,7 +68,8 @@ def capture(model: nn.Module, call: Call, dtype: torch.dtype | None, device: str
                     module._parameters[name] = made.setdefault(id(parameter), new)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
-    values = {id(each.values) for each in model.modules() if isinstance(each, SLWeight)}
+    parts = [module.parts() for module in model.modules() if isinstance(module, FactorizedWeight)]
+    values = {id(each) for part in parts for each in part["values"]}
     found: list[Graphs] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

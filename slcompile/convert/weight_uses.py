@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import fx, nn
 from torch.nn import functional
 
 from slcompile import torch_private
+from slcompile.config import SLConfig
+from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import WeightUse, find_matmuls, is_weight
 
 # They read a matrix in ATen as they do in the captured graph.
-_PLAIN = {functional.embedding, functional.linear, operator.matmul, torch.addmm, torch.matmul, torch.mm, *WEIGHT_OPS}
+_PLAIN = {functional.embedding, functional.linear, operator.matmul, torch.addmm, torch.matmul, torch.mm}
 
 
 def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, WeightUse]:
@@ -41,7 +43,7 @@ def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, 
 def _reads_are_plain(placeholder: fx.Node, weight: nn.Parameter) -> bool:
     """Whether the captured graph shows how it reads a weight: tracing it to ATen would take a fifth of capturing it."""
     is_matrix = type(weight) is nn.Parameter and weight.dim() == 2
-    return is_matrix and all(user.target in _PLAIN for user in placeholder.users)
+    return is_matrix and all(user.target in _PLAIN or user.target in WEIGHT_OPS for user in placeholder.users)
 
 
 def _read_with_grad(gm: fx.GraphModule) -> set[int]:
@@ -92,3 +94,34 @@ def captured_uses(
         found.clear()  # Dynamo's cache holds the backend, which must not hold the dense weights
         for buffer, before in buffers:
             buffer.copy_(before)
+
+
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yields path, module and input dimension of every nn.Linear and transformers' Conv1D."""
+    for path, module in model.named_modules():
+        is_conv1d = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+        if isinstance(module, nn.Linear) or is_conv1d:
+            yield plain_name(path), module, 0 if is_conv1d else 1
+
+
+def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Parameter, WeightUse]]:
+    """Collects the weights of a model's linear layers, without its graph.
+
+    Raises:
+        ValueError: One that the patterns include is of a scripted module or carries a parametrization.
+    """
+    for path, module in model.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule) and is_weight(getattr(module, "weight", None))
+        name = plain_name(qualified(path, "weight"))
+        if scripted and config.includes(name):
+            raise ValueError(f"{name} is of a scripted module and cannot be factorized; exclude it, or script later")
+    uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
+    for path, module, input_dim in linear_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is None:
+            name = qualified(path, "weight")
+            if nn.utils.parametrize.is_parametrized(module, "weight") and config.includes(name):
+                raise ValueError(f"{name} carries a parametrization; remove it, or exclude the weight")
+            continue  # already factorized, or not a parameter
+        uses.setdefault(id(weight), (weight, WeightUse(input_dim=input_dim)))[1].matmuls.append("linear")
+    return list(uses.values())

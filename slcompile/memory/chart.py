@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from slcompile.export.files import beside, move_into_place, writable_file
-from slcompile.liveness import PARTS
-from slcompile.memory import MemoryReport
+from slcompile.files import beside, move_into_place, writable_file
+from slcompile.memory.liveness import PARTS
+from slcompile.memory.report import MemoryReport
 
 FORMATS = (".png", ".svg")
 

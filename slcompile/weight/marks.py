@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-if TYPE_CHECKING:
-    from slcompile.weight import SLWeight
-
 _RETIRED, _SUCCESSOR, _VALUES = "_slcompile_retired", "_slcompile_successor", "_slcompile_values"
 _hook: Any = None
 
 
-def retire(parameter: nn.Parameter, why: str, successor: SLWeight | None = None) -> None:
+def retire(parameter: nn.Parameter, why: str, successor: nn.Module | None = None) -> None:
     """Marks a parameter that no module holds any more; ``successor`` is what took its place."""
     _watch()
     setattr(parameter, _RETIRED, why)
     setattr(parameter, _SUCCESSOR, successor)
 
 
-def successor_of(parameter: torch.Tensor) -> SLWeight | None:
+def successor_of(parameter: torch.Tensor) -> Any:
     """What took a retired dense weight's place; None for any other tensor."""
     return getattr(parameter, _SUCCESSOR, None)
 

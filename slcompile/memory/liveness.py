@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
+from slcompile.memory.graphs import Graphs
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import arguments
-from slcompile.step_graphs import Graphs
 
 PARTS = (
     "parameters",

@@ -67,4 +67,4 @@ def _script(name: str) -> str:
 
 
 def _read(name: str) -> str:
-    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")

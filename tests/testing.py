@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
@@ -10,8 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import slcompile
+from slcompile.captured import REQUIRED_SETTINGS
 
 OPTIONS = {"rank": 8, "density": 0.05, "init": "spectral"}
+LITE = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(REQUIRED_SETTINGS, True)}}
+"""Options with which our passes run and Inductor calls ATen instead of compiling C++, which takes most time."""
 
 
 class Model(nn.Module):
@@ -67,3 +73,12 @@ def saved_for_backward(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return run(), saved
+
+
+def torchrun(*command: object, processes: int = 2) -> str:
+    """Runs a script on several processes; returns what it printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from slcompile.support import flat_positions
+from slcompile.ops.support import flat_positions
 
 TRAINED_RATIO = 1.5
 """A weight looks trained if its largest singular value is above this many Marchenko-Pastur edges."""

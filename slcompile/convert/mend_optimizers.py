@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from slcompile.names import SUFFIX
 from slcompile.optim import PerLayer
-from slcompile.step_hook import MATRIX_ONLY, is_matrix_only
-from slcompile.weight import SUFFIX, SLWeight
+from slcompile.weight.marks import MATRIX_ONLY, is_matrix_only
 
 
 def positions(roots: Sequence[nn.Module]) -> dict[int, int]:
@@ -52,11 +52,11 @@ def require_mendable(optimizers: Iterable[Optimizer], replaced: Mapping[int, str
 
 def mend(
     optimizers: Iterable[Optimizer],
-    weights: Mapping[int, SLWeight],
+    weights: Mapping[int, nn.Module],
     before: Mapping[int, int],
     after: Mapping[int, int],
 ) -> None:
-    """Puts B, A and values in the place of each dense weight, in the groups that hold it.
+    """Puts the trained parts of a weight in the place of the dense one, in the groups that hold it.
 
     Lists are edited in place, all or none. A group that was in the order of ``parameters()`` is so afterwards, so that
     the optimizer's state dict fits an optimizer made of the converted model. Per-layer optimizers hook the new ones.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 from slcompile.config import SLConfig
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import Decision
-from slcompile.weight import values_shape
+from slcompile.weight.structure import structure_of
 
 
 def decide(
     names: Sequence[str], weight: Tensor, use: WeightUse, config: SLConfig, owners: Sequence[nn.Module]
 ) -> Decision:
-    """Whether a weight is factorized: ``reason`` is empty, or the code of why it stays dense."""
+    """Decides whether a weight is factorized: ``reason`` is empty, or the code of why it stays dense."""
     reason, detail = structural_reason(weight, use, config)
     if not reason:
         reason, detail = nominal_reason(names, owners, config)
@@ -25,11 +24,11 @@ def decide(
 
 
 def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple[str, str]:
-    """Why no weight of this shape, dtype and use is factorized: a code and a sentence, or two empty strings.
+    """Says why no weight of this shape, dtype and use is factorized: a code and a sentence, or two empty strings.
 
-    This much is the same for every model that runs a graph: Dynamo guards on it. The codes, in the order in which
-    they are looked for: ``no_matmul``, ``other_use`` (``tied`` to an embedding), ``no_grad``, ``not_2d``, ``dtype``,
-    ``frozen``, ``too_small``, ``no_saving``.
+    Depends only on what Dynamo guards on, so it holds for every model that reuses the graph. The codes, in the order in
+    which they are looked for: ``no_matmul``, ``other_use`` (``tied`` to an embedding), ``no_grad``, ``not_2d``,
+    ``dtype``, ``frozen``, ``too_small``, ``no_saving``.
     """
     if not use.matmuls:
         return "no_matmul", f"read by {', '.join(sorted(set(use.others))) or 'nothing'}, not by a matmul"
@@ -41,22 +40,22 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
         return "no_grad", "read under torch.no_grad() alone"
     if weight.dim() != 2 and not use.stacked:
         return "not_2d", f"has {weight.dim()} dimensions, and is not read as a stack of matrices"
+    if weight.dim() != 2 and not structure_of(config).takes_stacks:
+        return "not_2d", f"is a stack of matrices, of which the structure {config.structure!r} takes none"
     if not weight.is_floating_point():
         return "dtype", f"{weight.dtype} is not a floating-point type"
     if not weight.requires_grad:
         return "frozen", "requires_grad is False"
-    *stack, rows, columns = weight.shape
-    if min(rows, columns) < config.min_dim:
+    if min(weight.shape[-2:]) < config.min_dim:
         return "too_small", f"has fewer than {config.min_dim} rows or columns (min_dim)"
-    rank = config.rank_for(rows, columns)
-    factored = math.prod(stack) * rank * (rows + columns) + math.prod(values_shape(weight.shape, config))
-    if factored >= weight.numel():
-        return "no_saving", f"rank {rank} and its non-zeros take {factored} parameters, dense {weight.numel()}"
+    size = structure_of(config).size(weight.shape, config)
+    if size >= weight.numel():
+        return "no_saving", f"its factors take {size} parameters at this rank, dense {weight.numel()}"
     return "", ""
 
 
 def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SLConfig) -> tuple[str, str]:
-    """Why this one weight is not factorized: ``not_owned``, ``recurrent``, ``tied`` or ``excluded``.
+    """Says why this one weight is not factorized: ``not_owned``, ``recurrent``, ``tied`` or ``excluded``.
 
     Args:
         names: All its fully qualified names; a tied weight has several.

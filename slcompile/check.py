@@ -1,0 +1,305 @@
+"""Is my run healthy? ``check`` compares what is compiled with eager mode on a user's own model and batch.
+
+The yardstick is float64. What is compiled may be as far from it as eager mode is, times a little luck, plus the
+rounding of a sum of 256 terms. Whatever is further is a wrong number, and is traced to a pass or to a weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slcompile import torch_private
+from slcompile.config import LOWERINGS, SKIPPABLE, SLConfig, checked_config
+from slcompile.convert.ledger import EXPLICIT, Ledger
+from slcompile.factorize import factorize_model, factors, merge_, merge_some
+from slcompile.models import arguments_for, unwrapped
+from slcompile.weight.placing import base_class
+from slcompile.weight.structure import FactorizedWeight
+
+LUCK = 4
+"""Both distances from float64, eager's and the compiled run's, are random: one may be a few times the other."""
+
+ULPS = 16
+"""Units in the last place of a sum of 256 terms, which rounds as a random walk."""
+
+MODES = ("training", "inference")
+
+Loss = Callable[[Any], Tensor]
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far one tensor of one run is from float64.
+
+    Attributes:
+        run: Such as ``"training, factored"``.
+        tensor: Such as ``"gradient of layers.0.weight_sl.B"`` or ``"output logits"``.
+        relative: Norm of the difference, divided by the exact norm.
+        share: The same as a share of what is allowed; above 1 it is a wrong number.
+    """
+
+    run: str
+    tensor: str
+    relative: float
+    share: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What ``check`` found.
+
+    Attributes:
+        model: Name of its class.
+        versions: Of Python, torch and what else matters.
+        config: The options.
+        weights: Names of the factorized weights.
+        worst: For each run, the tensor that is furthest in what is allowed.
+        wrong: Every tensor that is further than is allowed.
+        blame: For each run that is wrong, a sentence on what is to blame.
+    """
+
+    model: str
+    versions: Mapping[str, str]
+    config: Mapping[str, Any]
+    weights: tuple[str, ...]
+    worst: tuple[Distance, ...]
+    wrong: tuple[Distance, ...]
+    blame: Mapping[str, str]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.wrong
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON holds it."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        verdict = "healthy" if self.is_healthy else f"{len(self.wrong)} wrong tensors"
+        lines = [
+            f"{self.model}: {verdict}; {len(self.weights)} factorized weights",
+            ", ".join(f"{name} {number}" for name, number in self.versions.items()),
+            ", ".join(f"{name}={value!r}" for name, value in self.config.items()),
+            "",
+            f"{'run':28}{'of what is allowed':>20}{'relative':>12}  furthest tensor",
+        ]
+        lines += [f"{each.run:28}{each.share:>20.2f}{each.relative:>12.1e}  {each.tensor}" for each in self.worst]
+        for run, sentence in self.blame.items():
+            lines += ["", f"{run}: {sentence}"]
+            lines += [
+                f"  {each.tensor}: {each.relative:.1e} relative, {each.share:.1f} of what is allowed"
+                for each in self.wrong
+                if each.run == run
+            ]
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module,
+    args: Sequence[Any] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: SLConfig | None = None,
+    loss: Loss | None = None,
+) -> CheckReport:
+    """Compares a model's compiled training step and inference with eager mode, under each lowering, against float64.
+
+    Compared are all floating-point outputs and the gradient of every parameter, and the outputs after merging. Copies
+    of the model are run: several of its size in memory, and as many compiles. Factors that start at zero are filled
+    with small random numbers first, since behind them every gradient is zero.
+
+    Args:
+        model: Is not changed. A dense one is factorized as ``factorize_(model, config, example_args=args)`` would.
+        args, kwargs: A batch.
+        config: Defaults to ``SLConfig()``; of a factorized model only ``keep_weights`` and the like count.
+        loss: Makes the number to differentiate from what the model returns. By default the output called ``loss``, if
+            there is one, and the mean square distance of every other output from 1.
+
+    Raises:
+        ValueError: As ``factorize_``; or the model returns nothing that depends on a parameter.
+    """
+    config = checked_config(config)
+    model = copy.deepcopy(unwrapped(model))
+    batch = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
+    if not any(isinstance(module, FactorizedWeight) for module in model.modules()):
+        factorize_model(model, config, *batch, Ledger(silent=True))
+    vars(model).setdefault(EXPLICIT, config)  # so that weights which are merged to find the one to blame stay dense
+    _fill(model)
+    checker = _Checker(model, batch, config, loss or _default_loss)
+    distances = {f"{mode}, {lowering}": checker.distances(mode, lowering) for mode in MODES for lowering in LOWERINGS}
+    distances["inference, merged"] = checker.merged_distances()
+    worst = [max(found, key=lambda each: each.share) for found in distances.values() if found]
+    wrong = [each for found in distances.values() for each in found if not each.share <= 1]
+    blame = {run: checker.blame(run) for run in dict.fromkeys(each.run for each in wrong)}
+    return CheckReport(
+        base_class(model).__name__,
+        _versions(),
+        {field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        tuple(checker.names),
+        tuple(worst),
+        tuple(wrong),
+        blame,
+    )
+
+
+class _Checker:
+    """A factorized model, what eager mode and float64 give for it, and the runs that are compared with them."""
+
+    def __init__(self, model: nn.Module, batch: Any, config: SLConfig, loss: Loss) -> None:
+        self.model, self.batch, self.config, self.loss = model, batch, config, loss
+        self.names = list(factors(model))
+        exact = copy.deepcopy(model).double()
+        self.eager = {mode: self._measure(model, mode) for mode in MODES}
+        self.exact = {mode: self._measure(exact, mode) for mode in MODES}
+
+    def distances(
+        self, mode: str, lowering: str, skip: tuple[str, ...] = (), dense: Sequence[str] = ()
+    ) -> list[Distance]:
+        """Returns the distance of each tensor of a compiled run.
+
+        Args:
+            mode: In ``MODES``.
+            lowering: In ``LOWERINGS``.
+            skip: Passes that are left out.
+            dense: Weights that are merged to dense before; what is told of them is left out.
+        """
+        model = copy.deepcopy(self.model)
+        merge_some(model, dense)
+        options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        options |= {"lowering": lowering, "skip_passes": skip, "inductor": {"fallback_random": True}}
+        compiled = torch.compile(model, backend="sltrain", options=options)
+        with torch_private.unlimited_recompiles():
+            found = self._measure(model, mode, compiled)
+        return self._compare(f"{mode}, {lowering}", mode, found)
+
+    def merged_distances(self) -> list[Distance]:
+        """Returns the distance of each output of the merged model in eager mode."""
+        merged = merge_(copy.deepcopy(self.model))
+        return self._compare("inference, merged", "inference", self._measure(merged, "inference"))
+
+    def dense_is_wrong(self, mode: str) -> bool:
+        """Whether Inductor alone gets the merged model wrong."""
+        merged = merge_(copy.deepcopy(self.model))
+        exact = self._measure(copy.deepcopy(merged).double(), mode)
+        eager = self._measure(merged, mode)
+        with torch_private.unlimited_recompiles():
+            found = self._measure(merged, mode, torch.compile(merged, options={"fallback_random": True}))
+        return any(not _share(found[name], eager[name], exact[name])[1] <= 1 for name in exact.keys() & found.keys())
+
+    def blame(self, run: str) -> str:
+        """Says what a wrong run has to be blamed on, by leaving out passes, then weights."""
+        mode, lowering = run.split(", ")
+        if lowering == "merged":
+            return "the merged weights are not what the factors compose to"
+        if self.dense_is_wrong(mode):
+            return "Inductor alone, without slcompile, gets the merged model wrong as well: report it to PyTorch"
+        for name in SKIPPABLE:
+            if self._is_right(mode, lowering, skip=(name,)):
+                return f'the pass {name} is to blame: options={{"skip_passes": ["{name}"]}} avoids it'
+        suspects = list(self.names)
+        while len(suspects) > 1:
+            half = suspects[: len(suspects) // 2]
+            others = [name for name in self.names if name not in half]
+            is_there = not self._is_right(mode, lowering, dense=others)
+            suspects = half if is_there else suspects[len(half) :]
+        others = [name for name in self.names if name not in suspects]
+        if not self._is_right(mode, lowering, dense=others):
+            avoid = f'options={{"exclude": ["{suspects[0]}"]}} avoids it'
+            return f"no single pass is to blame; the weight {suspects[0]} alone shows it: {avoid}"
+        return "no single pass and no single weight is to blame"
+
+    def _is_right(self, mode: str, lowering: str, skip: tuple[str, ...] = (), dense: Sequence[str] = ()) -> bool:
+        return all(each.share <= 1 for each in self.distances(mode, lowering, skip, dense))
+
+    def _measure(self, model: nn.Module, mode: str, run: Run | None = None) -> dict[str, Tensor]:
+        """The outputs of a model, and in training the gradients; on the same random numbers each time."""
+        args, kwargs = arguments_for(model, self.batch)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        model.train(mode == "training").zero_grad()
+        try:
+            with _seeded(model), torch.set_grad_enabled(mode == "training"):
+                outputs = (model if run is None else run)(*args, **kwargs)
+                found = {f"output {'.'.join(path)}".strip(): leaf for path, leaf in _tensors(outputs)}
+                if mode == "training":
+                    self.loss(outputs).backward()
+            found = {name: leaf.detach().clone() for name, leaf in found.items()}
+            gradients = {f"gradient of {name}": each.grad for name, each in model.named_parameters()}
+            return found | {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+        finally:
+            model.zero_grad()
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    def _compare(self, run: str, mode: str, found: Mapping[str, Tensor]) -> list[Distance]:
+        eager, exact, lowering = self.eager[mode], self.exact[mode], run.split(", ")[1]
+        distances = []
+        for name, truth in exact.items():
+            if name in found:
+                distances.append(Distance(run, name, *_share(found[name], eager[name], truth)))
+            elif bool(truth.any()) and lowering != "merged":
+                distances.append(Distance(run, f"{name}, which is missing", 1.0, math.inf))
+        return distances
+
+
+def _share(found: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float]:
+    """The distance of a tensor from the exact one, relative to its norm, and as a share of what is allowed."""
+    ulp = torch.finfo(eager.dtype).eps / 2
+    error, norm = (found.double() - exact).norm(), exact.norm()
+    allowed = LUCK * (eager.double() - exact).norm() + ULPS * ulp * norm
+    if not bool(error):
+        return 0.0, 0.0
+    return (error / norm).item(), (error / allowed).item()
+
+
+def _tensors(outputs: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    for path, leaf in torch_private.leaves_with_paths(outputs):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            yield path, leaf
+
+
+def _default_loss(outputs: Any) -> Tensor:
+    leaves = [(path, leaf) for path, leaf in _tensors(outputs) if leaf.requires_grad]
+    if not leaves:
+        raise ValueError("model returns no floating-point tensor that depends on a parameter; give loss")
+    parts = [leaf.sum() if path[-1:] == ("loss",) else (leaf - 1).square().mean() for path, leaf in leaves]
+    return torch.stack([part.reshape(()) for part in parts]).sum()
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    """Leaves the start of training, where a factor is zero and so is the gradient of the other."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for module in model.modules():
+            for factor in module.parameters() if isinstance(module, FactorizedWeight) else ():
+                if not bool(factor.any()):
+                    factor.copy_(torch.randn(factor.shape) * 0.05)
+
+
+@contextmanager
+def _seeded(model: nn.Module) -> Iterator[None]:
+    devices = sorted({each.device.index or 0 for each in model.parameters() if each.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(7)
+        yield
+
+
+def _versions() -> dict[str, str]:
+    packages = [name for name in ("slcompile", "torch", "triton", "transformers") if find_spec(name) is not None]
+    own = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    return own | {name: version(name) for name in packages}

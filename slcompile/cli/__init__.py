@@ -1,0 +1,26 @@
+"""The command line: ``slcompile check``, ``diff``, ``export``, ``memory`` and ``rates``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from slcompile.cli import check, diff, export, memory, rates
+
+COMMANDS = (check, diff, export, memory, rates)
+"""Modules with ``add(commands)``, which adds a parser, and ``run(args)``, which does what it parsed and may return
+an exit code."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; errors that a user can mend are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="slcompile", description="Inspect, estimate and export slcompile models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add(commands).set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"slcompile: {error}", file=sys.stderr)
+        return 2

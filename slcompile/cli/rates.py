@@ -1,0 +1,45 @@
+"""``slcompile rates``: by which rates lowerings are chosen."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from slcompile import cost
+from slcompile.measure import measure_rates
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "rates",
+        help="show the device's rates, by which the lowering of each matmul is chosen",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", default="cpu", help="show the rates of cpu or cuda")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="use so many threads of the CPU")
+    parser.add_argument("--measure", action="store_true", help="measure and store them for later compiles")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device must be cpu, or cuda where there is a GPU, got {args.device}")
+    if args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if args.measure:
+        found, path = measure_rates(device)
+        print(f"measured, stored in {path}")
+    else:
+        found = cost.rates(device)
+        stored = cost.stored_rates(device)
+        print(f"from {stored}" if stored else "defaults of the device's class; --measure measures them")
+    for kind, by_dtype in (("dense matmul", found.matmul), ("sparse matmul", found.sparse)):
+        print(f"{kind:14} " + ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in by_dtype.items()) + "  GFLOP/s")
+    print(f"{'memory':14} {found.memory / 1e9:.4g}  GB/s")
+    print(f"{'positions':14} {found.entries / 1e6:.4g}  million/s")

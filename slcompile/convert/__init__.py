@@ -1,0 +1,1 @@
+"""Dense weights to factors, all or nothing."""

@@ -1,0 +1,115 @@
+"""The weights of a model, gathered with owners, names and uses, and decided on once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+
+from slcompile.config import SLConfig
+from slcompile.convert.eligibility import decide
+from slcompile.convert.ledger import EXPLICIT
+from slcompile.convert.weight_uses import linear_modules
+from slcompile.passes.find_matmuls import WeightUse
+from slcompile.passes.graph import Decision, PassReport
+from slcompile.weight.owners import LiveObjects, owners_among
+
+
+@dataclass
+class Candidate:
+    """A dense weight, what holds it, and whether it is to be converted.
+
+    Attributes:
+        decision: Its fully qualified name, and the reason why it stays dense, if it does.
+        weight: The dense parameter, [rows, columns] or [experts, rows, columns].
+        owners: Every (module, attribute) that holds it.
+        input_dim: Dimension of the matrix that its matmul contracts.
+    """
+
+    decision: Decision
+    weight: nn.Parameter
+    owners: list[tuple[nn.Module, str]]
+    input_dim: int
+
+    @property
+    def name(self) -> str:
+        """Fully qualified name."""
+        return self.decision.name
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether it is to be converted."""
+        return not self.decision.reason
+
+
+@dataclass
+class Candidates:
+    """All weights that were asked about, in order."""
+
+    weights: list[Candidate] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> list[Candidate]:
+        """Those to be converted."""
+        return [candidate for candidate in self.weights if candidate.is_chosen]
+
+    def report(self) -> PassReport:
+        """Returns the decisions, those to be converted as replaced."""
+        report = PassReport("weights")
+        for candidate in self.weights:
+            report.add(candidate.decision, candidate.is_chosen)
+        return report
+
+
+def gather(
+    uses: Iterable[tuple[nn.Parameter, WeightUse]],
+    config: SLConfig,
+    live: LiveObjects,
+    *,
+    model: nn.Module | None = None,
+    rewriting: bool = False,
+) -> Candidates:
+    """Finds who owns each weight and what it is called, and decides whether it is to be converted.
+
+    Args:
+        uses: Weights, and how they are used.
+        config: The options.
+        live: The objects of the process.
+        model: In which names begin, whatever contains it. None: each weight's own outermost module; then weights below
+            a model that was factorized explicitly stay as they are.
+        rewriting: Whether ``rewrite`` asks, which edits the graph ``model`` itself: only then a weight that a
+            GraphModule owns is converted, and only what ``model`` owns is.
+    """
+    uses = list(uses)
+    weights = [weight for weight, _ in uses]
+    found = owners_among(model.modules(), weights) if rewriting and model is not None else live.owners(weights)
+    result = Candidates()
+    for weight, use in uses:
+        owners = found[id(weight)]
+        modules = [module for module, _ in owners]
+        names = _names(weight, modules, live, model)
+        decision = decide(names, weight, use, config, modules)
+        if model is None and any(EXPLICIT in vars(each) for module in modules for each in live.ancestors(module)):
+            decision = replace(decision, reason="explicit", detail="left by an explicit factorize_ of the model")
+        elif decision.reason == "" and not rewriting and any(isinstance(module, fx.GraphModule) for module in modules):
+            detail = "a GraphModule owns it and reads it itself; use slcompile.rewrite"
+            decision = replace(decision, reason="graph_module", detail=detail)
+        result.weights.append(Candidate(decision, weight, owners, use.input_dim))
+    return result
+
+
+def gather_linear(root: nn.Module, config: SLConfig, live: LiveObjects) -> Candidates:
+    """Gathers the weights of a model's linear layers in training, which are likely to be converted sooner or later."""
+    uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
+    for _, module, input_dim in linear_modules(root):
+        weight = module._parameters.get("weight")
+        if weight is not None and module.training:
+            uses[id(weight)] = weight, WeightUse(matmuls=["linear"], input_dim=input_dim)
+    return gather(uses.values(), config, live)
+
+
+def _names(weight: nn.Parameter, owners: Sequence[nn.Module], live: LiveObjects, model: nn.Module | None) -> list[str]:
+    if model is None and not owners:
+        return []
+    return live.names(model if model is not None else live.root(owners[0])).get(id(weight), [])

@@ -1,0 +1,120 @@
+"""The transaction that turns dense weights into factors: everything is checked and made first, or nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from slcompile.config import SLConfig
+from slcompile.convert.candidates import Candidate, gather_linear
+from slcompile.convert.ledger import Ledger
+from slcompile.convert.mend_optimizers import mend, positions, require_mendable
+from slcompile.names import SUFFIX
+from slcompile.optim import Update
+from slcompile.passes import PassReport
+from slcompile.weight.marks import retire
+from slcompile.weight.owners import LiveObjects, hooks_of, wrapper_of
+from slcompile.weight.placing import class_with, put_in_place, restore, sl_names, snapshot
+from slcompile.weight.start import looks_trained
+from slcompile.weight.structure import FactorizedWeight, structure_of
+
+
+def convert(
+    candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects, report: PassReport, ledger: Ledger
+) -> list[FactorizedWeight]:
+    """Converts weights in one transaction; the caller holds the ledger's lock.
+
+    Args:
+        candidates: What is converted.
+        config: The options.
+        live: The objects of the process, found after the lock was taken.
+        report: What the graph, or the call, replaces and leaves; it is noted in the ledger.
+        ledger: The process's, or an estimate's own.
+
+    Returns:
+        The weight module of each candidate, in order.
+
+    Raises:
+        ValueError: A weight, its module or an optimizer does not allow it; nothing is changed then.
+    """
+    roots = live.roots(candidate.weight for candidate in candidates)
+    record = ledger.record(roots)
+    # On the first conversion of a model, check its remaining linear weights as well, so that we refuse before anything
+    # changed.
+    coming = [] if record.begun else [each for root in roots for each in gather_linear(root, config, live).chosen]
+    checked = list({id(candidate.weight): candidate for candidate in [*coming, *candidates]}.values())
+    for candidate in checked:
+        _require_convertible(candidate, live)
+    require_mendable(live.optimizers, {id(candidate.weight): candidate.name for candidate in checked})
+    init = config.init
+    if init == "auto":
+        init = record.auto_init = record.auto_init or _init_of(checked)
+    weights = [
+        structure_of(config).from_dense(
+            candidate.weight.detach(), config, init, name=candidate.name, input_dim=candidate.input_dim
+        )
+        for candidate in candidates
+    ]
+    _swap(candidates, weights, live, roots)
+    for candidate, weight in zip(candidates, weights, strict=True):
+        retire(candidate.weight, f"{candidate.name} was converted to factors", weight)
+    pairs = [(candidate.weight, weight) for candidate, weight in zip(candidates, weights, strict=True)]
+    ledger.note_conversion(record, roots, pairs, init, report)
+    return weights
+
+
+def _init_of(checked: Sequence[Candidate]) -> str:
+    """What ``init="auto"`` comes to for a model with these weights."""
+    dense = (candidate.weight.detach() for candidate in checked)
+    return "spectral" if any(not weight.is_meta and looks_trained(weight) for weight in dense) else "kaiming"
+
+
+def _swap(
+    candidates: Sequence[Candidate],
+    weights: Sequence[FactorizedWeight],
+    live: LiveObjects,
+    roots: Sequence[torch.nn.Module],
+) -> None:
+    """Puts the weights in place and mends the optimizers; on any exception all is as it was."""
+    before = positions(roots)
+    modules = snapshot(module for candidate in candidates for module, _ in candidate.owners)
+    try:
+        for candidate, weight in zip(candidates, weights, strict=True):
+            for module, name in candidate.owners:
+                put_in_place(module, name, weight)
+        made = {id(candidate.weight): weight for candidate, weight in zip(candidates, weights, strict=True)}
+        mend(live.optimizers, made, before, positions(roots))
+    except BaseException:
+        restore(modules)
+        raise
+
+
+def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
+    name, weight = candidate.name, candidate.weight
+    for module, attribute in candidate.owners:
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{name} cannot be factorized: its owner is a scripted module; exclude it")
+        if module._parameters.get(attribute) is not weight:
+            raise ValueError(f"{name} is no longer the parameter that its owner {kind} holds")
+        if hasattr(module, attribute + SUFFIX):
+            raise ValueError(
+                f"{name} cannot be factorized: its owner {kind} already has an attribute {attribute}{SUFFIX}"
+            )
+        try:
+            class_with(module, tuple(sorted({*sl_names(module), attribute})))
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be factorized: its class {kind} cannot be subclassed ({error})") from error
+        wrapper = wrapper_of(live.ancestors(module), weight)
+        if wrapper is not None:
+            raise ValueError(
+                f"{name} is already held by {wrapper}; factorize the model first (slcompile.factorize_), then wrap it"
+            )
+    hook = hooks_of(weight, allowed=Update)  # which mend moves to the factors
+    if hook is not None:
+        raise ValueError(f"{name} carries {hook}, which would be lost; register it after conversion, on the factors")
+    if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
+        raise ValueError(f"{name} contains NaN or Inf")
+    if weight.grad is not None and bool(weight.grad.count_nonzero()):
+        raise ValueError(f"{name} has a gradient that conversion would lose; call zero_grad() before")

@@ -1,0 +1,216 @@
+"""What training a model takes, known before it is run: ``estimate_memory``, without a GPU and without the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slcompile import torch_private
+from slcompile.config import SLConfig, checked_config, did_you_mean
+from slcompile.convert.ledger import Ledger
+from slcompile.factorize import factorize_model
+from slcompile.memory.graphs import Call, capture
+from slcompile.memory.liveness import PARTS, PROOF_LAYERS, Event, Plan, profile, repeated, step_events
+from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
+from slcompile.memory.report import MemoryReport, Usage
+from slcompile.models import _transformers, meta_copy, unwrapped
+from slcompile.weight.structure import FactorizedWeight
+
+Build = Callable[[int | None], nn.Module]
+"""Makes a model on the meta device, with that many layers; None: as it is."""
+
+
+COMPILED = ("model", "layers")
+DEVICES = ("cpu", "cuda")
+
+
+def estimate_memory(
+    model_or_config: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: SLConfig | None = None,
+    optimizer: str = "adamw",
+    per_layer: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str = "cuda",
+    compiled: str | None = None,
+) -> MemoryReport:
+    """Estimates the memory of a training step from its graphs; nothing of the model's size is allocated.
+
+    A step is ``compiled_model(*args, **kwargs).loss.backward(); optimizer.step(); optimizer.zero_grad()``, any but the
+    first one. Of a model that returns no loss, the gradient of what it returns is counted, and the loss is not. Bytes
+    are those that tensors ask for; an allocator rounds and caches, and a CUDA context takes memory besides.
+
+    Args:
+        model_or_config: A dense model on any device, left as it is; or a transformers configuration with
+            ``num_hidden_layers``, of which a causal language model is built on the meta device. Of a deep one a few
+            layers are captured and one of them repeated, where that is shown to give what one layer more gives; else
+            all are.
+        args, kwargs: What the model is called with; only shapes and dtypes matter.
+        config: Defaults to ``SLConfig()``.
+        optimizer: One of ``OPTIMIZERS``.
+        per_layer: Whether ``slcompile.optim.per_layer`` updates parameters and frees gradients in the backward pass.
+        dtype: Of floating-point parameters and arguments; by default a model's own, and float32 for a configuration.
+        device: ``"cuda"`` or ``"cpu"``: whose lowerings and kernels. Without a GPU at hand, an sm_80's.
+        compiled: ``"model"``: in one graph, which returns all gradients at its end, too late for per-layer updates to
+            lower the peak. ``"layers"``: each layer by itself; what lies between them is taken to be fused too. By
+            default ``"layers"`` with per-layer updates.
+
+    Raises:
+        ValueError: An argument is not allowed, or as ``factorize_``.
+        ImportError: A configuration is given, and transformers is not installed.
+        torch._dynamo.exc.Unsupported: The model cannot be captured as one graph.
+    """
+    config = checked_config(config)
+    compiled = compiled or ("layers" if per_layer else "model")
+    for name, value, allowed in (
+        ("optimizer", optimizer, tuple(OPTIMIZERS)),
+        ("device", device, DEVICES),
+        ("compiled", compiled, COMPILED),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")
+    kind = OPTIMIZERS[optimizer]
+    plan = Plan(device, kind.scratch_on(device), kind.together, per_layer, compiled == "layers")
+    call = (tuple(args), dict(kwargs or {}))
+    build, layers = _builder(model_or_config, dtype)
+    usages, depths = {}, []
+    described: set[str] = set()
+    for factorized in (True, False):
+        make = _factorizing(build, config, call) if factorized else build
+        events, depth = _step(make, layers, call, dtype, plan, config if factorized else None)
+        model = make(layers)
+        depths.append(depth)
+        described |= {key for each in model.modules() if isinstance(each, FactorizedWeight) for key in each.describe()}
+        for name in ("sltrain", "low_rank") if factorized else ("dense",):
+            usages[name] = _usage(model, events, kind, with_values=name != "low_rank")
+    asked: dict[str, Any] = {key: getattr(config, key) for key in ("rank", "density", "support") if key in described}
+    settings: dict[str, Any] = {
+        "optimizer": optimizer + (" per layer" if per_layer else ""),
+        "structure": config.structure,
+        **asked,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": device,
+        "compiled": compiled,
+    }
+    return MemoryReport(
+        **usages, layers=layers, captured_layers=max(filter(None, depths), default=None), settings=settings
+    )
+
+
+def held_memory(
+    model_or_config: Any, *, config: SLConfig, optimizer: str = "adamw", dtype: torch.dtype | None = None
+) -> dict[str, Usage]:
+    """What is held all the time, without the graphs: parameters, stored indices, buffers and optimizer state.
+
+    Args and errors as for ``estimate_memory``; weights are those of linear modules.
+
+    Returns:
+        ``"sltrain"``, ``"low_rank"`` and ``"dense"``.
+    """
+    build, layers = _builder(model_or_config, dtype)
+    factorized = _factorizing(build, config, None)(layers)
+    kind = OPTIMIZERS[optimizer]
+    return {
+        "sltrain": _usage(factorized, [], kind, with_values=True),
+        "low_rank": _usage(factorized, [], kind, with_values=False),
+        "dense": _usage(build(layers), [], kind, with_values=True),
+    }
+
+
+def _builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]:
+    """What makes the dense model, and its number of layers where that can be chosen."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
+    if isinstance(source, nn.Module):
+        model = unwrapped(source)
+        if any(isinstance(each, FactorizedWeight) for each in model.modules()):
+            raise ValueError("model_or_config must be a dense model, got a factorized one; give it before factorize_")
+        return lambda _: meta_copy(model).to(dtype).train(), None
+    layers = getattr(source, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ValueError(
+            "model_or_config must be a torch.nn.Module or a transformers configuration with num_hidden_layers, got "
+            f"{type(source).__name__}"
+        )
+    make = _transformers().AutoModelForCausalLM.from_config
+
+    def build(depth: int | None) -> nn.Module:
+        config = copy.deepcopy(source)
+        config.num_hidden_layers, config.use_cache = depth, False
+        if getattr(config, "layer_types", None):
+            config.layer_types = list(config.layer_types)[:depth]
+        with torch.device("meta"):
+            model: nn.Module = make(config).to(dtype or torch.float32).train()
+        return model
+
+    return build, layers
+
+
+def _factorizing(build: Build, config: SLConfig, call: Call | None) -> Build:
+    """Makes the factorized model; weights are found on the graph of a call, or without one by the kind of module."""
+
+    def make(depth: int | None) -> nn.Module:
+        model = build(depth)
+        if call is None:
+            return factorize_model(model, config, None, None, Ledger(silent=True))
+        dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+
+        def to_meta(each: Any) -> Any:
+            if not isinstance(each, Tensor):
+                return each
+            return torch.empty_like(each, device="meta", dtype=dtype if each.is_floating_point() else each.dtype)
+
+        args, kwargs = torch_private.map_leaves(to_meta, call)
+        return factorize_model(model, config, args, kwargs, Ledger(silent=True))
+
+    return make
+
+
+def _step(
+    make: Build, layers: int | None, call: Call, dtype: torch.dtype | None, plan: Plan, config: SLConfig | None
+) -> tuple[list[Event], int | None]:
+    """The events of a step of a model of this depth, and the depth of the deepest graphs that were made for them."""
+
+    def captured(depth: int | None) -> list[Event]:
+        return step_events(capture(make(depth), call, dtype, plan.device, config), plan)
+
+    proof = PROOF_LAYERS + 1
+    if layers is None or layers <= proof:
+        return captured(layers), layers
+    few, more = captured(PROOF_LAYERS), captured(proof)
+    if profile(repeated(few, proof)) != profile(more):
+        return captured(layers), layers
+    return repeated(few, layers), proof
+
+
+def _usage(model: nn.Module, events: Sequence[Event], optimizer: Optimizer, with_values: bool) -> Usage:
+    """Adds what is held all the time to the events of a step."""
+    parts = [module.parts() for module in model.modules() if isinstance(module, FactorizedWeight)]
+    left_out = set() if with_values else {id(each) for part in parts for each in part["values"]}
+    indices = {id(each): each for part in parts for each in part["indices"]}
+    parameters = [each for each in model.parameters() if id(each) not in left_out]
+    trained = [each for each in parameters if each.requires_grad]
+    now = dict.fromkeys(PARTS, 0)
+    now["parameters"] = sum(each.nbytes for each in parameters)
+    now["indices"] = sum(each.nbytes for each in indices.values()) if with_values else 0
+    now["buffers"] = sum(each.nbytes for each in model.buffers() if id(each) not in indices)
+    now["optimizer state"] = sum(optimizer.state(each.numel(), each.itemsize) for each in trained)
+    largest, at_peak, peak, where = dict(now), dict(now), sum(now.values()), "before the step"
+    places: dict[str, int] = {}
+    for event in events:
+        if event.of_values and not with_values:
+            continue
+        now[event.part] += event.size
+        total = sum(now.values())
+        largest[event.part] = max(largest[event.part], now[event.part])
+        label = event.label
+        places[label] = max(places.get(label, 0), total)
+        if total > peak:
+            at_peak, peak, where = dict(now), total, label
+    return Usage(sum(each.numel() for each in trained), largest, peak, where, at_peak, places)

@@ -1,0 +1,103 @@
+"""A user's model: without wrappers, its arguments, from a configuration."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from slcompile import torch_private
+from slcompile.config import did_you_mean
+from slcompile.torch_private import map_leaves
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model itself, where torch.compile's wrapper is given.
+
+    Raises:
+        ValueError: It is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return torch_private.without_wrappers(model)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Copies a model to the meta device; nothing of its size is allocated, and ties stay ties."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def arguments_for(model: nn.Module, arguments: Any) -> Any:
+    """Returns nested arguments on a model's device, floating-point ones in its dtype."""
+    parameter = next((each for each in model.parameters() if each.is_floating_point()), None)
+    if parameter is None:
+        return arguments
+
+    def move(each: Any) -> Any:
+        if not isinstance(each, Tensor):
+            return each
+        return each.to(parameter.device, parameter.dtype if each.is_floating_point() else each.dtype)
+
+    return map_leaves(move, arguments)
+
+
+LLAMAS = {
+    "llama-60m": (512, 1376, 8, 8),
+    "llama-130m": (768, 2048, 12, 12),
+    "llama-350m": (1024, 2736, 24, 16),
+    "llama-1b": (2048, 5461, 24, 32),
+    "llama-7b": (4096, 11008, 32, 32),
+}
+"""The paper's models: width, intermediate width, layers, heads; a vocabulary of 32000 and a head of its own."""
+
+
+def llama_config(name: str) -> Any:
+    """Returns the transformers configuration of one of ``LLAMAS``.
+
+    Raises:
+        ValueError: There is none of that name.
+        ImportError: transformers is not installed.
+    """
+    if name not in LLAMAS:
+        raise ValueError(f"model got {name!r}{did_you_mean(name, LLAMAS)}")
+    width, intermediate, layers, heads = LLAMAS[name]
+    return _transformers().LlamaConfig(
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    )
+
+
+def hf_config(path: str | os.PathLike[str]) -> Any:
+    """Returns the transformers configuration in a file, or in a directory's config.json.
+
+    Raises:
+        ValueError: There is no such file, or transformers cannot read it.
+        ImportError: transformers is not installed.
+    """
+    if not Path(path).exists():  # transformers would take the path for a name on the hub
+        raise ValueError(f"path of the configuration must be a file or a directory, got {os.fspath(path)!r}")
+    try:
+        return _transformers().AutoConfig.from_pretrained(os.fspath(path))
+    except OSError as error:
+        raise ValueError(f"{os.fspath(path)} holds no configuration that transformers can read: {error}") from error
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        message = 'a configuration needs transformers: pip install "slcompile[examples]"'
+        raise ImportError(message) from error
+    return transformers

@@ -1,0 +1,20 @@
+"""What a weight is called: its qualified name, and the name of the submodule that holds its factors."""
+
+from __future__ import annotations
+
+from slcompile import torch_private
+
+SUFFIX = "_sl"
+"""Name of the submodule beside the weight's; not the weight's own, which get_submodule would resolve to a tensor."""
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without the wrappers around modules, which are no part of a weight's name."""
+    for wrapped in torch_private.WRAPPED:
+        name = name.replace(f"{wrapped}.", "")
+    return name
+
+
+def qualified(path: str, name: str) -> str:
+    """The name of a module's attribute below the root that the module's ``path`` starts from; "" is the root itself."""
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,217 @@
+"""SLWeight: sparse plus low rank (SLTrain, arXiv 2406.02214), the structure that the package is named after."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slcompile import torch_private
+from slcompile.config import SLConfig
+from slcompile.cost import Matmul
+from slcompile.ops import compose, compose_reference
+from slcompile.ops.support import IMPORTED, draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
+from slcompile.weight.marks import mark_values
+from slcompile.weight.start import spectral_factors
+from slcompile.weight.structure import FactorizedWeight, register
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The parts of one factorized weight, ``scale * B @ A + S``, detached.
+
+    Attributes:
+        B: [rows, rank], or a stack [experts, rows, rank].
+        A: [rank, columns], or a stack.
+        values: [rows, groups] of the stratified support, [non-zeros] of the uniform one.
+        seed: Of the support.
+        index: Flat positions of the uniform support, ascending; None for the stratified one.
+        scale: Of the low-rank part.
+    """
+
+    B: Tensor
+    A: Tensor
+    values: Tensor
+    seed: int
+    index: Tensor | None
+    scale: float
+
+
+@register
+class SLWeight(FactorizedWeight):
+    """A weight ``W = scale * B @ A + S`` of shape [rows, columns] whose forward is one op, ``compose``.
+
+    Parameters ``B`` [rows, rank], ``A`` [rank, columns], ``values`` ([rows, groups] stratified, [non-zeros]
+    uniform); buffers ``seed`` (one int64) and, for the uniform support, ``index`` (int32, sorted). A stack of matrices
+    [experts, rows, columns] has stacks of factors; its support is that of one matrix of ``experts * rows`` rows.
+
+    ``config`` gives rank, density, alpha and support; ``config.seed`` and ``name`` give the seed. The factor at the
+    side of ``input_dim`` is the one that starts random. For the other arguments see ``FactorizedWeight``.
+    """
+
+    structure = "sparse_low_rank"
+    op = torch.ops.slcompile.compose.default
+    takes_stacks = True
+
+    B: nn.Parameter
+    A: nn.Parameter
+    values: nn.Parameter
+    seed: Tensor
+    index: Tensor  # of the uniform support only
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        config: SLConfig,
+        *,
+        name: str = "",
+        input_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape, config, input_dim=input_dim)
+        self.density, self.support = config.density, config.support
+        *stack, rows, columns = self.shape
+        self.rank = config.rank_for(rows, columns)
+        self._scale_ratio = (config.alpha / self.rank).as_integer_ratio()
+        self.drawn_seed = draw_seed(config.seed, name)
+        new = functools.partial(torch.empty, device=device, dtype=dtype)
+        self.B = nn.Parameter(new(*stack, rows, self.rank))
+        self.A = nn.Parameter(new(*stack, self.rank, columns))
+        self.values = nn.Parameter(new(values_shape(self.shape, config)))
+        mark_values(self.values)
+        self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device))
+        if self.support == "uniform":
+            index_dtype = uniform_dtype(*self.as_matrix)
+            self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
+        self._restore_support()
+
+    @classmethod
+    def size(cls, shape: Sequence[int], config: SLConfig) -> int:
+        *stack, rows, columns = shape
+        low_rank = math.prod(stack) * config.rank_for(rows, columns) * (rows + columns)
+        return low_rank + math.prod(values_shape(shape, config))
+
+    @property
+    def as_matrix(self) -> tuple[int, int]:
+        """Rows, those of a stack one after another, and columns."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank. Kept as a ratio of integers: with dynamic shapes, Dynamo makes floats of modules symbolic."""
+        numerator, denominator = self._scale_ratio
+        return numerator / denominator
+
+    @property
+    def nonzeros(self) -> int:
+        return self.values.numel()
+
+    @property
+    def compose_flops(self) -> int:
+        return self._matmul.compose_flops
+
+    def factored_flops(self, tokens: int) -> int:
+        return self._matmul.factored_flops(tokens)
+
+    @property
+    def _matmul(self) -> Matmul:
+        return Matmul(*self.as_matrix, self.rank, self.nonzeros, self.dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        mark_values(self.values)  # copies of a parameter do not carry its marks
+
+    def operands(self) -> dict[str, Tensor]:
+        where = "seed" if self.support == "stratified" else "index"
+        return {name: getattr(self, name) for name in ("B", "A", "values", where)}
+
+    def op_args(self) -> tuple[Any, ...]:
+        return (self.scale,)
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        indices = [self.index] if self.support == "uniform" else []
+        return {"factors": [self.B, self.A], "values": [self.values], "indices": indices, "buffers": [self.seed]}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "alpha": self.scale * self.rank,
+            "density": self.density,
+            "support": self.support,
+            "input_dim": self.input_dim,
+        }
+
+    def forward(self) -> Tensor:
+        # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
+        B, A, values = self.B, self.A, self.values
+        # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent.
+        op = compose_reference if torch_private.is_transforming() else compose
+        return op(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the paper's start and restores the support's buffers.
+
+        The factor that reads the input is Kaiming-uniform(a=sqrt(5)), the other zero, values U(+-1/sqrt(in)).
+        """
+        fan_in = self.shape[-2:][self.input_dim]
+        bound = 1 / math.sqrt(fan_in)
+        reading, other = (self.A, self.B) if self.input_dim == 1 else (self.B, self.A)
+        reading.uniform_(-bound, bound)
+        other.zero_()
+        self.values.uniform_(-bound, bound)
+        self._restore_support()
+
+    def approximate(self, dense: Tensor) -> None:
+        """Sets the factors to the truncated SVD of ``dense``, and the values to the residual at the support."""
+        support = list(self.operands().values())[-1]
+        self.set_factors(*spectral_factors(dense, self.rank, self.scale, self.values, support))
+
+    @torch.no_grad()
+    def set_factors(self, B: Tensor, A: Tensor, values: Tensor) -> None:
+        """Copies given factors into the parameters, which have their shapes."""
+        for parameter, value in ((self.B, B), (self.A, A), (self.values, values)):
+            parameter.copy_(value)
+
+    def factors(self) -> Factors:
+        """Returns the parameters, detached, sharing memory. Raises as ``check_support``."""
+        self.check_support()
+        index = self.index if self.support == "uniform" else None
+        return Factors(self.B.detach(), self.A.detach(), self.values.detach(), self.drawn_seed, index, self.scale)
+
+    def check_support(self) -> None:
+        """Raises RuntimeError where the seed buffer is not the seed that this weight was made or loaded with.
+
+        ``to_empty`` leaves garbage in it and averaging buffers in low precision changes it; either would silently
+        move every non-zero.
+        """
+        if self.seed.device.type != "meta" and int(self.seed) != self.drawn_seed:
+            raise RuntimeError(
+                f"the seed buffer holds {int(self.seed)} but this weight was drawn with {self.drawn_seed}: something "
+                "overwrote it (to_empty without reset_parameters, or arithmetic over buffers). Load a state dict, or "
+                "call reset_parameters()."
+            )
+
+    def _restore_support(self) -> None:
+        self.seed.fill_(self.drawn_seed)
+        if self.support == "uniform" and not self.index.is_meta and self.drawn_seed != IMPORTED:
+            self.index.copy_(uniform_index(self.drawn_seed, *self.as_matrix, self.density))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        mark_values(self.values)  # load_state_dict(assign=True) brings another parameter
+        if not self.seed.is_meta:
+            self.drawn_seed = int(self.seed)
+
+
+def values_shape(shape: Sequence[int], config: SLConfig) -> tuple[int, ...]:
+    """Returns the shape of ``values``: [..., rows, groups] of the stratified support, [non-zeros] of the uniform."""
+    if config.support == "stratified":
+        return (*shape[:-1], groups_per_row(shape[-1], config.density))
+    return (uniform_count(math.prod(shape[:-1]), shape[-1], config.density),)

@@ -1,0 +1,216 @@
+"""What every weight structure shares: the base class of factorized weights, and the table of structures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from slcompile.config import STRUCTURES, SLConfig
+from slcompile.ops import register_weight_op
+
+Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
+
+
+class FactorizedWeight(nn.Module):
+    """One weight made of trained parts, in the place of a dense one.
+
+    A structure is a subclass under ``@register``, whose forward is one op. The rest of the package knows weights by
+    what this class says of them, and never by the subclass. A subclass has the constructor below, registers its parts
+    as parameters and buffers, and implements ``size``, ``operands``, ``op_args``, ``reset_parameters``,
+    ``approximate``, ``describe`` and ``compose_flops``.
+
+    Args:
+        shape: Of the weight, as its owner stores it: [rows, columns], or a stack of matrices [experts, rows, columns].
+        config: The options.
+        name: Fully qualified name of the weight, from which a seed may be derived.
+        input_dim: Dimension of the matrix that the matmul contracts: 1 for ``nn.Linear`` [out, in], 0 for a
+            Conv1D-style [in, out].
+        device, dtype: Of the parameters.
+
+    The parameters are uninitialised until ``reset_parameters`` or ``approximate``.
+
+    Attributes:
+        structure: Name in the table of structures, and in checkpoints.
+        op: The op that composes the weight, ``op(*operands, *op_args) -> Tensor``, in ``slcompile.ops.WEIGHT_OPS``.
+        takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
+    """
+
+    structure: ClassVar[str]
+    op: ClassVar[torch._ops.OpOverload]
+    takes_stacks: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        config: SLConfig,
+        *,
+        name: str = "",
+        input_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.input_dim = tuple(shape), input_dim
+
+    # What a structure says of itself.
+
+    @classmethod
+    def size(cls, shape: Sequence[int], config: SLConfig) -> int:
+        """Returns the number of trained parameters of a weight of this shape."""
+        raise NotImplementedError
+
+    def operands(self) -> dict[str, Tensor]:
+        """Returns the tensors that ``op`` takes, in its order, by the names they have in this module."""
+        raise NotImplementedError
+
+    def op_args(self) -> tuple[Any, ...]:
+        """Returns what ``op`` takes after its operands."""
+        return ()
+
+    def reset_parameters(self) -> None:
+        """Draws a random start, and restores buffers that are computed."""
+        raise NotImplementedError
+
+    def approximate(self, dense: Tensor) -> None:
+        """Sets the parameters so that the composed weight is near ``dense``, of ``shape``."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what ``from_description`` needs beside the shape, as JSON holds it."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_description(
+        cls, shape: Sequence[int], described: Mapping[str, Any], *, name: str, dtype: torch.dtype
+    ) -> Self:
+        """Makes the empty weight that ``describe`` described; the state dict fills it.
+
+        The default takes what is described for fields of ``SLConfig``, but for ``input_dim``.
+
+        Raises:
+            ValueError: A value is not allowed.
+        """
+        options = {key: value for key, value in described.items() if key != "input_dim"}
+        config = SLConfig(structure=cls.structure, **options)
+        return cls(shape, config, name=name, input_dim=described["input_dim"], dtype=dtype)
+
+    @property
+    def compose_flops(self) -> int:
+        """Floating-point operations of composing the weight once; its gradients take twice as many."""
+        raise NotImplementedError
+
+    def factored_flops(self, tokens: int) -> int:
+        """Returns the floating-point operations of multiplying with the parts; 0 where no lowering does so."""
+        return 0
+
+    @property
+    def nonzeros(self) -> int:
+        """Entries of the sparse part; 0 where there is none."""
+        return 0
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        """Returns the tensors that are held, by kind.
+
+        Returns:
+            ``"factors"`` and ``"values"``: the trained parameters, those of a sparse part apart. ``"indices"``: stored
+            positions. ``"buffers"``: all else.
+        """
+        return {"factors": list(self.parameters()), "values": [], "indices": [], "buffers": list(self.buffers())}
+
+    def check_support(self) -> None:
+        """Raises RuntimeError where a buffer that says where the parts go was overwritten."""
+
+    # What follows from it.
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, config: SLConfig, how: str, *, name: str = "", input_dim: int = 1) -> Self:
+        """Makes the weight that takes a dense one's place.
+
+        Args:
+            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised.
+            config: The options.
+            how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
+            name, input_dim: As for the class.
+        """
+        weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
+        if dense.is_meta:
+            return weight
+        if how == "spectral":
+            weight.approximate(dense)
+        else:
+            weight.reset_parameters()
+        return weight
+
+    def forward(self) -> Tensor:
+        """Composes the weight, of ``shape``."""
+        return type(self).op(*self.operands().values(), *self.op_args())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, and the composed weight's."""
+        return next(self.parameters()).dtype
+
+    def factors(self) -> Any:
+        """Returns the op's operands by name, detached, sharing memory."""
+        self.check_support()
+        return {name: operand.detach() for name, operand in self.operands().items()}
+
+    @torch.no_grad()
+    def merged_wide(self) -> Tensor:
+        """Composes the dense weight in at least float32 and leaves it so.
+
+        Raises:
+            RuntimeError: A seed buffer was overwritten, or the parts are sharded.
+        """
+        self.check_support()
+        self.check_whole()
+        wide = torch.promote_types(self.dtype, torch.float32)
+        operands = (each.detach() for each in self.operands().values())
+        return type(self).op(
+            *(each.to(wide) if each.is_floating_point() else each for each in operands), *self.op_args()
+        )
+
+    def merged(self) -> Tensor:
+        """Composes the dense weight and rounds it once, to the parameters' dtype. Raises as ``merged_wide``."""
+        return self.merged_wide().to(self.dtype)
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where FSDP holds the parts in shards, of which no process can compose the weight."""
+        if any(type(parameter.data) is not Tensor for parameter in self.parameters()):
+            raise RuntimeError(
+                "the factors are sharded among processes: get a full state dict (get_model_state_dict with "
+                "StateDictOptions(full_state_dict=True, cpu_offload=True)), load it into the factorized model of one "
+                "process, and merge that"
+            )
+
+    def extra_repr(self) -> str:
+        described = (f"{key}={value}" for key, value in self.describe().items() if key != "input_dim")
+        return ", ".join(["x".join(map(str, self.shape)), *described])
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.check_support()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def register(cls: Structure) -> Structure:
+    """Puts a structure into the table, under its name, and its op among those that the passes know."""
+    assert issubclass(cls, FactorizedWeight), cls
+    STRUCTURES[cls.structure] = cls
+    register_weight_op(cls.op)
+    return cls
+
+
+def structure_of(config: SLConfig) -> type[FactorizedWeight]:
+    """Returns the class of the structure that the options name."""
+    return STRUCTURES[config.structure]
+
+
+def template(dense: Tensor, config: SLConfig, input_dim: int) -> FactorizedWeight:
+    """Makes what takes a dense weight's place on the meta device: shapes alone, for a graph that is to be built."""
+    cls, config = structure_of(config), replace(config, seed=0)
+    return cls(dense.shape, config, input_dim=input_dim, device="meta", dtype=dense.dtype)

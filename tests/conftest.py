@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    if report.skipped and "browser" in item.keywords and os.environ.get("CI") in ("1", "true"):
+        # CI installs a browser: where it failed to, these tests would be skipped in every run and nobody would notice.
+        report.outcome = "failed"
+        report.longrepr = (
+            f"a browser test was skipped, and CI={os.environ['CI']}: {call.excinfo and call.excinfo.value}"
+        )
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ class Document:
     """What can be written as JSON, and read again, or as a page: an explanation, a graph diff.
 
     Attributes:
-        SCHEMA: Name and version of its JSON, see slcompile/inspect/SCHEMA.md.
+        SCHEMA: Name and version of its JSON, see docs/schema.md.
     """
 
     SCHEMA: ClassVar[str]

@@ -26,7 +26,13 @@ MISSING = [
     "playwright (pip install 'slcompile[test]')" if sync_playwright is None else "",
     "chromium on the PATH (apt install chromium)" if CHROMIUM is None else "",
 ]
-needs_browser = pytest.mark.skipif(any(MISSING), reason=f"needs {' and '.join(filter(None, MISSING))}")
+
+
+def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that is skipped where there is no browser; in CI that is a failure (tests/conftest.py)."""
+    test = pytest.mark.skipif(any(MISSING), reason=f"needs {' and '.join(filter(None, MISSING))}")(test)
+    return pytest.mark.browser(test)
+
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
 # The page's typography, by name: linters take these for letters.

@@ -1,0 +1,57 @@
+"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``torch-2.11``, ``docs``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+# One core a worker: tests compile, and threads that wait for one another are slower than none.
+PYTEST = ("pytest", "-n", "auto", "--dist", "loadfile")
+
+nox.options.sessions = ["quick"]
+nox.options.error_on_external_run = False
+
+
+def check(session: nox.Session) -> None:
+    """The linter, the formatter and the type checker."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(venv_backend="none")
+def quick(session: nox.Session) -> None:
+    """Checks, spelling and the quick tests, in the environment that is active. Arguments go to pytest."""
+    check(session)
+    session.run("codespell")
+    session.run(*PYTEST, "-m", "not slow and not browser and not gpu", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """README's test command, in an environment of its own. Arguments go to pytest."""
+    session.install("-c", "constraints.txt", "-e", ".[test]")
+    check(session)
+    session.run(*PYTEST, *session.posargs)
+
+
+@nox.session(name="torch-2.11")
+def torch_2_11(session: nox.Session) -> None:
+    """The same tests with the oldest torch that is supported. Arguments go to pytest."""
+    # torch decides which triton and setuptools it takes; the pins are those of the newest one.
+    free = re.compile(r"^(torch|triton|setuptools)==.*\n", flags=re.MULTILINE)
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text(free.sub("", (ROOT / "constraints.txt").read_text()) + "torch==2.11.0\n")
+    session.install("-c", str(constraints), "-e", ".[test]")
+    session.run(*PYTEST, *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, into site/; with ``serve`` as the argument, on a local port. Needs no torch."""
+    session.install("-c", "constraints.txt", *PYPROJECT["project"]["optional-dependencies"]["docs"])
+    session.run("mkdocs", *(session.posargs or ("build", "--strict")), env={"NO_MKDOCS_2_WARNING": "1"})

@@ -37,6 +37,9 @@ ULPS = 16
 
 MODES = ("training", "inference")
 
+SHOWN = 5
+"""Wrong tensors of a run that the report prints; it holds all."""
+
 Loss = Callable[[Any], Tensor]
 Run = Callable[..., Any]
 
@@ -101,11 +104,12 @@ class CheckReport:
         lines += [f"{each.run:28}{each.share:>20.2f}{each.relative:>12.1e}  {each.tensor}" for each in self.worst]
         for run, sentence in self.blame.items():
             lines += ["", f"{run}: {sentence}"]
+            wrong = sorted((each for each in self.wrong if each.run == run), key=lambda each: -each.share)
             lines += [
                 f"  {each.tensor}: {each.relative:.1e} relative, {each.share:.1f} of what is allowed"
-                for each in self.wrong
-                if each.run == run
+                for each in wrong[:SHOWN]
             ]
+            lines += [f"  and {len(wrong) - SHOWN} more"] * (len(wrong) > SHOWN)
         return "\n".join(lines)
 
 
@@ -262,7 +266,9 @@ class _Checker:
             return "the step that converts is: call slcompile.factorize_(model, config) before training to avoid it"
         if self.dense_is_wrong(mode):
             return "Inductor alone, without slcompile, gets the merged model wrong as well: report it to PyTorch"
-        for name in SKIPPABLE:
+        for name in reversed(
+            SKIPPABLE
+        ):  # what a later pass gets wrong is not there either where an earlier one did not run
             if self._is_right(mode, lowering, skip=(name,)):
                 return f'the pass {name} is to blame: options={{"skip_passes": ["{name}"]}} avoids it'
         suspects = list(self.names)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.torch_version import TorchVersion
 
 
 def captured_inputs(gm: fx.GraphModule) -> list[Any]:
@@ -254,18 +255,28 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
 
-    _mend_scatters()
+    _mend_inductor()
     return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=inner, config_patches=settings))
 
 
 @functools.cache
-def _mend_scatters() -> None:
-    """Makes Inductor's C++ kernels scatter from transposed tiles to where they should, in this process from now on.
+def _mend_inductor() -> None:
+    """Mends what Inductor's C++ kernels get wrong of transposed operands, in this process from now on.
 
-    Its tiled kernel adds the position in the tile to the index of an atomic addition twice: once in ``store`` and once
+    For good, and not while a graph is compiled: another thread may be compiling when that ends. Each defect is seen in
+    torch 2.11.0 and 2.13.0; torch 2.14 has both mended (see docs/upstream.md).
+    """
+    if TorchVersion(torch.__version__) < (2, 14):
+        _mend_scatters()
+        _mend_local_buffers()
+
+
+def _mend_scatters() -> None:
+    """Makes kernels scatter from transposed tiles to where they should.
+
+    The tiled kernel adds the position in the tile to the index of an atomic addition twice: once in ``store`` and once
     in ``index_expr``, which that calls. An embedding's gradient then goes to wrong places, even beyond the buffer,
-    where it is fused with a product whose tokens are in the columns. Seen in torch 2.11.0 and 2.13.0. For good, and
-    not while a graph is compiled: another thread may be compiling when that ends.
+    where it is fused with a product whose tokens are in the columns.
     """
     from torch._inductor import config
     from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
@@ -280,6 +291,25 @@ def _mend_scatters() -> None:
             original(self, name, index, value, mode)
 
     cast(Any, CppTile2DKernel).store = store
+
+
+def _mend_local_buffers() -> None:
+    """Keeps kernels that share an outer loop from keeping a whole tile's rows in memory for one row.
+
+    What one of them writes and only the others read is kept in a local buffer of one row: one iteration's, where the
+    loop goes row by row. Transposed operands make it go by tiles of rows, and each row of a tile is written to the same
+    place: the last one's numbers are taken for all. Such kernels get loops of their own, as where their loops differ.
+    """
+    from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
+    from torch._inductor.virtualized import V
+
+    original: Any = OuterLoopFusedSchedulerNode.check_outer_fusion_loop_level_attr
+
+    def can_share_loops(self: Any, kernels: Any, depth: int) -> bool:
+        is_tiled = any(loop.steps != 1 for kernel in kernels for loop in kernel.loop_nest.loops[:depth])
+        return not (is_tiled and V.local_buffer_context.local_buffers) and bool(original(self, kernels, depth))
+
+    cast(Any, OuterLoopFusedSchedulerNode).check_outer_fusion_loop_level_attr = can_share_loops
 
 
 def _with_symbolic_strides(value: Any) -> Any:

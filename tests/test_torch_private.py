@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -268,7 +269,7 @@ def test_higher_order_ops_are_known():
 
 
 def test_a_scatter_of_transposed_tiles_goes_where_it_should():
-    """Inductor's own tiled kernel writes beyond the result, see _mend_scatters."""
+    """Inductor's own tiled kernel writes beyond the result, see _mend_inductor."""
 
     def scattered(first, second, third, rows, ids):
         return torch.zeros(96, 64).index_put((ids,), (first.t() + second.t() + third.t()) * rows, accumulate=True)
@@ -277,6 +278,27 @@ def test_a_scatter_of_transposed_tiles_goes_where_it_should():
     gm = capture(scattered, *args)
     (found,) = torch_private.inductor(gm, list(args), {"fx_graph_cache": False})(*args)
     torch.testing.assert_close(found, scattered(*args))
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "threads"), [(32, torch.float32, 1), (40, torch.bfloat16, 2)])
+def test_rows_of_a_tile_do_not_share_a_local_buffer(tokens, dtype, threads):
+    """Inductor's own kernels take the last row of each tile for all of them, see _mend_inductor."""
+
+    def gated_norm(a, b, c, d, first, second):  # in the order in which they are read, as the graph takes them
+        hidden = a + b + c + d + first.t()
+        return hidden * hidden.square().mean(-1, keepdim=True).rsqrt() * second.t()
+
+    args = [torch.randn(shape).to(dtype) for shape in [(tokens, 64)] * 4 + [(64, tokens)] * 2]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        gm = capture(gated_norm, *args)
+        (found,) = torch_private.inductor(gm, list(args), {"fx_graph_cache": False})(*args)
+    finally:
+        torch.set_num_threads(before)
+    exact = gated_norm(*(each.double() for each in args))
+    eager, error = ((each - exact).norm() for each in (gated_norm(*args), found))
+    assert error <= 2 * eager + 2**-22 * exact.norm()
 
 
 def test_partitioned_graphs_are_those_of_forward_and_backward(block, batch):

@@ -1,0 +1,95 @@
+"""Compiled inference of a factorized model gives the numbers of eager mode, as training does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slcompile
+from tests.sweep.architectures import ARCHITECTURES
+
+CONFIG = slcompile.SLConfig(rank=8, density=0.05, exclude=())
+
+
+class GatedNorm(nn.Module):
+    """A normalised sum of so many operands that Inductor writes it down, and a second product after it.
+
+    Both products are read transposed where they are factored, before and after the reduction.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, *rows: Tensor) -> Tensor:
+        hidden = self.up(x) + x + sum(rows)
+        return hidden * hidden.square().mean(-1, keepdim=True).rsqrt() * self.gate(x)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model with factors that are not at their start, where B is zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_sl.B"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def assert_no_further(found: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Asserts that a result is as far from float64's as eager mode's is: both are roundings of it."""
+    error, eagers = (found - exact).norm(), (eager - exact).norm()
+    assert found.dtype == eager.dtype
+    assert error <= 2 * eagers + 2**-22 * exact.norm(), f"{error / exact.norm():.1e}, eager {eagers / exact.norm():.1e}"
+
+
+@pytest.mark.parametrize(
+    ("support", "dtype", "sizes", "threads"),
+    [
+        ("stratified", "float32", (32,), 1),
+        ("stratified", "float32", (40,), 2),
+        ("uniform", "float32", (32, 40), 1),
+        ("stratified", "bfloat16", (32, 40), 1),
+        ("stratified", "autocast", (32,), 2),
+    ],
+)
+def test_rows_of_a_tile_keep_their_own_numbers(support, dtype, sizes, threads):
+    config = slcompile.SLConfig(rank=8, density=0.05, support=support)
+    model = filled(slcompile.factorize_(GatedNorm(), config)).eval()
+    if dtype == "bfloat16":
+        model.bfloat16()
+    wide = copy.deepcopy(model).double()
+    dynamic = len(sizes) > 1
+    run = torch.compile(model, backend="sltrain", options={"lowering": "factored"}, dynamic=dynamic)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for tokens in sizes:
+            rows = torch.randn(5, tokens, 64).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+                found, eager = run(*rows), model(*rows)
+            with torch.no_grad():
+                assert_no_further(found, eager, wide(*rows.double()))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "lowering"), [("gpt_oss", "auto"), ("gpt_oss", "composed"), ("deepseek_v3", "factored")]
+)
+def test_a_mixture_of_experts_after_a_training_step(name, lowering):
+    model = ARCHITECTURES[name].make()
+    inputs = ARCHITECTURES[name].inputs(model)
+    slcompile.factorize_(model, CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(**inputs).loss.backward()
+    optimizer.step()
+    model.eval()
+    wide = copy.deepcopy(model).double()
+    wide.set_experts_implementation("eager")  # torch has no grouped matmul of float64
+    run = torch.compile(model, backend="sltrain", options={"lowering": lowering})
+    with torch.no_grad():
+        found, eager, exact = (each(**inputs).logits for each in (run, model, wide))
+    assert_no_further(found, eager, exact)

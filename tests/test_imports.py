@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 import slcompile
 
@@ -37,19 +36,115 @@ print(sorted(slcompile.factors(layer)))
     assert done.stdout == "['0.weight']\n", done.stderr
 
 
-@pytest.mark.parametrize(
-    ("part", "must_not_import"),
-    [
-        ("ops", ("passes", "backend", "factorize", "weight", "kernels", "export")),
-        ("passes", ("backend", "factorize", "weight", "capture", "export")),
-        ("kernels", ("ops", "passes", "backend", "factorize", "weight", "export")),
-        ("export", ("backend",)),
-    ],
+FLOORS = (
+    ("config", "files", "ops", "torch_private"),
+    ("cost", "models", "names"),
+    ("kernels", "measure", "weight"),
+    ("optim", "passes"),
+    ("convert",),
+    ("captured", "factorize", "rewrite"),
+    ("backend", "export", "inspect", "memory"),
+    ("__init__", "cli"),
 )
-def test_imports_run_one_way(part, must_not_import):
-    for file in (ROOT / part).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("slcompile"):
-                assert node.module.split(".")[1:2] not in [[name] for name in must_not_import], (file.name, node.module)
-                # Only the package's own name: an installed top-level "passes" would be somebody else's.
-            assert not (isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "passes")
+"""The rooms, which are the modules and folders directly under slcompile/, from the ground up: imports go down."""
+
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def sources() -> dict[str, Path]:
+    """Name of every module -> its file. Passes are read through the link by which they are part of the package."""
+    found = {}
+    for folder in (ROOT, ROOT / "passes"):  # rglob does not follow links
+        for file in folder.rglob("*.py"):
+            parts = ["slcompile", *file.relative_to(ROOT).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imports() -> dict[str, set[str]]:
+    """Name of every module -> the modules of the package that it imports, at its top or in a function."""
+    files = sources()
+    found: dict[str, set[str]] = {}
+    for module, file in files.items():
+        found[module] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module}: a relative import"
+            # What is imported for types only is an arrow, too.
+            assert not (isinstance(node, ast.Name) and node.id == "TYPE_CHECKING"), module
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                submodules = [f"{node.module}.{each.name}" for each in node.names]
+                names = [each if each in files else str(node.module) for each in submodules]
+            elif isinstance(node, ast.Import):
+                names = [each.name for each in node.names]
+            # An installed top-level "passes" would be somebody else's.
+            assert not [name for name in names if name.split(".")[0] == "passes"], module
+            found[module].update(name for name in names if name.split(".")[0] == "slcompile")
+    return found
+
+
+def room(module: str) -> str:
+    """The room of a module; of the package itself, ``__init__``."""
+    return [*module.split("."), "__init__"][1]
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """The shortest circle through each module or room that is on one."""
+    found: dict[frozenset[str], list[str]] = {}
+    for start in arrows:
+        paths = [[start]]
+        seen = {start}
+        while paths:
+            path = paths.pop(0)
+            for target in arrows.get(path[-1], ()):
+                if target == start:
+                    found.setdefault(frozenset(path), [*path, start])
+                    paths = []
+                    break
+                if target not in seen:
+                    seen.add(target)
+                    paths.append([*path, target])
+    return list(found.values())
+
+
+def test_every_module_is_read():
+    found = sources()
+    assert {"slcompile", "slcompile.backend", "slcompile.inspect.page", "slcompile.passes.lower_ops"} <= found.keys()
+    importable = {each.name for each in pkgutil.walk_packages(slcompile.__path__, "slcompile.")}
+    assert importable == found.keys() - {"slcompile"}
+
+
+def test_every_room_has_a_floor():
+    assert {room(module) for module in sources()} == FLOOR.keys()
+
+
+def test_every_import_goes_down():
+    up = [
+        f"{module} -> {target}"
+        for module, targets in imports().items()
+        for target in sorted(targets)
+        if room(module) != room(target) and FLOOR[room(module)] <= FLOOR[room(target)]
+    ]
+    assert up == []
+
+
+def test_nothing_goes_in_a_circle():
+    arrows = imports()
+    assert circles({module: targets - {module} for module, targets in arrows.items()}) == []
+    rooms: dict[str, set[str]] = {}
+    for module, targets in arrows.items():
+        rooms.setdefault(room(module), set()).update({room(target) for target in targets} - {room(module)})
+    assert circles(rooms) == []
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b", "d"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c", "b"]]
+    assert circles({"a": {"a"}}) == [["a", "a"]]
+
+
+def test_the_root_stays_small():
+    names = [each for each in ROOT.iterdir() if not each.name.startswith((".", "__pycache__"))]
+    modules, folders = [each.name for each in names if each.suffix == ".py"], [each for each in names if each.is_dir()]
+    assert len(modules) <= 12, sorted(modules)
+    assert len(folders) <= 12, sorted(folders)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from slcompile.files import write_text
+from slcompile.inspect.page import render
 
 
 class Document:
@@ -74,8 +75,6 @@ class Document:
         return f'<iframe style="{style}" sandbox="allow-scripts" srcdoc="{html.escape(self._page())}"></iframe>'
 
     def _page(self) -> str:
-        from slcompile.inspect.page import render
-
         return render(self.to_dict())
 
     @classmethod

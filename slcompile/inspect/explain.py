@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 from slcompile import torch_private
 from slcompile.captured import CapturedGraph, expand
 from slcompile.config import SLConfig, checked_config
-from slcompile.inspect.explanation import ADAM, Break, Change, Explanation, MatmulRow, PassRow, Summary
-from slcompile.inspect.graph_diff import GraphDiff, Snapshot, compare, named, snapshot, source_line
+from slcompile.inspect.explanation import Explanation
+from slcompile.inspect.graph_diff import GraphDiff, compare, named
 from slcompile.inspect.not_captured import first_line, not_captured
+from slcompile.inspect.rows import ADAM, Break, Change, MatmulRow, PassRow, Summary
+from slcompile.inspect.snapshot import Snapshot, snapshot, source_line
 from slcompile.models import unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import WEIGHT_OPS

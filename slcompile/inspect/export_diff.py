@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from slcompile.inspect.explanation import Explanation
-from slcompile.inspect.graph_diff import GraphDiff, Link, ModuleStack, Node
+from slcompile.inspect.graph_diff import GraphDiff, Link
+from slcompile.inspect.nodes import ModuleStack, Node
 from slcompile.inspect.onnx_graph import onnx_snapshot
 from slcompile.models import unwrapped
 from slcompile.names import SUFFIX, plain_name

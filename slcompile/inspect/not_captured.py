@@ -10,8 +10,8 @@ from torch import nn
 
 from slcompile import torch_private
 from slcompile.convert.weight_uses import linear_modules
-from slcompile.inspect.explanation import ADAM, Change, MatmulRow
-from slcompile.inspect.graph_diff import source_line
+from slcompile.inspect.rows import ADAM, Change, MatmulRow
+from slcompile.inspect.snapshot import source_line
 from slcompile.torch_private import SkippedFrame
 from slcompile.weight.placing import base_class
 

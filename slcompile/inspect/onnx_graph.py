@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slcompile.inspect.graph_diff import GraphDiff, Node, Snapshot, compare
+from slcompile.inspect.graph_diff import GraphDiff, compare
+from slcompile.inspect.nodes import Node
+from slcompile.inspect.snapshot import Snapshot
 
 
 def onnx_diff(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> GraphDiff:

@@ -5,30 +5,41 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from slcompile.inspect.explanation import Change, Explanation, MatmulRow, PassRow
+from slcompile.inspect.rows import Break, Change, MatmulRow, PassRow, Summary
 
 WIDTH = 100
 _NAME = 24  # columns that a weight's name has at least
 
 
-def render(explanation: Explanation) -> str:
-    """Totals, matmuls with equal layers folded, what was left and why, graph breaks, passes."""
+def render(
+    model: str,
+    summary: Summary,
+    matmuls: Sequence[MatmulRow],
+    passes: Sequence[PassRow],
+    breaks: Sequence[Break],
+    captured: int,
+) -> str:
+    """Shows totals, matmuls with equal layers folded, what was left and why, graph breaks, passes.
+
+    Args:
+        model: Name of its class.
+        summary, matmuls, passes, breaks: What was found.
+        captured: Number of captured graphs.
+    """
     parts = [
-        _header(explanation),
-        _matmuls(explanation.matmuls),
-        _left(explanation.matmuls),
-        _breaks(explanation),
-        _passes(explanation.passes),
+        _header(model, summary),
+        _matmuls(matmuls),
+        _left(matmuls),
+        _breaks(breaks, captured),
+        _passes(passes),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _header(explanation: Explanation) -> str:
-    summary = explanation.summary
-    lines = [f"{explanation.model}: {summary.replaced} of {summary.total} matmuls with a parameter replaced"]
+def _header(model: str, summary: Summary) -> str:
+    lines = [f"{model}: {summary.replaced} of {summary.total} matmuls with a parameter replaced"]
     for title, change, unit in (
         ("parameters", summary.parameters, _thousands),
         ("weights + gradients + Adam", summary.bytes, _bytes),
@@ -73,10 +84,9 @@ def _left(rows: Sequence[MatmulRow]) -> str:
     return "\n".join(["Left dense", *lines]) if lines else ""
 
 
-def _breaks(explanation: Explanation) -> str:
-    lines = [f"  {each.reason}\n    at {each.source}" for each in explanation.breaks]
-    graphs = sum(each.name.endswith(", captured") for each in explanation.graphs)
-    return "\n".join([f"Graph breaks ({graphs} graph{'s' * (graphs != 1)})", *lines]) if lines else ""
+def _breaks(breaks: Sequence[Break], captured: int) -> str:
+    lines = [f"  {each.reason}\n    at {each.source}" for each in breaks]
+    return "\n".join([f"Graph breaks ({captured} graph{'s' * (captured != 1)})", *lines]) if lines else ""
 
 
 def _passes(rows: Sequence[PassRow]) -> str:

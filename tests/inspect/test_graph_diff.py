@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 import slcompile
-from slcompile.inspect.graph_diff import snapshot, source_line
+from slcompile.inspect.snapshot import snapshot, source_line
 from slcompile.passes.graph_text import diff
 
 

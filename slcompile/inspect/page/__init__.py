@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from slcompile.inspect.explanation import Explanation
-from slcompile.inspect.graph_diff import GraphDiff
+from slcompile.inspect import schemas
 
-SCHEMAS = (Explanation.SCHEMA, GraphDiff.SCHEMA)
+SCHEMAS = (schemas.EXPLANATION, schemas.GRAPH_DIFF)
 # In the order in which they use each other.
 SCRIPTS = (
     "dagre.min.js",

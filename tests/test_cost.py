@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slcompile import cost
-from slcompile.cost import DTYPES, Matmul, Rates, crossover, rates, store_rates
+from slcompile.cost import DTYPES, Matmul, Rates, crossover, rates, store_rates, stored
+from slcompile.cost.devices import GPUS
 
 CPU = torch.device("cpu")
 NAMES = tuple(DTYPES.values())
@@ -28,9 +29,9 @@ BY_BYTES = Rates({"float32": 1e30, "bfloat16": 1e30}, {"float32": 1e30, "bfloat1
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No rates are stored but those that a test stores."""
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
     yield tmp_path / "cache"
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
 
 
 class TestFormulas:
@@ -124,9 +125,9 @@ class TestRates:
         assert three.sparse == {name: pytest.approx(3 * rate) for name, rate in one.sparse.items()}
         assert (three.memory, three.entries) == (pytest.approx(3 * one.memory), pytest.approx(3 * one.entries))
 
-    @pytest.mark.parametrize("name", cost._GPUS)
+    @pytest.mark.parametrize("name", GPUS)
     def test_defaults_of_gpus(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cost, "device_class", lambda device: name)
+        monkeypatch.setattr(stored, "device_class", lambda device: name)
         found = rates(torch.device("cuda"))
         assert set(found.matmul) == set(found.sparse) == set(NAMES)
         assert all(0 < rate < math.inf for rate in (*found.matmul.values(), *found.sparse.values(), found.memory))
@@ -135,16 +136,16 @@ class TestRates:
 
     @pytest.mark.parametrize("entries", [7.0, math.inf])
     def test_stored_ones_are_read(self, cache_dir: Path, entries: float) -> None:
-        defaults, stored = rates(CPU), dataclasses.replace(measured(), entries=entries)
+        defaults, kept = rates(CPU), dataclasses.replace(measured(), entries=entries)
         assert cost.stored_rates(CPU) is None
-        path = store_rates(CPU, stored)
+        path = store_rates(CPU, kept)
         assert path.parent == cache_dir
         assert list(cache_dir.iterdir()) == [path]  # and nothing of its writing is left
         assert cost.stored_rates(CPU) == path
         # Stored ones hold at once, and for the next process, which has nothing cached.
-        assert rates(CPU) == stored
-        cost._rates.cache_clear()
-        assert rates(CPU) == stored
+        assert rates(CPU) == kept
+        stored._rates.cache_clear()
+        assert rates(CPU) == kept
         assert cost.default_rates(CPU) == defaults
 
     def test_they_are_read_once_and_replaced_by_the_next(self, cache_dir: Path) -> None:
@@ -184,14 +185,14 @@ class TestFingerprint:
         default = cost.fingerprint()
         assert cost.fingerprint() == default
         path = store_rates(CPU, measured(3.0))
-        stored = cost.fingerprint()
-        cost._rates.cache_clear()
-        assert cost.fingerprint() == stored
+        kept = cost.fingerprint()
+        stored._rates.cache_clear()
+        assert cost.fingerprint() == kept
         store_rates(CPU, measured(4.0))
         other = cost.fingerprint()
-        assert len({default, stored, other}) == 3
+        assert len({default, kept, other}) == 3
         path.unlink()
-        cost._rates.cache_clear()
+        stored._rates.cache_clear()
         assert cost.fingerprint() == default
 
     def test_a_gpu_counts_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,7 @@ class TestFingerprint:
             found.append(device.type)
             return measured()
 
-        monkeypatch.setattr(cost, "rates", recorded)
+        monkeypatch.setattr(stored, "rates", recorded)
         for available in (False, True):
             monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
             cost.fingerprint()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slcompile import cost, measure
-from slcompile.cost import DTYPES
-from slcompile.measure import measure_rates
+from slcompile import cost
+from slcompile.cost import DTYPES, measure, stored
+from slcompile.cost.measure import measure_rates
 from slcompile.ops.support import stratified_columns
 
 CPU = torch.device("cpu")
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What is measured here is not kept for the machine."""
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
     yield tmp_path
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
 
 
 def test_rates_are_positive_and_stored(cache_dir: Path) -> None:

@@ -7,18 +7,10 @@ its bandwidth (the roofline); times of one matmul's parts are added.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
-import os
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-from slcompile import torch_private
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
@@ -43,36 +35,6 @@ class Rates:
     entries: float = float("inf")
     index_bytes: int = 0
     transposes: int = 0
-
-
-def _cpu(threads: int) -> Rates:
-    # Of one thread of a server core with AVX-512; what counts is how the rates compare with each other.
-    bfloat16 = 700e9 if torch_private.has_amx() else 180e9
-    matmul = {"float64": 40e9, "float32": 85e9, "float16": 1e9, "bfloat16": bfloat16}
-    sparse = {"float64": 5e9, "float32": 22e9, "float16": 30e9, "bfloat16": 30e9}
-    matmul, sparse = ({name: rate * threads for name, rate in each.items()} for each in (matmul, sparse))
-    return Rates(matmul, sparse, memory=6e9 * threads, entries=60e6 * threads, index_bytes=4, transposes=1)
-
-
-# Dense rates are 0.7 of the data sheets', bandwidths 0.85; float32 without TF32. Sparse rates are estimates: they were
-# not measured.
-_GPUS = {
-    "sm_90": Rates(
-        {"float64": 40e12, "float32": 45e12, "float16": 690e12, "bfloat16": 690e12},
-        {"float64": 0.5e12, "float32": 1e12, "float16": 1e12, "bfloat16": 1e12},
-        memory=2.8e12,
-    ),
-    "sm_80": Rates(
-        {"float64": 13e12, "float32": 14e12, "float16": 220e12, "bfloat16": 220e12},
-        {"float64": 0.3e12, "float32": 0.6e12, "float16": 0.6e12, "bfloat16": 0.6e12},
-        memory=1.7e12,
-    ),
-    "gfx942": Rates(
-        {"float64": 80e12, "float32": 110e12, "float16": 900e12, "bfloat16": 900e12},
-        {"float64": 0.5e12, "float32": 1e12, "float16": 1e12, "bfloat16": 1e12},
-        memory=4.5e12,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -165,78 +127,3 @@ def crossover(first: Callable[[int], float], second: Callable[[int], float], lim
         middle = (low + high) // 2
         low, high = (middle, high) if lower(middle) == lower(1) else (low, middle)
     return high
-
-
-def rates(device: torch.device) -> Rates:
-    """The rates of a device: those that ``measure_rates`` stored on this machine, else defaults of its class.
-
-    Both are fixed, so that a model is lowered alike in every run and on every rank.
-    """
-    return _rates(_key(device))
-
-
-def fingerprint() -> str:
-    """What the choices of this process depend on: the rates of its CPU and of its GPU."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return repr([rates(torch.device(device)) for device in devices])
-
-
-@functools.cache
-def _rates(key: tuple[str, ...]) -> Rates:
-    path = _path(key)
-    try:
-        return Rates(**json.loads(path.read_text())) if path.exists() else _defaults(key)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no rates ({error}); delete it, or run `slcompile rates --measure`") from error
-
-
-def default_rates(device: torch.device) -> Rates:
-    """What is assumed of a device of this class."""
-    return _defaults(_key(device))
-
-
-def _defaults(key: tuple[str, ...]) -> Rates:
-    return _cpu(int(key[-1])) if key[0] == "cpu" else _GPUS[key[0]]
-
-
-def stored_rates(device: torch.device) -> Path | None:
-    """The file that ``measure_rates`` stored for this device on this machine, if there is one."""
-    path = _path(_key(device))
-    return path if path.exists() else None
-
-
-def device_class(device: torch.device) -> str:
-    """``"cpu"``, or the class of GPUs whose kernel configurations and rates fit best; sm_80 where there is no GPU.
-
-    Models on the meta device are taken for ones on this machine's accelerator, on its CPU where it has none.
-    """
-    if device.type == "cpu" or (device.type == "meta" and not torch.accelerator.is_available()):
-        return "cpu"
-    device = torch.device("cuda") if device.type == "meta" else device
-    if torch.version.hip:
-        return "gfx942"
-    has_gpu = torch.cuda.is_available()
-    return "sm_90" if has_gpu and torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
-
-
-def _key(device: torch.device) -> tuple[str, ...]:
-    kind = device_class(device)
-    if kind == "cpu":
-        return kind, platform.machine(), str(torch.get_num_threads())
-    return kind, torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
-
-
-def _path(key: tuple[str, ...]) -> Path:
-    folder = Path(os.environ.get("SLCOMPILE_CACHE_DIR") or Path.home() / ".cache" / "slcompile")
-    return folder / f"rates-{'-'.join(key).replace(' ', '_')}-torch{torch.__version__}.json"
-
-
-def store_rates(device: torch.device, measured: Rates) -> Path:
-    """Keeps measured rates for later compiles on this machine; returns the JSON file that holds them."""
-    path = _path(_key(device))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(dataclasses.asdict(measured), indent=1))
-    beside.replace(path)
-    _rates.cache_clear()
-    return path

@@ -1,0 +1,20 @@
+"""What lowerings take on a device: formulas, classes of devices, and the rates of this machine's devices."""
+
+from __future__ import annotations
+
+from slcompile.cost.devices import device_class
+from slcompile.cost.matmul import DTYPES, Matmul, Rates, crossover
+from slcompile.cost.stored import default_rates, fingerprint, rates, store_rates, stored_rates
+
+__all__ = [
+    "DTYPES",
+    "Matmul",
+    "Rates",
+    "crossover",
+    "default_rates",
+    "device_class",
+    "fingerprint",
+    "rates",
+    "store_rates",
+    "stored_rates",
+]

@@ -169,7 +169,7 @@ def test_example_inputs_fit_the_model(make):
 
 def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cli, "measure_rates", functools.partial(measure_rates, seconds=0.001))
+    monkeypatch.setattr("slcompile.cli.rates.measure_rates", functools.partial(measure_rates, seconds=0.001))
     threads = str(torch.get_num_threads())
     stored._rates.cache_clear()
     try:

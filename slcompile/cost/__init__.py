@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from slcompile.cost.devices import device_class
+from slcompile.cost.devices import DEVICE_CLASSES, GPU_CLASSES, DeviceClass, aligned, device_class, why_no_kernels
 from slcompile.cost.matmul import DTYPES, Matmul, Rates, crossover
 from slcompile.cost.stored import default_rates, fingerprint, rates, store_rates, stored_rates
 
 __all__ = [
+    "DEVICE_CLASSES",
     "DTYPES",
+    "GPU_CLASSES",
+    "DeviceClass",
     "Matmul",
     "Rates",
+    "aligned",
     "crossover",
     "default_rates",
     "device_class",
@@ -17,4 +21,5 @@ __all__ = [
     "rates",
     "store_rates",
     "stored_rates",
+    "why_no_kernels",
 ]

@@ -7,6 +7,8 @@ its bandwidth (the roofline); times of one matmul's parts are added.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +29,12 @@ class Rates:
             registers.
         index_bytes: Of a non-zero's position, which a sparse product reads; 0 where kernels compute it.
         transposes: How often a sparse product copies its operands into another layout.
+        narrow: Share of ``matmul`` that products of a weight's size through its rank reach: their sums are short, or
+            their results few.
+        launch: Seconds that a kernel takes however small its work is.
+        sector: Bytes of memory that reading one entry of a dense matrix moves; 0 where ``entries`` holds it.
+        tiled: Share of ``matmul`` that ``x @ S`` reaches where kernels spread the non-zeros over dense tiles. The
+            gradient of values is then read from the dense product. 0 where both are products with the non-zeros alone.
     """
 
     matmul: Mapping[str, float]
@@ -35,6 +43,20 @@ class Rates:
     entries: float = float("inf")
     index_bytes: int = 0
     transposes: int = 0
+    narrow: float = 1.0
+    launch: float = 0.0
+    sector: int = 0
+    tiled: float = 0.0
+
+    def times(self, threads: int) -> Rates:
+        """The rates of so many threads, where these are one's."""
+        matmul, sparse = ({name: rate * threads for name, rate in each.items()} for each in (self.matmul, self.sparse))
+        memory, entries = self.memory * threads, self.entries * threads
+        return dataclasses.replace(self, matmul=matmul, sparse=sparse, memory=memory, entries=entries)
+
+
+SPLIT = 512
+"""Terms of a long sum that one program of a kernel adds up; the partial sums are added by a second launch."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +73,42 @@ class Matmul:
     def _name(self) -> str:
         return DTYPES[self.dtype]
 
-    def _product(self, m: int, n: int, k: int, rates: Rates) -> float:
+    def _product(self, m: int, n: int, k: int, rates: Rates, share: float = 1.0) -> float:
         moved = (m * k + k * n + m * n) * self.dtype.itemsize
-        return max(2 * m * n * k / rates.matmul[self._name], moved / rates.memory)
+        return max(2 * m * n * k / (share * rates.matmul[self._name]), moved / rates.memory) + rates.launch
 
     def _sparse(self, tokens: int, rates: Rates) -> float:
         copied = 2 * tokens * (self.rows + self.columns) * self.dtype.itemsize * rates.transposes
         read = self.nonzeros * (self.dtype.itemsize + rates.index_bytes)
         operations = 2 * tokens * self.nonzeros / rates.sparse[self._name]
-        return max(operations, read / rates.memory) + copied / rates.memory
+        return max(operations, read / rates.memory) + copied / rates.memory + rates.launch
+
+    def _tiled(self, tokens: int, rates: Rates) -> float:
+        """Seconds of x @ S in dense tiles, and of its partial sums in float32, written and read."""
+        operations = 2 * tokens * self.rows * self.columns / (rates.tiled * rates.matmul[self._name])
+        sums = 2 * 4 * tokens * self.columns * math.ceil(self.rows / SPLIT)
+        return operations + sums / rates.memory + 2 * rates.launch
+
+    def _at_support(self, sectors: int, rates: Rates) -> float:
+        """Seconds to go through a dense matrix at the support; ``sectors`` are moved for each entry."""
+        moved = self.nonzeros * (sectors * rates.sector + self.dtype.itemsize) if rates.sector else 0
+        return self.nonzeros / rates.entries + moved / rates.memory + rates.launch
 
     def compose(self, rates: Rates) -> float:
-        """Seconds to write W once."""
-        return self._product(self.rows, self.columns, self.rank, rates) + self.nonzeros / rates.entries
+        """Seconds to write W once: the product of its factors, to which the values are added."""
+        product = self._product(self.rows, self.columns, self.rank, rates, rates.narrow)
+        return product + self._at_support(2, rates)
 
     def composed(self, tokens: int, rates: Rates, composes: float = 1.0) -> float:
         """Seconds of a product with W, and of its share of the compositions."""
         return self._product(tokens, self.rows, self.columns, rates) + composes * self.compose(rates)
 
-    def factored(self, tokens: int, rates: Rates) -> float:
-        """Seconds of the products through the rank and with S."""
+    def factored(self, tokens: int, rates: Rates, transposed: bool = False) -> float:
+        """Seconds of the products through the rank and with S; ``transposed`` of x W, else of x W^T."""
         through = self._product(tokens, self.rank, self.columns, rates) + self._product(
             tokens, self.rows, self.rank, rates
         )
-        return through + self._sparse(tokens, rates)
+        return through + (self._tiled if transposed and rates.tiled else self._sparse)(tokens, rates)
 
     @property
     def compose_flops(self) -> int:
@@ -91,19 +125,19 @@ class Matmul:
         return 2 * tokens * (self.rank * (self.rows + self.columns) + self.nonzeros)
 
     def grads_composed(self, tokens: int, rates: Rates) -> float:
-        """Seconds to make the dense gradient G and to project it on the factors."""
-        projections = self._product(self.rows, self.rank, self.columns, rates) + self._product(
-            self.rank, self.columns, self.rows, rates
+        """Seconds to make the dense gradient G, to project it on the factors and to read it at the support."""
+        projections = self._product(self.rows, self.rank, self.columns, rates, rates.narrow) + self._product(
+            self.rank, self.columns, self.rows, rates, rates.narrow
         )
-        dense = self._product(self.rows, self.columns, tokens, rates)
-        return dense + projections + self.nonzeros / rates.entries
+        return self._product(self.rows, self.columns, tokens, rates) + projections + self._at_support(1, rates)
 
     def grads_factored(self, tokens: int, rates: Rates, hiddens: int = 2) -> float:
         """Seconds to go through the rank; ``hiddens`` of its two hidden matrices are not at hand from the matmuls."""
         through = self._product(self.rows, self.rank, tokens, rates) + self._product(
             self.rank, self.columns, tokens, rates
         )
-        return through * (1 + hiddens / 2) + self._sparse(tokens, rates)
+        dense = self._product(self.rows, self.columns, tokens, rates) + self._at_support(1, rates)
+        return through * (1 + hiddens / 2) + (dense if rates.tiled else self._sparse(tokens, rates))
 
 
 def crossover(first: Callable[[int], float], second: Callable[[int], float], limit: int = 2**31) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from slcompile.cost.devices import GPUS, cpu_rates, device_class
+from slcompile.cost.devices import DEVICE_CLASSES, device_class
 from slcompile.cost.matmul import Rates
 
 
@@ -44,7 +44,8 @@ def default_rates(device: torch.device) -> Rates:
 
 
 def _defaults(key: tuple[str, ...]) -> Rates:
-    return cpu_rates(int(key[-1])) if key[0] == "cpu" else GPUS[key[0]]
+    found = next(each for each in DEVICE_CLASSES if each.name == key[0])
+    return found.rates.times(int(key[-1])) if found.per_thread else found.rates
 
 
 def stored_rates(device: torch.device) -> Path | None:
@@ -54,10 +55,10 @@ def stored_rates(device: torch.device) -> Path | None:
 
 
 def _key(device: torch.device) -> tuple[str, ...]:
-    kind = device_class(device)
-    if kind == "cpu":
-        return kind, platform.machine(), str(torch.get_num_threads())
-    return kind, torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
+    found = device_class(device)
+    if found.per_thread:
+        return found.name, platform.machine(), str(torch.get_num_threads())
+    return found.name, torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
 
 
 def _path(key: tuple[str, ...]) -> Path:

@@ -6,14 +6,11 @@
 Needs ``pip install "slcompile[examples]"`` and Triton, no GPU. About a minute a target.
 
 Shapes are the paper's attention and MLP projections, in bfloat16 with the stratified support: 1B with rank 512 and
-density 0.03, 7B with rank 1024 and density 0.05. Gradients are those of 8192 tokens, the factored matmuls have 16.
+density 0.03, 7B with rank 1024 and density 0.05. The factored matmuls have 16 tokens. Dense products are the vendor's.
 
-Bytes count each operand once, as if caches were perfect. FLOPs are those of products, not of the hash that finds the
-non-zeros. The time is the larger of bytes / bandwidth and FLOPs / peak, both as the vendors state them:
-
-    sm_80   A100 SXM 80 GB   312 TFLOP/s dense bfloat16   2.04 TB/s
-    sm_90   H100 SXM         989 TFLOP/s                  3.35 TB/s
-    gfx942  MI300X          1307 TFLOP/s                  5.30 TB/s
+Bytes count each operand once, as if caches were perfect; of an entry that is read alone, a sector of 32 bytes. FLOPs
+are those of products, not of the hash that finds the non-zeros. The time is the larger of bytes / bandwidth and FLOPs /
+peak, both as the vendors state them (``slcompile/cost/devices.py``).
 """
 
 from __future__ import annotations
@@ -22,9 +19,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
@@ -32,15 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from slcompile.kernels import compose, linear_factored, project, siblings, support, weight_grads
-from slcompile.kernels.build import TARGETS, Resources, compile_for, resources, signature_of
+from slcompile.cost import GPU_CLASSES
+from slcompile.cost.matmul import SPLIT
+from slcompile.kernels import entries, linear_factored, project, support
+from slcompile.kernels.offline import Launch, Resources, compile_launch, recorded, resources
 from slcompile.ops.support import groups_per_row
 
 DTYPE = torch.bfloat16
-TRAINING_TOKENS = 8192
-DECODING_TOKENS = 16
+TOKENS = 16
+SECTOR = 32
 SCALE = 0.5
-PEAK = {"sm_80": (312e12, 2.04e12), "sm_90": (989e12, 3.35e12), "gfx942": (1307e12, 5.30e12)}
+PEAK = {each.name: each.peak for each in GPU_CLASSES}
 """FLOP/s and bytes/s of a target."""
 
 
@@ -57,12 +54,6 @@ SIZES = {
     "1B": Size(512, 0.03, ((2048, 2048), (5461, 2048))),
     "7B": Size(1024, 0.05, ((4096, 4096), (11008, 4096))),
 }
-
-
-class Launch(NamedTuple):
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, int]
 
 
 class Work(NamedTuple):
@@ -92,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]"
     )
-    parser.add_argument("--targets", nargs="+", type=one_of(TARGETS), default=["sm_80", "sm_90"], help=names(TARGETS))
+    parser.add_argument("--targets", nargs="+", type=one_of(PEAK), default=["sm_80", "sm_90"], help=names(PEAK))
     parser.add_argument("--sizes", nargs="+", type=one_of(SIZES), default=[*SIZES], help=names(SIZES))
     return parser.parse_args(argv)
 
@@ -114,31 +105,6 @@ def one_of(allowed: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
-@contextmanager
-def recorded(target: str) -> Iterator[list[Launch]]:
-    """Within it, launches are written to the list instead of done, with the tiles of ``target``."""
-    found: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def record(*arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-                every = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **constants}
-                found.append(Launch(self.kernel, every, {"num_warps": num_warps, "num_stages": num_stages}))
-
-            return record
-
-    replaced = {"launchable": Recorder, "device_class": lambda device: target}
-    with (
-        mock.patch.multiple(compose, **replaced),
-        mock.patch.multiple(weight_grads, **replaced),
-        mock.patch.multiple(siblings, **replaced),
-    ):
-        yield found
-
-
 def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -146,33 +112,25 @@ def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
     """Every kernel, at one shape."""
-    rank, groups, many, few = size.rank, groups_per_row(columns, size.density), TRAINING_TOKENS, DECODING_TOKENS
+    rank, groups = size.rank, groups_per_row(columns, size.density)
     B, A, values, seed = empty(rows, rank), empty(rank, columns), empty(rows, groups), empty(1, dtype=torch.int64)
-    dense, factors, non_zeros = rows * columns, rank * (rows + columns), rows * groups
-    left, right, x, grad = empty(many, rows), empty(many, columns), empty(few, columns), empty(few, rows)
-    hidden = empty(few, rank)
-    splits = triton.cdiv(columns, siblings.SPLIT)
-    back_splits = triton.cdiv(rows, siblings.SPLIT)
+    x, grad, hidden, W = empty(TOKENS, columns), empty(TOKENS, rows), empty(TOKENS, rank), empty(rows, columns)
+    non_zeros, sector = rows * groups, SECTOR // DTYPE.itemsize
+    splits, back_splits = triton.cdiv(columns, SPLIT), triton.cdiv(rows, SPLIT)
 
     # What is called, and for each launch that it makes: name, elements moved (of two bytes each), and FLOPs.
     calls: list[tuple[Callable[[], Any], list[tuple[str, int, int]]]] = [
-        (
-            lambda: compose.compose(B, A, values, seed, SCALE),
-            [("compose", factors + non_zeros + dense, 2 * dense * rank)],
-        ),
-        (
-            lambda: weight_grads.weight_grads(left, right, B, A, values, seed, SCALE),
-            [("weight_grads", many * (rows + columns) + dense + non_zeros, 2 * many * dense)],
-        ),
-        (
-            lambda: weight_grads.values_grad(left, right, values, seed),
-            [("values_grad", many * (rows + columns) + non_zeros, 2 * many * dense)],
-        ),
+        (lambda: entries.add_(W, values, seed, columns), [("add", non_zeros * (1 + 2 * sector), 0)]),
+        (lambda: entries.read(W, values, seed), [("read", non_zeros * (1 + sector), 0)]),
         (
             lambda: project.project(x, [A], [SCALE]),
             [
-                ("project", few * columns + rank * columns + 2 * splits * few * rank, 2 * few * rank * columns),
-                ("sum_splits", (2 * splits + 1) * few * rank, 0),
+                (
+                    "project",
+                    TOKENS * columns + rank * columns + 2 * splits * TOKENS * rank,
+                    2 * TOKENS * rank * columns,
+                ),
+                ("sum_splits", (2 * splits + 1) * TOKENS * rank, 0),
             ],
         ),
         (
@@ -180,8 +138,8 @@ def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
             [
                 (
                     "linear_factored",
-                    few * (columns + rank + rows) + rank * rows + non_zeros,
-                    2 * few * (rank * rows + non_zeros),
+                    TOKENS * (columns + rank + rows) + rank * rows + non_zeros,
+                    2 * TOKENS * (rank * rows + non_zeros),
                 )
             ],
         ),
@@ -190,10 +148,10 @@ def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
             [
                 (
                     "linear_factored, transposed",
-                    few * (rows + rank) + rank * columns + non_zeros + 2 * back_splits * few * columns,
-                    2 * few * (rank * columns + non_zeros),
+                    TOKENS * (rows + rank) + rank * columns + non_zeros + 2 * back_splits * TOKENS * columns,
+                    2 * TOKENS * (rank * columns + non_zeros),
                 ),
-                ("sum_splits, transposed", (2 * back_splits + 1) * few * columns, 0),
+                ("sum_splits, transposed", (2 * back_splits + 1) * TOKENS * columns, 0),
             ],
         ),
     ]
@@ -216,13 +174,11 @@ def table_rows(targets: Iterable[str], sizes: Iterable[str]) -> Iterator[Row]:
         for size in sizes:
             for rows, columns in SIZES[size].shapes:
                 for name, launch, moved, flops in works(target, SIZES[size], rows, columns):
-                    compiled = compile_for(
-                        launch.kernel, *signature_of(launch.kernel, launch.arguments), target, **launch.options
-                    )
+                    usage = resources(compile_launch(launch, target))
                     peak, bandwidth = PEAK[target]
                     shape = f"{size} {rows}x{columns}"
                     seconds = max(moved / bandwidth, flops / peak)
-                    yield Row(name, target, shape, resources(compiled), moved, flops, seconds)
+                    yield Row(name, target, shape, usage, moved, flops, seconds)
 
 
 def main() -> None:

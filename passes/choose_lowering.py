@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from slcompile import torch_private
-from slcompile.cost import Matmul, crossover, device_class, rates
+from slcompile.cost import Matmul, crossover, device_class, rates, why_no_kernels
 from slcompile.ops import KERNEL_DTYPES, WEIGHT_OPS
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
@@ -32,7 +32,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
 
     Left composed: what is predicted to be faster so, and what is not a product with the whole matrix (a slice of a
     packed weight, a batched product, a weight op without factors). With a symbolic number of tokens it chooses for the
-    one that was captured, and guards the graph to that side of where composed and factored would cost the same.
+    one that was captured, and guards the graph to that side of where composed and factored would cost the same, and of
+    the most tokens that the device's kernels are for.
 
     Args:
         gm: A graph with ``meta["val"]``, forward and backward in one or either alone; changed in place.
@@ -55,7 +56,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
         phase = "backward" if site.node in backward else "forward"
-        why_not = _why_not(site.x, arguments(site.weight)[2], site.transposed, device)
+        why_not = _why_not(site.x, arguments(site.weight)[2], cost.tokens, site.transposed, device, lowering)
         decision = _choose(_name(site.weight), cost, lowering, why_not)
         decision = replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
         report.add(decision, decision.lowering == "factored")
@@ -65,7 +66,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     for node in grads:
         left, right, B, A, *_ = arguments(node)
         missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
-        why_not = _why_not(left, arguments(node)[4], False, device)
+        why_not = _why_not(left, arguments(node)[4], None, False, device, lowering)
         decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing, device), lowering, why_not)
         decision = replace(decision, node=node.name, factor=B.name, phase="gradients")
         report.add(decision, decision.lowering == "factored")
@@ -212,7 +213,7 @@ def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
         matmul,
         x.shape[1 if site.weight_first else 0],
         functools.partial(matmul.composed, rates=at, composes=1 / composes),
-        functools.partial(matmul.factored, rates=at),
+        functools.partial(matmul.factored, rates=at, transposed=site.transposed),
     )
 
 
@@ -247,14 +248,31 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
     return sum(getattr(each, lowering)(tokens) for each in costs)
 
 
-def _why_not(x: fx.Node, values: fx.Node, transposed: bool, device: torch.device | None) -> tuple[str, str] | None:
-    """A reason and a sentence, where a product has no factored lowering on its device."""
-    if device_class(device or x.meta["val"].device) == "cpu":
+def _why_not(
+    x: fx.Node,
+    values: fx.Node,
+    tokens: int | torch.SymInt | None,
+    transposed: bool,
+    device: torch.device | None,
+    lowering: str,
+) -> tuple[str, str] | None:
+    """A reason and a sentence, where a product has no factored lowering on its device; tokens are None for gradients.
+
+    A symbolic number of tokens is guarded to one side of the most that kernels are for, unless nothing is factored.
+    """
+    device = device or x.meta["val"].device
+    kind = device_class(device)
+    if kind.per_thread or lowering == "composed":
         return None
+    if missing := why_no_kernels(device):
+        return "device", missing
     if x.meta["val"].dtype not in KERNEL_DTYPES:
         return "dtype", f"no kernel multiplies factors in {x.meta['val'].dtype}"
     if transposed and values.meta["val"].dim() == 1:
         return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
+    if tokens is not None and kind.factored_tokens is not None and guard_or_true(tokens > kind.factored_tokens):
+        most = f"kernels multiply factors for up to {kind.factored_tokens} tokens"
+        return "tokens", f"{most}; for more, they would write gigabytes of partial sums"
     return None
 
 
@@ -262,9 +280,9 @@ def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | No
     """The decision on one matmul, with both predicted costs, and with a reason where it stays composed."""
     tokens = torch_private.size_hint(cost.tokens)
     costs = {"composed": cost.composed(tokens), "factored": cost.factored(tokens)}
-    reason, detail = why_not or ("asked_for", "asked for by lowering='composed'")
+    reason, detail = "asked_for", "asked for by lowering='composed'"
     if why_not:
-        lowering = "composed"
+        lowering, (reason, detail) = "composed", why_not
     elif lowering == "auto":
         lowering = min(costs, key=costs.__getitem__)
         reason, detail = "slower", "factored is predicted to be slower"

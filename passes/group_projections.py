@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from slcompile import torch_private
-from slcompile.cost import device_class
+from slcompile.cost import why_no_kernels
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes
 
 FEW_TOKENS = 64
@@ -81,7 +81,7 @@ def _projected(insert: Inserter, before: fx.Node, x: fx.Node, hiddens: list[fx.N
     """The hidden matrices, in one op where that is faster and each is ``scale * x @ factor^T``, as an addmm."""
     tokens, device = x.meta["val"].shape[0], x.meta["val"].device
     few = torch_private.size_hint(tokens) <= FEW_TOKENS and isinstance(tokens, int)
-    if device_class(device) == "cpu" or not few:
+    if why_no_kernels(device) or not few:
         return hiddens
     factors, scales = [], []
     for hidden in hiddens:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.func import functionalize
 
 from slcompile import torch_private
-from slcompile.cost import device_class
+from slcompile.cost import why_no_kernels
 from slcompile.ops import KERNEL_DTYPES
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
@@ -44,11 +44,15 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
         value = arguments(node)[0].meta["val"]
-        on_gpu = device_class(value.device) != "cpu" and value.dtype in KERNEL_DTYPES
+        why_aten = why_no_kernels(value.device)
+        if not why_aten and value.dtype not in KERNEL_DTYPES:
+            why_aten = f"no kernel computes in {value.dtype}"
+        on_gpu = not why_aten
         table = _triton(autotune) if on_gpu else _aten()
         lowered = table.get(node.target)
+        why = f": {why_aten}" if why_aten else ""
         if lowered is None:
-            report.left.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation"))
+            report.left.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation{why}"))
             continue
         if has_fixed_layouts and not on_gpu and node.target is _OPS.linear_factored.default:
             detail = "an op that Inductor calls as it is may read its result, in the layout that it was traced with"
@@ -60,7 +64,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         else:
             for user in list(node.users):
                 user.replace_all_uses_with(results[arguments(user)[1]], propagate_meta=False)
-        report.replaced.append(Decision(node.name))
+        report.replaced.append(Decision(node.name, detail=why_aten))
     if report.replaced:
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -84,17 +88,12 @@ def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
 
     launchers: dict[Any, Callable[..., Any]] = {
         _OPS.compose.default: compose.compose,
-        _OPS.linear_factored.default: linear_factored.linear_factored,
-        _OPS.project.default: project.project,
+        _OPS.linear_factored.default: functools.partial(linear_factored.linear_factored, autotune=autotune),
+        _OPS.project.default: functools.partial(project.project, autotune=autotune),
         _OPS.values_grad.default: weight_grads.values_grad,
         _OPS.weight_grads.default: weight_grads.weight_grads,
     }
-    return {op: _functional(launcher, autotune) for op, launcher in launchers.items()}
-
-
-def _functional(launcher: Callable[..., Any], autotune: bool) -> Callable[..., Any]:
-    wrapped: Callable[..., Any] = functionalize(functools.partial(launcher, autotune=autotune))
-    return wrapped
+    return {op: functionalize(launcher) for op, launcher in launchers.items()}
 
 
 def _fold_cast(insert: Inserter, compose: fx.Node) -> fx.Node:

@@ -26,11 +26,12 @@ from transformers import (
 )
 
 import slcompile
-from slcompile import cli, cost
+from slcompile import cli
 from slcompile.cli import main
 from slcompile.cli.sources import example_inputs
+from slcompile.cost import stored
+from slcompile.cost.measure import measure_rates
 from slcompile.export.checkpoint import load_factorized, save_factorized
-from slcompile.measure import measure_rates
 
 # As in tests/export/test_architectures.py: at most 100 operators in sequence, sums of at most 256 terms.
 BOUND = {torch.float32: 160 * 2**-24, torch.float16: 10 * 2**-11}
@@ -168,9 +169,9 @@ def test_example_inputs_fit_the_model(make):
 
 def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cli, "measure_rates", functools.partial(measure_rates, seconds=0.001))
+    monkeypatch.setattr("slcompile.cli.rates.measure_rates", functools.partial(measure_rates, seconds=0.001))
     threads = str(torch.get_num_threads())
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
     try:
         assert main(["rates", "--threads", threads]) == 0
         defaults = capsys.readouterr().out
@@ -182,12 +183,12 @@ def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
         assert main(["rates", "--threads", threads]) == 0
         assert capsys.readouterr().out.splitlines()[1:] == measured.splitlines()[1:]
         file.write_text("{}")
-        cost._rates.cache_clear()
+        stored._rates.cache_clear()
         assert main(["rates", "--threads", threads]) == 2
         assert "holds no rates" in capsys.readouterr().err
         assert main(["rates", "--threads", threads, "--measure"]) == 0
     finally:
-        cost._rates.cache_clear()
+        stored._rates.cache_clear()
 
 
 @pytest.mark.parametrize("flags", [["--device", "tpu"], ["--threads", "0"]])

@@ -10,8 +10,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slcompile import cost
-from slcompile.cost import DTYPES, Matmul, Rates, crossover, rates, store_rates
+from slcompile import cost, torch_private
+from slcompile.cost import (
+    DEVICE_CLASSES,
+    DTYPES,
+    GPU_CLASSES,
+    DeviceClass,
+    Matmul,
+    Rates,
+    aligned,
+    crossover,
+    device_class,
+    devices,
+    rates,
+    store_rates,
+    stored,
+    why_no_kernels,
+)
 
 CPU = torch.device("cpu")
 NAMES = tuple(DTYPES.values())
@@ -28,9 +43,9 @@ BY_BYTES = Rates({"float32": 1e30, "bfloat16": 1e30}, {"float32": 1e30, "bfloat1
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No rates are stored but those that a test stores."""
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
     yield tmp_path / "cache"
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
 
 
 class TestFormulas:
@@ -73,6 +88,43 @@ class TestFormulas:
     def test_a_sparse_product_reads_positions(self) -> None:
         reading = dataclasses.replace(BY_BYTES, index_bytes=8)
         assert MATMUL.factored(TOKENS, reading) - MATMUL.factored(TOKENS, BY_BYTES) == pytest.approx(60 * 8 / 4)
+
+
+class TestKernels:
+    """Of kernels: each launch takes a while, an entry a sector, x @ S is a dense product and so are gradients."""
+
+    LAUNCH = dataclasses.replace(BY_BYTES, memory=1e30, launch=1.0, tiled=1.0)
+    SECTORS = dataclasses.replace(BY_BYTES, sector=8, tiled=1.0)
+
+    def test_launches(self) -> None:
+        # A product and an addition; that and a product; both products and S; as many and its partial sums.
+        assert MATMUL.compose(self.LAUNCH) == 2
+        assert MATMUL.composed(TOKENS, self.LAUNCH) == 3
+        assert MATMUL.factored(TOKENS, self.LAUNCH) == 3
+        assert MATMUL.factored(TOKENS, self.LAUNCH, transposed=True) == 4
+        # G, two projections and what is read; G, what is read and two products, for which two hidden ones are made.
+        assert MATMUL.grads_composed(TOKENS, self.LAUNCH) == 4
+        assert MATMUL.grads_factored(TOKENS, self.LAUNCH) == 6
+        assert MATMUL.grads_factored(TOKENS, self.LAUNCH, hiddens=0) == 4
+
+    def test_entries_move_sectors(self) -> None:
+        # One float of values, a second each; of W or G read and written, or read, two floats each time.
+        assert MATMUL.compose(self.SECTORS) == pytest.approx(1550 + 60 * (2 * 2 + 1))
+        assert MATMUL.grads_composed(TOKENS, self.SECTORS) == pytest.approx(1900 + 2 * 1550 + 60 * (2 + 1))
+        assert MATMUL.grads_factored(TOKENS, self.SECTORS, 0) == pytest.approx(1900 + 1150 + 60 * (2 + 1))
+
+    def test_the_input_gradient_spreads_the_non_zeros_over_tiles(self) -> None:
+        tiled = dataclasses.replace(BY_OPERATIONS, tiled=0.5)
+        assert MATMUL.factored(TOKENS, tiled, transposed=True) == pytest.approx(3500 + 2 * 12000)
+        # Partial sums of ten tokens and 30 columns, one for each 512 rows or part of them, written and read.
+        tall = dataclasses.replace(MATMUL, rows=513)
+        moved = [tall.factored(TOKENS, self.SECTORS, transposed=True), tall.factored(TOKENS, BY_BYTES)]
+        assert moved[0] - moved[1] == pytest.approx(2 * 2 * 300 - 60)
+
+    def test_products_through_the_rank_are_slower(self) -> None:
+        narrow = dataclasses.replace(BY_OPERATIONS, narrow=0.5)
+        assert MATMUL.compose(narrow) == pytest.approx(2 * 6000 + 6)
+        assert MATMUL.grads_composed(TOKENS, narrow) == pytest.approx(12000 + 2 * 2 * 6000 + 6)
 
 
 class TestCrossover:
@@ -124,27 +176,32 @@ class TestRates:
         assert three.sparse == {name: pytest.approx(3 * rate) for name, rate in one.sparse.items()}
         assert (three.memory, three.entries) == (pytest.approx(3 * one.memory), pytest.approx(3 * one.entries))
 
-    @pytest.mark.parametrize("name", cost._GPUS)
-    def test_defaults_of_gpus(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cost, "device_class", lambda device: name)
+    @pytest.mark.parametrize("row", GPU_CLASSES, ids=lambda row: row.name)
+    def test_defaults_of_gpus(self, row: DeviceClass, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stored, "device_class", lambda device: row)
         found = rates(torch.device("cuda"))
+        assert found == row.rates
         assert set(found.matmul) == set(found.sparse) == set(NAMES)
         assert all(0 < rate < math.inf for rate in (*found.matmul.values(), *found.sparse.values(), found.memory))
         # Kernels compute positions in registers and read operands in any layout.
         assert (found.entries, found.transposes) == (math.inf, 0)
+        # They are less than what the vendor states, and of its order.
+        flops, bandwidth = row.peak
+        assert 0.5 * flops < found.matmul["bfloat16"] < flops
+        assert 0.5 * bandwidth < found.memory < bandwidth
 
     @pytest.mark.parametrize("entries", [7.0, math.inf])
     def test_stored_ones_are_read(self, cache_dir: Path, entries: float) -> None:
-        defaults, stored = rates(CPU), dataclasses.replace(measured(), entries=entries)
+        defaults, kept = rates(CPU), dataclasses.replace(measured(), entries=entries)
         assert cost.stored_rates(CPU) is None
-        path = store_rates(CPU, stored)
+        path = store_rates(CPU, kept)
         assert path.parent == cache_dir
         assert list(cache_dir.iterdir()) == [path]  # and nothing of its writing is left
         assert cost.stored_rates(CPU) == path
         # Stored ones hold at once, and for the next process, which has nothing cached.
-        assert rates(CPU) == stored
-        cost._rates.cache_clear()
-        assert rates(CPU) == stored
+        assert rates(CPU) == kept
+        stored._rates.cache_clear()
+        assert rates(CPU) == kept
         assert cost.default_rates(CPU) == defaults
 
     def test_they_are_read_once_and_replaced_by_the_next(self, cache_dir: Path) -> None:
@@ -184,14 +241,14 @@ class TestFingerprint:
         default = cost.fingerprint()
         assert cost.fingerprint() == default
         path = store_rates(CPU, measured(3.0))
-        stored = cost.fingerprint()
-        cost._rates.cache_clear()
-        assert cost.fingerprint() == stored
+        kept = cost.fingerprint()
+        stored._rates.cache_clear()
+        assert cost.fingerprint() == kept
         store_rates(CPU, measured(4.0))
         other = cost.fingerprint()
-        assert len({default, stored, other}) == 3
+        assert len({default, kept, other}) == 3
         path.unlink()
-        cost._rates.cache_clear()
+        stored._rates.cache_clear()
         assert cost.fingerprint() == default
 
     def test_a_gpu_counts_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,22 +258,64 @@ class TestFingerprint:
             found.append(device.type)
             return measured()
 
-        monkeypatch.setattr(cost, "rates", recorded)
+        monkeypatch.setattr(stored, "rates", recorded)
         for available in (False, True):
             monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
             cost.fingerprint()
         assert found == ["cpu", "cpu", "cuda"]
 
 
-def test_device_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cost.device_class(CPU) == "cpu"
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for major, name in ((8, "sm_80"), (9, "sm_90"), (10, "sm_90")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
-        assert cost.device_class(cuda) == name
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cost.device_class(cuda) == "sm_80"
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert cost.device_class(cuda) == "gfx942"
+class TestDeviceClasses:
+    def test_of_cpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for amx, name in ((False, "cpu"), (True, "cpu_amx")):
+            monkeypatch.setattr(torch_private, "has_amx", lambda amx=amx: amx)
+            assert device_class(CPU).name == name
+            assert why_no_kernels(CPU)
+
+    @pytest.mark.parametrize(
+        ("capability", "name"),
+        [((7, 5), "sm_80"), ((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")],
+    )
+    def test_of_nvidia(self, capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert device_class(torch.device("cuda")).name == name
+
+    def test_of_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "hip", None)
+        names = {kind: device_class(torch.device(kind)).name for kind in ("cuda", "xpu", "mps")}
+        assert names == {"cuda": "sm_80", "xpu": "sm_80", "mps": "other"}
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert device_class(torch.device("cuda")).name == "gfx942"
+
+    @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+    def test_of_meta_tensors(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        accelerator = None if kind == "cpu" else torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: accelerator)
+        assert device_class(torch.device("meta")) == device_class(torch.device(kind))
+
+    def test_kernels_run_where_triton_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert why_no_kernels(torch.device("mps")) == "no kernel runs on mps, but ATen does"
+        assert why_no_kernels(torch.device("cuda")) == ""
+        monkeypatch.setattr(devices, "has_triton", lambda: False)
+        assert why_no_kernels(torch.device("cuda")) == ""  # it is not there: what is asked for is an estimate
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        assert why_no_kernels(torch.device("cuda")) == "Triton is not installed"
+
+    @pytest.mark.parametrize("row", GPU_CLASSES, ids=lambda row: row.name)
+    def test_each_gpu_has_the_same_tiles(self, row: DeviceClass) -> None:
+        first = GPU_CLASSES[0]
+        assert row.tiles.keys() == row.tiles_32.keys() == first.tiles.keys()
+        for name, tile in (*row.tiles.items(), *row.tiles_32.items()):
+            assert tile.keys() == first.tiles[name].keys()
+
+    def test_names_are_unique_and_the_last_row_takes_everything(self) -> None:
+        assert len({row.name for row in DEVICE_CLASSES}) == len(DEVICE_CLASSES)
+        assert DEVICE_CLASSES[-1].matches(torch.device("mps"))
+
+
+def test_rows_are_aligned() -> None:
+    assert [aligned(size, torch.bfloat16) for size in (8, 2048, 5461, 5464, 1)] == [8, 2048, 5504, 5464, 64]
+    assert [aligned(size, torch.float32) for size in (4, 5461)] == [4, 5472]

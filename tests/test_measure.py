@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slcompile import cost, measure
-from slcompile.cost import DTYPES
-from slcompile.measure import measure_rates
+from slcompile import cost
+from slcompile.cost import DTYPES, measure, stored
+from slcompile.cost.measure import measure_rates
 from slcompile.ops.support import stratified_columns
 
 CPU = torch.device("cpu")
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What is measured here is not kept for the machine."""
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
     yield tmp_path
-    cost._rates.cache_clear()
+    stored._rates.cache_clear()
 
 
 def test_rates_are_positive_and_stored(cache_dir: Path) -> None:
@@ -63,7 +63,7 @@ def test_rates_are_what_was_done_by_the_time_it_took(monkeypatch: pytest.MonkeyP
 
 def test_measuring_again_does_not_start_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter(range(1, 1000))
-    monkeypatch.setattr(measure, "_fastest", lambda *args: 1 / next(seconds))
+    monkeypatch.setattr(measure, "_fastest", lambda run, **kwargs: 1 / next(seconds))
     cost.store_rates(CPU, cost.Rates({"float8": 1.0}, {"float8": 1.0}, 1.0, transposes=5))
     found, _ = measure_rates("cpu")
     assert set(found.matmul) == set(found.sparse) == set(DTYPES.values())
@@ -85,3 +85,43 @@ def test_the_fastest_of_at_least_three_runs_counts(monkeypatch: pytest.MonkeyPat
     ran.clear()
     assert measure._fastest(run, CPU, seconds=10.0) == 2.0
     assert len(ran) == 1 + 4
+
+
+class TestGpu:
+    """What would be measured on a GPU, on tensors without memory and by given times."""
+
+    def test_rates_are_what_was_done_by_the_time_it_took(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("triton", reason="the kernels need triton")
+        (row,) = (each for each in cost.GPU_CLASSES if each.name == "sm_90")
+        for module in (measure, stored):
+            monkeypatch.setattr(module, "device_class", lambda device: row)
+        monkeypatch.setattr(measure, "why_no_kernels", lambda device: "")
+
+        def fastest(run: object, device: torch.device, seconds: float) -> float:
+            if getattr(run, "func", None) is torch.mm:
+                return 2.0 if len(run.args[0]) == 16384 else 0.5
+            if getattr(run, "func", None) is None:  # the copy and a hundred launches
+                return 4.0 if getattr(run, "__name__", "") == "clone" else 3.0
+            return 16.0 if run.keywords else 8.0
+
+        monkeypatch.setattr(measure, "_fastest", fastest)
+        found, _ = measure_rates("meta")
+        product = 2 * 16384 * 8192 * 8192 / 2.0
+        assert found.matmul == dict.fromkeys(DTYPES.values(), product)
+        sparse = 2 * 64 * 8192 * 256 / 8.0
+        assert found.sparse == {**dict.fromkeys(DTYPES.values(), sparse), "float64": row.rates.sparse["float64"]}
+        assert found.tiled == 2 * 64 * 8192 * 4096 / 16.0 / product
+        assert found.narrow == 2 * 8192 * 512 * 4096 / 0.5 / product
+        assert found.launch == 3.0 / 100
+        assert found.memory == 2 * 4 * 2**28 / 4.0
+        assert (found.sector, found.entries) == (row.rates.sector, row.rates.entries)
+
+    @pytest.mark.gpu
+    def test_they_are_positive(self) -> None:
+        found, _ = measure_rates("cuda", seconds=0.01)
+        for rate in (*found.matmul.values(), *found.sparse.values(), found.memory, found.tiled, found.narrow):
+            assert 0 < rate < math.inf
+
+    def test_a_device_without_kernels_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="must be one that kernels run on, or cpu, got mps"):
+            measure_rates("mps")

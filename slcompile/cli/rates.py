@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from slcompile import cost
-from slcompile.measure import measure_rates
+from slcompile.cost.measure import measure_rates
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -43,3 +43,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"{kind:14} " + ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in by_dtype.items()) + "  GFLOP/s")
     print(f"{'memory':14} {found.memory / 1e9:.4g}  GB/s")
     print(f"{'positions':14} {found.entries / 1e6:.4g}  million/s")
+    if found.launch:
+        print(f"{'launch':14} {found.launch * 1e6:.3g}  us")
+        print(f"{'of matmul':14} {found.narrow:.2f} through the rank, {found.tiled:.2f} in tiles of S")

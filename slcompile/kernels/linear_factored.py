@@ -21,10 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slcompile.kernels.build import dot_precision, on_device_of
+from slcompile.cost.matmul import SPLIT
+from slcompile.kernels.launch import Tiled, dot_precision, on_device_of
 from slcompile.kernels.siblings import (
-    SPLIT,
-    Tiled,
     batches,
     bias_parameters,
     check,
@@ -232,27 +231,15 @@ def linear_factored_transposed_kernel(
     tl.store(p_partial + o_partial, b_sum, mask=in_t[:, None] & in_k[None, :])
 
 
-# What counts is how many bytes are under way, as in ``project``. Of the tiles that were tried, these need no spilled
-# registers at any of the paper's shapes.
 FACTORED = Tiled(
     linear_factored_kernel,
-    {
-        "sm_80": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 6},
-        "sm_90": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 6},
-        "gfx942": {"BLOCK_N": 16, "BLOCK_R": 64, "GATHER": 8192, "num_warps": 4, "num_stages": 2},
-    },
-    {"BLOCK_N": 16, "BLOCK_R": 32, "GATHER": 4096, "num_warps": 8, "num_stages": 3},
+    "linear_factored",
     {"BLOCK_N": (16, 32), "BLOCK_R": (64,), "GATHER": (4096, 8192)},
     ["columns", "rows_0", "rows_1", "ranks_0", "groups_0", "BLOCK_T"],
 )
 TRANSPOSED = Tiled(
     linear_factored_transposed_kernel,
-    {
-        "sm_80": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
-        "sm_90": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-        "gfx942": {"BLOCK_K": 32, "BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    },
-    {"BLOCK_K": 32, "BLOCK_R": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    "linear_factored_transposed",
     {"BLOCK_K": (32, 64), "BLOCK_R": (64,), "BLOCK_N": (64, 128)},
     ["rows", "columns_0", "columns_1", "ranks_0", "groups_0", "BLOCK_T"],
 )

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slcompile.kernels.build import dot_precision, on_device_of
+from slcompile.cost.matmul import SPLIT
+from slcompile.kernels.launch import Tiled, dot_precision, on_device_of
 from slcompile.kernels.siblings import (
-    SPLIT,
-    Tiled,
     batches,
     check,
     four,
@@ -74,19 +73,13 @@ def project_kernel(
         )
         b_sum = tl.dot(b_x, b_factor, b_sum, input_precision=PRECISION)
     o_partial = i_split.to(tl.int64) * total + begin + o_t[:, None] * ranks + o_r[None, :]
-    tl.store(p_partial + o_partial, b_sum * scale, mask=in_t[:, None] & in_r[None, :])
+    # Of a number that comes as float64, the product would be of float64.
+    tl.store(p_partial + o_partial, b_sum * tl.cast(scale, tl.float32), mask=in_t[:, None] & in_r[None, :])
 
 
-# What counts is how many bytes are under way: many small programs, each with several tiles of its factor in flight,
-# whose rows are 128 bytes. Of the tiles that were tried, these need no spilled registers at any of the paper's shapes.
 PROJECT = Tiled(
     project_kernel,
-    {
-        "sm_80": {"BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 6},
-        "sm_90": {"BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
-        "gfx942": {"BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-    },
-    {"BLOCK_R": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
+    "project",
     {"BLOCK_R": (16, 32), "BLOCK_K": (64, 128)},
     ["columns", "ranks_0", "ranks_1", "s_column_0", "BLOCK_T"],
 )

@@ -7,9 +7,7 @@ Prefixes: p_ pointer, b_ block, o_ offset, i_ program index. A parameter of one 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from slcompile.kernels.build import device_class, launchable, on_device_of
+from slcompile.cost.matmul import SPLIT
+from slcompile.kernels.launch import launchable, on_device_of
 
 SIBLINGS = 4
 """Most projections in one launch; more take several."""
-
-SPLIT = 512
-"""Terms of a long sum that one program adds up, see ``project``."""
 
 SUM_BLOCK = 256
 
@@ -82,42 +78,6 @@ def sum_splits_kernel(
         has_bias = ((BIASES >> i_sibling) & 1) != 0
         b_sum += tl.load(p_bias + o_sum % width, mask=in_sum & has_bias, other=0.0).to(tl.float32)
     tl.store(p_sum + o_sum, b_sum, mask=in_sum)
-
-
-@dataclass(frozen=True, eq=False)
-class Tiled:
-    """A kernel and its tiles.
-
-    Attributes:
-        kernel: A ``triton.jit`` function.
-        tiles: One for each device class.
-        tile_32: The same for float32, on any device: without matrix instructions, the same tile takes several times the
-            registers.
-        tried: What autotuning tries of each size. SPLIT is not among it: it shapes a buffer.
-        key: The parameters whose change makes it try again.
-    """
-
-    kernel: Any
-    tiles: Mapping[str, Mapping[str, int]]
-    tile_32: Mapping[str, int]
-    tried: Mapping[str, Sequence[int]]
-    key: Sequence[str]
-
-    @functools.cached_property
-    def tuner(self) -> Any:
-        """The kernel as one that tries several tiles."""
-        tiles: list[dict[str, int]] = [{}]
-        for size, choices in self.tried.items():
-            tiles = [{**tile, size: choice} for tile in tiles for choice in choices]
-        configs = [triton.Config(tile, num_warps=4, num_stages=4) for tile in tiles]
-        return triton.autotune(configs, key=list(self.key), cache_results=True)(self.kernel)
-
-    def to_launch(self, x: Tensor, autotune: bool) -> tuple[Any, Mapping[str, int]]:
-        """What to launch for this input, and its tile; autotuning adds the tile itself."""
-        if autotune:
-            return launchable(self.tuner), {}
-        tile = self.tile_32 if x.dtype == torch.float32 else self.tiles[device_class(x.device)]
-        return launchable(self.kernel), tile
 
 
 def check(x: Tensor, others: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slcompile.kernels.build import on_device_of
+from slcompile.kernels.launch import on_device_of
 
 BLOCK = 256
 

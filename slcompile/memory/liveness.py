@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
+from slcompile.cost import aligned
 from slcompile.memory.graphs import Graphs
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import arguments
@@ -44,9 +45,6 @@ PARTS = (
 
 Place = tuple[str, int | None]
 """A phase of the step and the layer whose code runs then; None outside the layers."""
-
-ALIGNMENT = 16
-"""As in kernels/compose.py, which cannot be imported without Triton."""
 
 START = "before the step"
 """Place of what is held from the first step on."""
@@ -217,12 +215,16 @@ def _is_composed(node: fx.Node) -> bool:
 
 
 def _workspace(node: fx.Node, device: str) -> int:
-    """Bytes that an op of ours allocates besides its results while its kernels run."""
-    if device != "cuda" or node.target is not torch.ops.slcompile.weight_grads.default:
+    """Bytes that an op of ours allocates besides its results while its kernels run: see kernels/weight_grads.py."""
+    makes_dense = (torch.ops.slcompile.weight_grads.default, torch.ops.slcompile.values_grad.default)
+    if device != "cuda" or node.target not in makes_dense:
         return 0
-    left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K], its rows padded
-    columns = right.shape[1]
-    return int(left.shape[1] * (columns + -columns % ALIGNMENT) * left.itemsize)
+    left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K]
+    rows, columns = int(left.shape[1]), int(right.shape[1])
+    padded = aligned(columns, right.dtype)
+    # Copied with aligned rows where neither its rows nor its columns are aligned.
+    both = padded != columns and aligned(rows, left.dtype) != rows
+    return rows * (columns + (padded if both else 0)) * left.itemsize
 
 
 def _layer(node: fx.Node, backward: bool) -> int | None:

@@ -17,5 +17,7 @@ def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """
     path = tmp_path_factory.mktemp("interpreted") / "results.pt"
     command = [sys.executable, str(request.path), str(path)]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    places = [str(request.config.rootpath), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(places)}
+    subprocess.run(command, env=environment, check=True)
     return torch.load(path)

@@ -1,7 +1,4 @@
-"""What the scripts among these tests run in: Triton's interpreter, made to compute as GPUs do.
-
-A script finds the files beside it, a test does not: only a test module that runs as a script imports this.
-"""
+"""What the scripts among these tests run in: Triton's interpreter, made to compute as GPUs do."""
 
 from __future__ import annotations
 

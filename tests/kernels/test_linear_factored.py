@@ -5,20 +5,33 @@ Run as a script, this file saves what the kernels return for CASES.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
+from slcompile.ops.support import flat_positions, groups_per_row
+from tests.kernels.harness import (
+    DTYPES,
+    PAPER,
+    SCALE,
+    TARGETS,
+    Random,
+    assert_autotuning_spills_nothing,
+    assert_within_error,
+    empty,
+    empty_sparse,
+    launches_in,
+    moved,
+    name_of,
+    require_compiler,
+    usages,
+    written_to,
+)
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SUPPORTS = ("stratified", "uniform")
-SCALE = 0.75
 
 # terms of x, then outputs and rank of each sibling: nothing divides anything, the last passes a block on each axis.
 SHAPES = {
@@ -56,13 +69,6 @@ class Operands(NamedTuple):
     supports: list[Tensor]
     biases: list[Tensor | None]
 
-    def to(self, to: torch.device | torch.dtype) -> Operands:
-        def each(tensor: Any) -> Any:
-            floating = tensor is not None and (tensor.is_floating_point() or isinstance(to, torch.device))
-            return tensor.to(to) if floating else tensor
-
-        return Operands(each(self.x), *([each(tensor) for tensor in tensors] for tensors in self[1:]))
-
 
 WAYS = [("stratified", False), ("uniform", False), ("stratified", True)]
 CASES = list(
@@ -79,22 +85,16 @@ CASES = list(
 
 
 def make_operands(case: Case) -> Operands:
-    generator = torch.Generator().manual_seed(3)
+    drawn = Random(3, case.strided)
 
     def random(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
-        return torch.stack([values, values], -1)[..., 0].t().contiguous().t() if case.strided else values
+        return drawn(*shape, dtype=case.dtype)
 
     terms, siblings = SHAPES[case.shape]
     operands = Operands(random(case.tokens, terms), [], [], [], [], [], [])
     for index, (outputs, rank) in enumerate(siblings):
         rows, columns = (terms, outputs) if case.transposed else (outputs, terms)
-        if case.support == "uniform":
-            support = uniform_index(index, rows, columns, case.density)
-            values = random(len(support))
-        else:
-            support = torch.tensor([index])
-            values = random(rows, groups_per_row(columns, case.density))
+        values, support = drawn.sparse(case.support, index, rows, columns, case.density, case.dtype)
         B, A = random(rows, rank), random(rank, columns)
         has_bias = case.bias == "all" or (case.bias == "some" and index % 2 == 1)
         per_sibling = (
@@ -151,7 +151,7 @@ def reference(case: Case, operands: Operands) -> list[list[Tensor]]:
 
 
 def assert_within_the_references_error(case: Case, operands: Operands, found: list[list[Tensor]]) -> None:
-    truth, eager = reference(case, operands.to(torch.float64)), reference(case, operands)
+    truth, eager = reference(case, Operands(*moved(operands, torch.float64))), reference(case, operands)
     for exacts, eagers, ours in zip(truth, eager, found, strict=True):
         for exact, result in zip(exacts, ours, strict=True):
             assert result.dtype == case.dtype
@@ -159,13 +159,7 @@ def assert_within_the_references_error(case: Case, operands: Operands, found: li
             assert result.is_contiguous()
         # One norm for all siblings: of a result with a handful of elements, rounding may be good or bad by chance.
         exact, expected, result = (torch.cat([each.flatten() for each in some]) for some in (exacts, eagers, ours))
-        # Half a unit in the last place of the result: what rounding it once may cost.
-        slack = torch.finfo(case.dtype).eps / 2 * float(exact.norm())
-        assert float((result - exact).norm()) <= float((expected - exact).norm()) + slack
-
-
-def name_of(case: Case) -> str:
-    return "-".join(str(each).removeprefix("torch.") for each in case)
+        assert_within_error(result, expected, exact, case.dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -173,116 +167,53 @@ def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[
     assert_within_the_references_error(case, make_operands(case), interpreted[name_of(case)])
 
 
-@pytest.fixture
-def compiler() -> None:
-    if triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is set: nothing is compiled in this process")
+SIBLINGS = {"qkv": 3, "up": 2, "down": 1}
 
 
-class Launch(NamedTuple):
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Launches of the kernels are written here instead of done."""
-    from slcompile.kernels import siblings as module
-
-    found: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def record(*arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-                every = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **constants}
-                found.append(Launch(self.kernel, every, {"num_warps": num_warps, "num_stages": num_stages}))
-
-            return record
-
-    monkeypatch.setattr(module, "launchable", Recorder)
-    return found
-
-
-# rows, columns, rank, groups, siblings: the paper's 1B and 7B.
-PAPER = {
-    "1B_qkv": (2048, 2048, 512, 61, 3),
-    "1B_gate_up": (5461, 2048, 512, 61, 2),
-    "1B_down": (2048, 5461, 512, 164, 1),
-    "7B_qkv": (4096, 4096, 1024, 205, 3),
-    "7B_gate_up": (11008, 4096, 1024, 205, 2),
-    "7B_down": (4096, 11008, 1024, 550, 1),
-}
-
-
-def launch_all(shape: tuple[int, int, int, int, int], tokens: int, dtype: torch.dtype) -> None:
-    """Projects, completes with either support, and does the same transposed, on meta tensors."""
+def launched(target: str, shapes: Any, tokens: int, dtype: torch.dtype, siblings: int | None = None) -> list[Any]:
+    """Projects, completes with either support, and does the same transposed, on meta tensors; the launches of it."""
     from slcompile.kernels.linear_factored import linear_factored
+    from slcompile.kernels.offline import recorded
     from slcompile.kernels.project import project
 
-    rows, columns, rank, groups, siblings = shape
+    with recorded(target) as launches:
+        for name, (rows, columns, rank, density) in shapes.items():
+            count = siblings or SIBLINGS[name.split("_")[1]]
+            x, grad = empty(tokens, columns, dtype=dtype), empty(tokens, rows, dtype=dtype)
+            B, A, bias = empty(rows, rank, dtype=dtype), empty(rank, columns, dtype=dtype), empty(rows, dtype=dtype)
+            groups = groups_per_row(columns, density)
+            values, seed = empty_sparse("stratified", rows, groups, dtype)
+            flat, index = empty_sparse("uniform", rows, groups, dtype)
+            hidden = project(x, [A] * count, [SCALE] * count)
+            linear_factored(x, hidden, [B] * count, [values] * count, [seed] * count)
+            linear_factored(x, hidden, [B] * count, [flat] * count, [index] * count, [bias] * count)
+            hidden = project(grad, [B.t()] * count, [SCALE] * count)
+            linear_factored(grad, hidden, [A] * count, [values] * count, [seed] * count, transposed=True)
+    return launches
 
-    def empty(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
 
-    x, grad = empty(tokens, columns), empty(tokens, rows)
-    B, A, values = empty(rows, rank), empty(rank, columns), empty(rows, groups)
-    seed, index = empty(1, dtype=torch.int64), empty(rows * groups, dtype=torch.int32)
-    hidden = project(x, [A] * siblings, [SCALE] * siblings)
-    linear_factored(x, hidden, [B] * siblings, [values] * siblings, [seed] * siblings)
-    linear_factored(x, hidden, [B] * siblings, [values.flatten()] * siblings, [index] * siblings,
-                    [empty(rows)] * siblings)  # fmt: skip
-    hidden = project(grad, [B.t()] * siblings, [SCALE] * siblings)
-    linear_factored(grad, hidden, [A] * siblings, [values] * siblings, [seed] * siblings, transposed=True)
-
-
-@pytest.mark.parametrize(("target", "tokens", "dtype"),
-                         [("sm_80", 16, torch.bfloat16), ("sm_80", 64, torch.bfloat16), ("sm_90", 1, torch.bfloat16),
-                          ("sm_90", 64, torch.bfloat16), ("gfx942", 16, torch.bfloat16),
-                          ("sm_90", 64, torch.float32)])  # fmt: skip
-@pytest.mark.usefixtures("compiler")
-def test_compiles_at_the_papers_shapes_without_spills(
-    target: str, tokens: int, dtype: torch.dtype, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from slcompile.kernels import build
-    from slcompile.kernels import siblings as module
-
-    monkeypatch.setattr(module, "device_class", lambda device: target)
-    for shape in PAPER.values():
-        launch_all(shape, tokens, dtype)
-    # Most shapes have the same kernel: what is compiled depends on sizes only where they are 1 or divisible by 16.
-    different = {}
-    for kernel, arguments, options in launches:
-        signature, constants = build.signature_of(kernel, arguments)
-        different[str((kernel, signature, constants))] = kernel, signature, constants, options
-    assert len({kernel.__name__ for kernel, *_ in different.values()}) == 4
-    for kernel, signature, constants, options in different.values():
-        usage = build.resources(build.compile_for(kernel, signature, constants, target, **options))
-        assert usage.spilled == 0
-        assert usage.shared <= build.SHARED_LIMIT[target]
-        # NVIDIA's have no matrix instructions for float32 unless it may be rounded to TF32.
-        assert usage.has_mma == (kernel is not module.sum_splits_kernel and dtype == torch.bfloat16)
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.bfloat16), (64, torch.bfloat16), (64, torch.float32)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_at_the_papers_shapes_without_spills(target: str, tokens: int, dtype: torch.dtype) -> None:
+    require_compiler()
+    shapes = PAPER if tokens == 64 and dtype == torch.bfloat16 else {"7B_up": PAPER["7B_up"]}
+    found = list(usages(launched(target, shapes, tokens, dtype), target))
+    assert len({launch.kernel.__name__ for launch, _ in found}) == 4
+    for launch, usage in found:
+        # There are no matrix instructions for float32 unless it may be rounded to TF32; AMD has some.
+        multiplies = launch.kernel.__name__ != "sum_splits_kernel"
+        if dtype == torch.bfloat16 or not target.startswith("gfx"):
+            assert usage.has_mma == (multiplies and dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["PROJECT", "FACTORED", "TRANSPOSED"])
-@pytest.mark.usefixtures("compiler")
-def test_autotuning_tries_tiles_that_do_not_spill(name: str, launches: list[Launch]) -> None:
-    from slcompile.kernels import build, linear_factored, project
+def test_autotuning_tries_tiles_that_do_not_spill(name: str) -> None:
+    require_compiler()
+    from slcompile.kernels import linear_factored, project
 
     tiled = getattr(project if name == "PROJECT" else linear_factored, name)
-    kernel, tuner = tiled.kernel, tiled.tuner
-    assert tuner is tiled.tuner
-    assert tuner.fn is kernel
-    assert set(tuner.keys) <= set(kernel.arg_names)
-    launch_all(PAPER["7B_qkv"], 64, torch.bfloat16)
-    arguments = next(launch.arguments for launch in launches if launch.kernel is kernel)
-    for config in tuner.configs:
-        signature, constants = build.signature_of(kernel, {**arguments, **config.kwargs})
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        assert build.resources(build.compile_for(kernel, signature, constants, "sm_90", **options)).spilled == 0
+    shape = {"7B_qkv": PAPER["7B_qkv"]}
+    assert_autotuning_spills_nothing(tiled, launched("sm_90", shape, 64, torch.bfloat16))
 
 
 TRACED = [
@@ -296,34 +227,28 @@ class TestTracing:
     @pytest.mark.parametrize("autotune", [False, True])
     @pytest.mark.parametrize("mode", ["fake", "symbolic"])
     @pytest.mark.parametrize("case", TRACED, ids=name_of)
-    @pytest.mark.usefixtures("compiler")
     def test_make_fx(self, case: Case, mode: str, autotune: bool) -> None:
-        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
-        from torch.fx.experimental.proxy_tensor import make_fx
-
+        require_compiler()
         operands = make_operands(case)
-        graph = make_fx(lambda operands: run(case, operands, autotune), tracing_mode=mode)(operands).graph
-        launched = graph.find_nodes(op="call_function", target=triton_kernel_wrapper_mutation)
-        launches_a_list = triton.cdiv(len(operands.firsts), 4)
-        assert len(launched) == launches_a_list * (2 + 2 * (2 if case.transposed else 1))
+        found = launches_in(lambda operands: run(case, operands, autotune), operands, mode)
+        batches = triton.cdiv(len(operands.firsts), 4)
+        projects = ["project_kernel", "sum_splits_kernel"]
+        completes = (
+            ["linear_factored_transposed_kernel", projects[1]] if case.transposed else ["linear_factored_kernel"]
+        )
+        assert found == projects * batches + completes * batches * 2
 
     @pytest.mark.parametrize("siblings", [1, 2, 4])
-    @pytest.mark.usefixtures("compiler", "target")
-    def test_only_results_are_written_to(self, launches: list[Launch], siblings: int) -> None:
+    @pytest.mark.usefixtures("target")
+    def test_only_results_are_written_to(self, siblings: int) -> None:
         """Of what it thinks is written to, torch.compile makes copies; of factors, that would cost all there is to
         gain, and a result that it overlooks would be lost."""
-        from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
-
-        launch_all((33, 65, 17, 6, siblings), 3, torch.bfloat16)
+        launches = launched("sm_90", {"odd": (33, 65, 17, 0.1)}, 3, torch.bfloat16, siblings)
         assert len(launches) == 8
-        for kernel, arguments, _ in launches:
-            # Triton looks at addresses, which meta tensors do not have.
-            tensors = {name: torch.empty(2, dtype=each.dtype)
-                       for name, each in arguments.items() if isinstance(each, Tensor)}  # fmt: skip
-            others = {name: each for name, each in arguments.items() if name not in tensors}
-            index = kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(others)
-            results = [name for name in tensors if name.startswith(("p_y_", "p_sum_"))]
-            assert sorted(get_mutated_tensors(*index, tensors, {})) == (results or ["p_partial"])
+        for launch in launches:
+            results = [name for name in launch.arguments if name.startswith(("p_y_", "p_sum_"))]
+            results = [name for name in results if launch.arguments[name] is not None]
+            assert written_to(launch) == (results or ["p_partial"])
 
 
 def test_transposed_uniform_support_is_refused() -> None:
@@ -343,22 +268,21 @@ def test_mixed_dtypes_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnCuda:
     @pytest.mark.parametrize("autotune", [False, True])
     @pytest.mark.parametrize("case", CASES, ids=name_of)
     def test_error_is_within_the_references(self, case: Case, autotune: bool) -> None:
-        operands = make_operands(case).to(torch.device("cuda"))
+        operands = Operands(*moved(make_operands(case), torch.device("cuda")))
         assert_within_the_references_error(case, operands, run(case, operands, autotune))
 
     @pytest.mark.parametrize("case", CASES, ids=name_of)
     def test_two_runs_are_bit_equal(self, case: Case) -> None:
-        operands = make_operands(case).to(torch.device("cuda"))
+        operands = Operands(*moved(make_operands(case), torch.device("cuda")))
         for first, second in zip(run(case, operands), run(case, operands), strict=True):
             assert all(map(torch.equal, first, second))
 
 
 if __name__ == "__main__":
-    from interpreter import save_results
+    from tests.kernels.interpreter import save_results
 
     save_results(lambda: {name_of(case): run(case, make_operands(case)) for case in CASES})

@@ -188,3 +188,42 @@ def test_a_matmul_that_reads_the_result_of_another(stratified_joint):
     stratified_joint.assert_close(gm(*inputs), expected)
     ours = stratified_joint.ours(gm)
     assert (ours.count("compose"), ours.count("linear_factored")) == (0, 4)
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("tokens", "lowering"), [(256, "factored"), (257, "composed")])
+def test_kernels_for_few_tokens_are_given_no_more(stratified_joint, tokens, lowering):
+    """For a training batch they would write gigabytes of partial sums, whatever was asked for."""
+    gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t(), x_shape=(tokens, 48))
+    report = choose_lowering(gm, "factored", GPU)
+    decisions = {each.phase: each for each in report.replaced + report.left}
+    assert decisions["gradients"].lowering == "factored"
+    assert decisions["forward"].lowering == decisions["backward"].lowering == lowering
+    if lowering == "composed":
+        assert {each.reason for each in report.left} == {"tokens"}
+        assert report.left[0].detail.startswith("kernels multiply factors for up to 256 tokens; for more")
+        assert "at 257 tokens" in report.left[0].detail
+
+
+@pytest.mark.parametrize(("tokens", "other"), [(24, 2000), (300, 24)])
+def test_a_symbolic_number_of_tokens_is_guarded_to_what_kernels_are_for(stratified_joint, tokens, other):
+    gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t(), x_shape=(tokens, 48), mode="symbolic")
+    size = next(iter(gm.graph.find_nodes(op="placeholder"))).meta["val"].shape[0]
+    shape_env = size.node.shape_env
+    report = choose_lowering(gm, "factored", GPU)
+    lowerings = {each.lowering for each in report.replaced + report.left if each.phase == "forward"}
+    assert lowerings == {"factored" if tokens <= 256 else "composed"}
+    (guard,) = {str(each.expr) for each in shape_env.guards if "256" in str(each.expr)}
+    assert eval(guard, {str(size): tokens})
+    assert not eval(guard, {str(size): other})
+
+
+@pytest.mark.parametrize("lowering", ["auto", "factored"])
+def test_without_kernels_weights_are_composed(stratified_joint, lowering):
+    gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t())
+    report = choose_lowering(gm, lowering, torch.device("mps"))
+    assert report.replaced == []
+    assert {(each.reason, each.lowering) for each in report.left} == {("device", "composed")}
+    assert all(each.detail.startswith("no kernel runs on mps, but ATen does") for each in report.left)

@@ -8,8 +8,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from slcompile.ops import compose
+from slcompile.ops import compose, compose_backward
 from slcompile.passes import choose_lowering, fuse_weight_grads, group_projections, lower_ops
+from slcompile.passes.graph import op_name
 
 
 def test_graph_of_a_factored_matmul_on_cpu(stratified_joint):
@@ -93,7 +94,7 @@ def test_same_numbers_and_twice_changes_nothing(joint, dtype):
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with an accelerator, for which tensors on the meta device stand; its Triton driver is ``target``."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
 
 
 LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
@@ -165,15 +166,88 @@ def test_a_stack_of_matrices_is_composed_by_one_launch_on_a_gpu():
     ]
     lower_ops(gm)
     (launch,) = gm.graph.find_nodes(op="call_function", target=LAUNCH)
-    assert launch.kwargs["kwargs"]["p_W"].meta["val"].shape == (4, 40, 48)
+    # Experts are further rows; all are multiplied at once.
+    assert launch.kwargs["kwargs"]["p_matrix"].meta["val"].shape == (160, 48)
+    assert [op_name(node) for node in gm.graph.nodes].count("baddbmm") == 1
 
 
 @pytest.mark.usefixtures("target", "gpu")
 def test_a_cast_is_folded_into_the_composition_on_a_gpu(stratified_joint):
     gm, _ = lowered_on_gpu(stratified_joint, "composed", lambda x, w: x @ w.t(), cast=torch.bfloat16)
     (launch, *_) = gm.graph.find_nodes(op="call_function", target=LAUNCH)
-    written = {key: each.meta["val"].dtype for key, each in launch.kwargs["kwargs"].items() if key == "p_W"}
-    assert written == {"p_W": torch.bfloat16}
+    assert launch.kwargs["kwargs"]["p_matrix"].meta["val"].dtype == torch.bfloat16
+    # Of float32, no matrix unit would multiply anything; what is added is not rounded before.
+    assert dtypes_of_products(gm) == {torch.bfloat16}
+    assert launch.kwargs["kwargs"]["p_values"].meta["val"].dtype == torch.float32
+
+
+def products(gm):
+    return [node for node in gm.graph.nodes if op_name(node) in ("mm", "addmm", "bmm", "baddbmm")]
+
+
+def dtypes_of_products(gm):
+    return {operand.meta["val"].dtype for node in products(gm) for operand in node.all_input_nodes}
+
+
+@pytest.mark.usefixtures("target", "gpu")
+def test_products_on_a_gpu_read_nothing_that_was_not_written(stratified_joint):
+    """Inductor's own matmuls multiply the first operand of an addmm with beta=0: of NaN, that is NaN."""
+    gm, _ = lowered_on_gpu(stratified_joint, "composed")
+    scaled = [node for node in products(gm) if op_name(node) == "addmm"]
+    assert [node.kwargs["beta"] for node in scaled] == [0, 0, 0]
+    for node in scaled:
+        source = node.args[0]
+        while op_name(source) in ("slice", "narrow", "permute", "convert_element_type"):
+            source = source.args[0]
+        assert source.op == "placeholder" or source in products(gm)
+
+
+@pytest.mark.usefixtures("target", "gpu")
+@pytest.mark.parametrize(
+    ("rows", "columns", "strides", "copies"),
+    [
+        (40, 48, {"W": (48, 1), "G": (48, 1)}, 0),
+        # A is copied with aligned rows, once for both that read it; G only where neither axis is aligned.
+        (40, 45, {"W": (64, 1), "G": (1, 40)}, 1),
+        (37, 48, {"W": (48, 1), "G": (48, 1)}, 0),
+        (37, 45, {"W": (64, 1), "G": (64, 1)}, 2),
+    ],
+)
+def test_matrices_on_a_gpu_have_aligned_rows_or_columns(rows, columns, strides, copies):
+    """The vendors' fast matmuls need them, and what is not aligned is loaded by two bytes at a time."""
+
+    def step(x, tangent, B, A, values, seed):
+        W = compose(B, A, values, seed, 0.5)
+        return x @ W.t(), *compose_backward(tangent.t() @ x, B, A, values, seed, 0.5)
+
+    shapes = [(24, columns), (24, rows), (rows, 8), (8, columns), (rows, 5), (1,)]
+    with FakeTensorMode():
+        fakes = [
+            torch.empty(each, device="meta", dtype=torch.int64 if each == (1,) else torch.bfloat16) for each in shapes
+        ]
+        gm = make_fx(step)(*fakes)
+    fuse_weight_grads(gm)
+    lower_ops(gm)
+    launches = gm.graph.find_nodes(op="call_function", target=LAUNCH)
+    found = [launch.kwargs["kwargs"]["p_matrix"].meta["val"].stride() for launch in launches]
+    assert found == [strides["W"], strides["G"]]
+    assert sum(op_name(node) in ("constant_pad_nd", "clone", "cat") for node in gm.graph.nodes) == copies
+
+
+@pytest.mark.parametrize("lacking", ["device", "triton"])
+@pytest.mark.parametrize("lowering", ["auto", "factored"])
+def test_aten_runs_where_kernels_do_not(stratified_joint, monkeypatch, lowering, lacking):
+    kind = torch.device("mps" if lacking == "device" else "cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: kind)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("slcompile.cost.devices.has_triton", lambda: lacking != "triton")
+    gm, report = lowered_on_gpu(stratified_joint, lowering)
+    assert stratified_joint.ours(gm) == ["compose", "compose_backward"]
+    why = {"device": "no kernel runs on meta, but ATen does", "triton": "Triton is not installed"}[lacking]
+    assert [(each.name, each.reason) for each in report.left] == [("compose", "in_place")]
+    assert [each.detail for each in report.left] == [f"compose runs its ATen implementation: {why}"]
+    assert [each.detail for each in report.replaced] == [why]
+    assert gm.graph.find_nodes(op="call_function", target=LAUNCH) == []
 
 
 @pytest.mark.usefixtures("gpu")

@@ -1,4 +1,4 @@
-"""What a kernel is built for and from: device classes, launching, and compiling without a GPU to read what it takes."""
+"""Compiles kernels for GPUs that need not be there, and reads what they take."""
 
 from __future__ import annotations
 
@@ -6,27 +6,22 @@ import contextlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime import Autotuner, JITFunction
+from triton.runtime import JITFunction
 
-from slcompile import cost
+from slcompile.cost.devices import GPU_CLASSES
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {each.name: GPUTarget(*each.target) for each in GPU_CLASSES if each.target is not None}
 """One target a device class."""
-
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes of shared memory that one program may have."""
 
 _POINTEES = {
     torch.float64: "fp64",
@@ -36,7 +31,7 @@ _POINTEES = {
     torch.int64: "i64",
     torch.int32: "i32",
 }
-_MMA = re.compile(r"\b(mma\.sync|wgmma\.mma_async|v_mfma)")
+_MMA = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 
 
 class Resources(NamedTuple):
@@ -52,31 +47,41 @@ class Resources(NamedTuple):
     """Whether there are matrix instructions in it."""
 
 
-def device_class(device: torch.device) -> str:
-    """The key of ``TARGETS`` whose configuration fits a device best; "sm_80" where there is no GPU."""
-    kind = cost.device_class(device)
-    return "sm_80" if kind == "cpu" else kind
+class Launch(NamedTuple):
+    """A launch that was recorded."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    """By the name of the parameter."""
+    options: dict[str, int]
+    """``num_warps`` and ``num_stages``."""
 
 
-def dot_precision() -> str:
-    """Of float32 dots: what torch's own matmuls do."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Within it, launches are written to the list instead of done, with the tiles of a device class.
 
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, whatever device the arguments are on: makes theirs the current one."""
-    # Without a GPU a launch is interpreted, or only traced.
-    return torch.cuda.device_of(tensor) if torch.cuda.is_available() else contextlib.nullcontext()
-
-
-def launchable(kernel: Any) -> Any:
-    """A kernel that make_fx can trace.
-
-    ``torch.library.wrap_triton``, which in torch 2.11 raises on the kernels of Triton's interpreter, alone or inside
-    an autotuner; these are returned as they are.
+    Tensors may be on the meta device.
     """
-    inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
-    return torch.library.wrap_triton(kernel) if isinstance(inner, JITFunction) else kernel
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def record(*arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+                every = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **constants}
+                found.append(Launch(self.kernel, every, {"num_warps": num_warps, "num_stages": num_stages}))
+
+            return record
+
+    (found_class,) = (each for each in GPU_CLASSES if each.name == target)
+    with (
+        mock.patch("torch.library.wrap_triton", Recorder),
+        mock.patch("slcompile.kernels.launch.gpu_class", return_value=found_class),
+    ):
+        yield found
 
 
 def signature_of(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -96,7 +101,8 @@ def signature_of(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict[s
         elif isinstance(value, int):
             signature[parameter.name] = ("i32" if -(2**31) <= value < 2**31 else "i64") + ":16" * (value % 16 == 0)
         else:
-            signature[parameter.name] = "fp32"
+            # Inductor passes a Python float so; Triton itself would say fp32.
+            signature[parameter.name] = "fp64"
     return signature, constants
 
 
@@ -128,6 +134,13 @@ def compile_for(
     }
     source = ASTSource(kernel, types, constants, attributes)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages})
+
+
+def compile_launch(launch: Launch, target: str) -> CompiledKernel:
+    """Compiles the kernel of a launch as it was launched."""
+    signature, constants = signature_of(launch.kernel, launch.arguments)
+    options: dict[str, Any] = dict(launch.options)
+    return compile_for(launch.kernel, signature, constants, target, **options)
 
 
 def resources(compiled: CompiledKernel) -> Resources:

@@ -1,0 +1,163 @@
+"""What each lowering of a matmul with a factorized weight takes: FLOPs, bytes, and seconds at a device's rates.
+
+T tokens, a weight W_NK of rank R with P non-zeros. Composed: a dense product, and W composed once a phase. Factored:
+two products through the rank and one with S. Every time is the larger of operations at the device's rate and bytes at
+its bandwidth (the roofline); times of one matmul's parts are added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device reaches, by dtype name where it differs.
+
+    Attributes:
+        matmul: FLOP/s of large dense matmuls.
+        sparse: FLOP/s of ``x @ S^T`` and its gradients, where the dense operand is vectorised over the tokens.
+        memory: Bytes/s of large copies.
+        entries: Positions of non-zeros computed in a second, by ``compose``; infinite where kernels compute them in
+            registers.
+        index_bytes: Of a non-zero's position, which a sparse product reads; 0 where kernels compute it.
+        transposes: How often a sparse product copies its operands into another layout.
+        narrow: Share of ``matmul`` that products of a weight's size through its rank reach: their sums are short, or
+            their results few.
+        launch: Seconds that a kernel takes however small its work is.
+        sector: Bytes of memory that reading one entry of a dense matrix moves; 0 where ``entries`` holds it.
+        tiled: Share of ``matmul`` that ``x @ S`` reaches where kernels spread the non-zeros over dense tiles. The
+            gradient of values is then read from the dense product. 0 where both are products with the non-zeros alone.
+    """
+
+    matmul: Mapping[str, float]
+    sparse: Mapping[str, float]
+    memory: float
+    entries: float = float("inf")
+    index_bytes: int = 0
+    transposes: int = 0
+    narrow: float = 1.0
+    launch: float = 0.0
+    sector: int = 0
+    tiled: float = 0.0
+
+    def times(self, threads: int) -> Rates:
+        """The rates of so many threads, where these are one's."""
+        matmul, sparse = ({name: rate * threads for name, rate in each.items()} for each in (self.matmul, self.sparse))
+        memory, entries = self.memory * threads, self.entries * threads
+        return dataclasses.replace(self, matmul=matmul, sparse=sparse, memory=memory, entries=entries)
+
+
+SPLIT = 512
+"""Terms of a long sum that one program of a kernel adds up; the partial sums are added by a second launch."""
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """One matmul with a factorized weight, or the product that makes its gradient: N rows, K columns, rank R."""
+
+    rows: int
+    columns: int
+    rank: int
+    nonzeros: int
+    dtype: torch.dtype
+
+    @property
+    def _name(self) -> str:
+        return DTYPES[self.dtype]
+
+    def _product(self, m: int, n: int, k: int, rates: Rates, share: float = 1.0) -> float:
+        moved = (m * k + k * n + m * n) * self.dtype.itemsize
+        return max(2 * m * n * k / (share * rates.matmul[self._name]), moved / rates.memory) + rates.launch
+
+    def _sparse(self, tokens: int, rates: Rates) -> float:
+        copied = 2 * tokens * (self.rows + self.columns) * self.dtype.itemsize * rates.transposes
+        read = self.nonzeros * (self.dtype.itemsize + rates.index_bytes)
+        operations = 2 * tokens * self.nonzeros / rates.sparse[self._name]
+        return max(operations, read / rates.memory) + copied / rates.memory + rates.launch
+
+    def _tiled(self, tokens: int, rates: Rates) -> float:
+        """Seconds of x @ S in dense tiles, and of its partial sums in float32, written and read."""
+        operations = 2 * tokens * self.rows * self.columns / (rates.tiled * rates.matmul[self._name])
+        sums = 2 * 4 * tokens * self.columns * math.ceil(self.rows / SPLIT)
+        return operations + sums / rates.memory + 2 * rates.launch
+
+    def _at_support(self, sectors: int, rates: Rates) -> float:
+        """Seconds to go through a dense matrix at the support; ``sectors`` are moved for each entry."""
+        moved = self.nonzeros * (sectors * rates.sector + self.dtype.itemsize) if rates.sector else 0
+        return self.nonzeros / rates.entries + moved / rates.memory + rates.launch
+
+    def compose(self, rates: Rates) -> float:
+        """Seconds to write W once: the product of its factors, to which the values are added."""
+        product = self._product(self.rows, self.columns, self.rank, rates, rates.narrow)
+        return product + self._at_support(2, rates)
+
+    def composed(self, tokens: int, rates: Rates, composes: float = 1.0) -> float:
+        """Seconds of a product with W, and of its share of the compositions."""
+        return self._product(tokens, self.rows, self.columns, rates) + composes * self.compose(rates)
+
+    def factored(self, tokens: int, rates: Rates, transposed: bool = False) -> float:
+        """Seconds of the products through the rank and with S; ``transposed`` of x W, else of x W^T."""
+        through = self._product(tokens, self.rank, self.columns, rates) + self._product(
+            tokens, self.rows, self.rank, rates
+        )
+        return through + (self._tiled if transposed and rates.tiled else self._sparse)(tokens, rates)
+
+    @property
+    def compose_flops(self) -> int:
+        """Operations to write W once."""
+        return 2 * self.rows * self.columns * self.rank
+
+    @property
+    def project_flops(self) -> int:
+        """Operations to project the dense gradient G on B and A."""
+        return 4 * self.rows * self.columns * self.rank
+
+    def factored_flops(self, tokens: int) -> int:
+        """Operations of one product through the rank and with S; of the factors' gradients made likewise, too."""
+        return 2 * tokens * (self.rank * (self.rows + self.columns) + self.nonzeros)
+
+    def grads_composed(self, tokens: int, rates: Rates) -> float:
+        """Seconds to make the dense gradient G, to project it on the factors and to read it at the support."""
+        projections = self._product(self.rows, self.rank, self.columns, rates, rates.narrow) + self._product(
+            self.rank, self.columns, self.rows, rates, rates.narrow
+        )
+        return self._product(self.rows, self.columns, tokens, rates) + projections + self._at_support(1, rates)
+
+    def grads_factored(self, tokens: int, rates: Rates, hiddens: int = 2) -> float:
+        """Seconds to go through the rank; ``hiddens`` of its two hidden matrices are not at hand from the matmuls."""
+        through = self._product(self.rows, self.rank, tokens, rates) + self._product(
+            self.rank, self.columns, tokens, rates
+        )
+        dense = self._product(self.rows, self.columns, tokens, rates) + self._at_support(1, rates)
+        return through * (1 + hiddens / 2) + (dense if rates.tiled else self._sparse(tokens, rates))
+
+
+def crossover(first: Callable[[int], float], second: Callable[[int], float], limit: int = 2**31) -> int | None:
+    """The smallest number of tokens from which the other one of two costs is lower than at one token.
+
+    Args:
+        first, second: Seconds by the number of tokens; they cross at most once.
+        limit: More tokens than any matmul has.
+
+    Returns:
+        None where the same one is lower for every number below ``limit``.
+    """
+
+    def lower(tokens: int) -> bool:
+        return first(tokens) < second(tokens)
+
+    low, high = 1, limit - 1
+    if lower(high) == lower(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if lower(middle) == lower(1) else (low, middle)
+    return high

@@ -30,8 +30,8 @@ from slcompile import cli
 from slcompile.cli import main
 from slcompile.cli.sources import example_inputs
 from slcompile.cost import stored
-from slcompile.cost.measure import measure_rates
 from slcompile.export.checkpoint import load_factorized, save_factorized
+from slcompile.measure import measure_rates
 
 # As in tests/export/test_architectures.py: at most 100 operators in sequence, sums of at most 256 terms.
 BOUND = {torch.float32: 160 * 2**-24, torch.float16: 10 * 2**-11}

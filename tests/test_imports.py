@@ -15,9 +15,9 @@ ROOT = Path(slcompile.__file__).parent
 
 def test_public_names():
     assert set(slcompile.__all__) == set(
-        """CheckReport Decision Explanation ExportReport Factors GraphDiff MemoryReport PassReport SLConfig SLWeight
-        check
-        estimate_memory explain export_onnx factorize_ factors graph_diff last_report load_factorized merge_
+        """CheckReport Decision Explanation ExportReport Factors GraphDiff MemoryReport PassReport SLConfig
+        SLWeight check estimate_memory explain export_onnx factorize_ factors graph_diff last_report load_factorized
+        merge_
         merged_state_dict optim rewrite save_factorized save_merged""".split()
     )
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
@@ -39,12 +39,13 @@ print(sorted(slcompile.factors(layer)))
 FLOORS = (
     ("config", "files", "ops", "torch_private"),
     ("cost", "models", "names"),
-    ("kernels", "measure", "weight"),
-    ("optim", "passes"),
+    ("kernels", "weight"),
+    ("measure", "optim", "passes"),
     ("convert",),
     ("captured", "factorize", "rewrite"),
-    ("backend", "export", "inspect", "memory"),
+    ("backend", "check", "export", "inspect", "memory"),
     ("__init__", "cli"),
+    ("__main__",),
 )
 """The rooms, which are the modules and folders directly under slcompile/, from the ground up: imports go down."""
 
@@ -146,5 +147,5 @@ def test_circles_are_found():
 def test_the_root_stays_small():
     names = [each for each in ROOT.iterdir() if not each.name.startswith((".", "__pycache__"))]
     modules, folders = [each.name for each in names if each.suffix == ".py"], [each for each in names if each.is_dir()]
-    assert len(modules) <= 12, sorted(modules)
+    assert len(modules) <= 13, sorted(modules)
     assert len(folders) <= 12, sorted(folders)

@@ -10,7 +10,7 @@ import torch
 
 from slcompile import cost
 from slcompile.cost import DTYPES, measure, stored
-from slcompile.cost.measure import measure_rates
+from slcompile.measure import measure_rates
 from slcompile.ops.support import stratified_columns
 
 CPU = torch.device("cpu")

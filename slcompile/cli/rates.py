@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from slcompile import cost
-from slcompile.cost.measure import measure_rates
+from slcompile.measure import measure_rates
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

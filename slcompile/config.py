@@ -74,7 +74,7 @@ class SLConfig:
             )
         _require(_is_number(self.density) and 0 < self.density <= 1, "density", self.density, "a number in (0, 1]")
         _require(
-            self.alpha == AUTO or (_is_number(self.alpha) and self.alpha > 0),
+            self.alpha == AUTO if isinstance(self.alpha, str) else _is_number(self.alpha) and self.alpha > 0,
             "alpha",
             self.alpha,
             "a finite number > 0, or 'auto'",

@@ -12,6 +12,7 @@ from slcompile.inspect.graph_diff import GraphDiff, graph_diff
 from slcompile.memory import MemoryReport, estimate_memory
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
+from slcompile.spectra import Spectra, spectra
 from slcompile.weight import Factors, SLWeight
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "Spectra",
     "estimate_memory",
     "explain",
     "export_onnx",
@@ -39,4 +41,5 @@ __all__ = [
     "rewrite",
     "save_factorized",
     "save_merged",
+    "spectra",
 ]

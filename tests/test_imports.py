@@ -19,7 +19,8 @@ def test_public_names():
         "Decision", "Explanation", "ExportReport", "Factors", "GraphDiff", "MemoryReport", "PassReport", "SLConfig",
         "SLWeight", "estimate_memory", "explain", "export_onnx", "factorize_", "factors", "graph_diff", "last_report",
         "load_factorized",
-        "merge_", "merged_state_dict", "rewrite", "save_factorized", "save_merged",
+        "merge_", "merged_state_dict", "rewrite", "save_factorized", "save_merged", "Spectra",
+        "spectra",
     }  # fmt: skip
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
 

@@ -122,12 +122,13 @@ class SLConfig:
         rate, as Adam and its kin do, at first moves the weight as far as it would move a dense one. An aligned step of
         size ``lr`` changes a dense [outputs, inputs] by ``lr * sqrt(outputs * inputs)`` in spectral norm, and
         ``scale * B @ A``, where B = 0, by ``scale * lr * sqrt(outputs * rank) * norm(A)``. A starts with entries
-        U(+-1/sqrt(inputs)), whose norm is ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``.
+        U(+-1/sqrt(inputs)), whose norm is ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``. The result is a multiple
+        of 1/4096, so that ``alpha = scale * rank`` is exact, and a checkpoint that holds it brings it back to the bit.
         """
         if not isinstance(self.alpha, str):
             return self.alpha / rank
         norm = (math.sqrt(inputs) + math.sqrt(rank)) / math.sqrt(3 * inputs)
-        return math.sqrt(inputs / rank) / norm
+        return max(1, round(4096 * math.sqrt(inputs / rank) / norm)) / 4096
 
     def includes(self, *names: str) -> bool:
         """Whether the patterns admit the weight of these fully qualified names; a tied weight has several."""

@@ -42,6 +42,7 @@ class Settings:
         b_rate, a_rate, values_rate: Learning rates of the factors relative to ``lr``.
         values_start: The values' start is multiplied by it.
         restart: Steps between restarts of the factors; 0: none.
+        precondition: Damping of preconditioned gradients of the factors, relative; 0: none are.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Settings:
     values_rate: float = 1.0
     values_start: float = 1.0
     restart: int = 0
+    precondition: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", KINDS), ("width", tuple(RUNGS))):
@@ -71,6 +73,8 @@ class Settings:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        if self.restart < 0 or not 0 <= self.precondition < math.inf:
+            raise ValueError(f"restart and precondition must be at least 0, got {self.restart}, {self.precondition!r}")
         if self.steps < 10:
             raise ValueError(f"steps must be at least 10, got {self.steps!r}")
         self.sl_config()
@@ -96,6 +100,6 @@ class Settings:
         values = asdict(self)
         factors = ("rank", "density", "alpha", "support", "init", "b_rate", "a_rate", "values_rate", "values_start")
         if self.kind == "dense":
-            for name in (*factors, "restart"):
+            for name in (*factors, "restart", "precondition"):
                 del values[name]
         return values

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
+from examples.quality import recipes
 from examples.quality.corpora import Corpus
 from examples.quality.settings import BATCH, BETAS, CLIP, RUNGS, SEQ_LEN, VOCAB, WARMUP, Settings
 
@@ -163,8 +164,12 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            if settings.precondition:
+                recipes.precondition(model, settings.precondition)
             optimizer.step()
             schedule.step()
+            if settings.restart and step % settings.restart == 0:
+                recipes.restart(model, optimizer)
             value = loss.item()
             state["step"] = step
             state["recent"].append(value)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import slcompile
-from examples.quality import training
+from examples.quality import recipes, training
 from examples.quality.__main__ import main
 from examples.quality.corpora import tokenize
 from examples.quality.records import Records
@@ -77,6 +77,51 @@ class TestSearch:
         assert choose(ROWS[0], "text", 128, 10, run).lr == 1e-3
         with pytest.raises(ValueError, match="dense, tuned: every one of these diverged"):
             choose(ROWS[0], "text", 128, 10, lambda settings: {"diverged": 3})
+
+
+def random_model() -> torch.nn.Module:
+    model = make_model(SHORT)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in recipes.sl_weights(model):
+            weight.B.normal_(std=0.1)
+    return model
+
+
+class TestRecipes:
+    def test_a_restart_balances_the_factors_and_keeps_the_weights(self):
+        model = random_model()
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(input_ids=torch.zeros(1, 4).long(), labels=torch.zeros(1, 4).long()).loss.backward()
+        optimizer.step()
+        before = {name: (parts.B @ parts.A).clone() for name, parts in slcompile.factors(model).items()}
+        recipes.restart(model, optimizer)
+        for name, parts in slcompile.factors(model).items():
+            torch.testing.assert_close(parts.B @ parts.A, before[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(parts.B.T @ parts.B, parts.A @ parts.A.T, rtol=1e-3, atol=1e-4)
+        kept = {
+            name.rpartition(".")[2] for name, p in model.named_parameters() if "_sl." in name and p in optimizer.state
+        }
+        assert kept == {"values"}
+
+    def test_a_preconditioned_step_does_not_depend_on_how_the_product_is_split(self):
+        moves = []
+        for factor in (1.0, 3.0):
+            model = random_model()
+            with torch.no_grad():
+                for weight in recipes.sl_weights(model):
+                    weight.B.mul_(factor)
+                    weight.A.div_(factor)
+            ids = torch.arange(64).view(2, 32)
+            model(input_ids=ids, labels=ids).loss.backward()
+            recipes.precondition(model, 1e-3)
+            weight = next(recipes.sl_weights(model))
+            Gram = {"B": weight.A @ weight.A.T, "A": weight.B.T @ weight.B}
+            # _solve leaves the mean eigenvalue in, which a plain step would divide by.
+            move = weight.B.grad @ weight.A / Gram["B"].diagonal().mean()
+            move = move + weight.B @ weight.A.grad / Gram["A"].diagonal().mean()
+            moves.append(move.detach())
+        torch.testing.assert_close(*moves, rtol=1e-3, atol=1e-7)
 
 
 class TestRun:

@@ -13,6 +13,7 @@ from slcompile.memory import MemoryReport, estimate_memory
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
 from slcompile.spectra import Spectra, spectra
+from slcompile.step_limit import StepLimit, limit_steps
 from slcompile.weight import Factors, SLWeight
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "SLConfig",
     "SLWeight",
     "Spectra",
+    "StepLimit",
     "estimate_memory",
     "explain",
     "export_onnx",
@@ -35,6 +37,7 @@ __all__ = [
     "factors",
     "graph_diff",
     "last_report",
+    "limit_steps",
     "load_factorized",
     "merge_",
     "merged_state_dict",

@@ -20,7 +20,7 @@ def test_public_names():
         "SLWeight", "estimate_memory", "explain", "export_onnx", "factorize_", "factors", "graph_diff", "last_report",
         "load_factorized",
         "merge_", "merged_state_dict", "rewrite", "save_factorized", "save_merged", "Spectra",
-        "spectra",
+        "StepLimit", "limit_steps", "spectra",
     }  # fmt: skip
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
 

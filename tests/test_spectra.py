@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import slcompile
+from slcompile.plot import plot_spectra
 from slcompile.spectra import effective_rank
 
 
@@ -86,3 +87,18 @@ def test_bfloat16_factors_are_widened():
 def test_a_dense_model_is_refused():
     with pytest.raises(ValueError, match="model must have factorized weights, got Linear without one"):
         slcompile.spectra(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_drawing_has_a_panel_for_each_part_and_replaces_an_older_one(suffix, tmp_path):
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 40))
+    random_factors(slcompile.factorize_(model, slcompile.SLConfig(rank=8, seed=0)))
+    target = tmp_path / f"spectra{suffix}"
+    target.write_text("old")
+    assert plot_spectra(slcompile.spectra(model), target) == target
+    start = target.read_bytes()[:200]
+    assert start.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in target.read_bytes()
+    assert [each.name for each in tmp_path.iterdir()] == [target.name]
+    with pytest.raises(ValueError, match=r"must end in .png or .svg"):
+        plot_spectra(slcompile.spectra(model), tmp_path / "spectra.pdf")

@@ -133,7 +133,7 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
     """
     corpus.require(settings.tokens)
     model = make_model(settings, device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=BETAS, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, settings.steps))
     state: dict[str, Any] = {"step": 0, "curve": [], "recent": [], "seconds": 0.0}
     identity = {**settings.deciding(), "text": corpus.digest}

@@ -22,8 +22,8 @@ class SLConfig:
     Args:
         rank: Columns of ``B`` and rows of ``A``: an int, or a fraction of ``min(rows, columns)`` in (0, 1).
         density: Share of the entries of ``W`` that ``S`` holds, in (0, 1].
-        alpha: A number: the scale is ``alpha / rank``. The paper uses 32 (60M), 16 (130M, 350M), 8 (1B, 7B). Or
-            ``"auto"``: the scale of each weight is the one of ``scale_for``.
+        alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
+            (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
         support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
             groups of a row and stores no index; ``"uniform"`` is the paper's random subset, stored as int32.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
@@ -48,7 +48,7 @@ class SLConfig:
 
     rank: int | float = 0.25
     density: float = 0.03
-    alpha: float | str = 16.0
+    alpha: float | str = AUTO
     support: str = "stratified"
     init: str = "auto"
     seed: int | None = None

@@ -13,7 +13,7 @@ def test_defaults() -> None:
     assert dataclasses.asdict(SLConfig()) == {
         "rank": 0.25,
         "density": 0.03,
-        "alpha": 16.0,
+        "alpha": "auto",
         "support": "stratified",
         "init": "auto",
         "seed": None,

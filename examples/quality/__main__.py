@@ -27,7 +27,7 @@ from rich.console import Console
 from examples.quality import report
 from examples.quality.corpora import Corpus, find_texts, tokenize
 from examples.quality.records import RUNS, Records
-from examples.quality.search import ROWS, choose
+from examples.quality.search import AXES, ROWS, choose
 from examples.quality.settings import BATCH, CORPORA, RUNGS, SEQ_LEN, Settings
 from examples.quality.training import Stopped, make_model, train
 
@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for each in (run, table):
         each.add_argument("--widths", nargs="+", type=int, choices=list(RUNGS), default=list(RUNGS), help="rungs")
         each.add_argument("--corpora", nargs="+", default=list(CORPORA), help="prose, code, or names that --text gives")
+        each.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what is searched, of every row")
     run.add_argument("--rows", nargs="+", choices=[each.name for each in ROWS], help="of the table; default: all")
     length = run.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="of every run")
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     records = Records(args.runs)
     if args.command == "table":
-        report.show(records, args.corpora, args.widths, args.plot, console)
+        report.show(records, args.corpora, args.widths, args.axes, args.plot, console)
         return
     torch.set_num_threads(args.threads)
     run = runner(args, records)
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
             steps = steps_of(args, width)
             for row in ROWS:
                 if args.rows is None or row.name in args.rows:
-                    chosen = choose(row, corpus, width, steps, run)
+                    chosen = choose(row, corpus, width, steps, run, args.axes)
                     for seed in range(args.seeds):
                         run(replace(chosen, seed=seed))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from examples.quality.search import ROWS, choose
 from examples.quality.settings import Settings
 
 DENSE = ROWS[0].name
+PARTS = ("validation", "test")
 
 
 class NotMade(LookupError):
@@ -37,7 +38,9 @@ class Result:
         return [each["test"] for each in self.runs if "test" in each]
 
 
-def results(records: Records, corpus: str, width: int, steps: int) -> tuple[list[Result], list[str]]:
+def results(
+    records: Records, corpus: str, width: int, steps: int, axes: Collection[str]
+) -> tuple[list[Result], list[str]]:
     """The rows whose search is complete, and the names of those where it is not."""
     here = [each for each in records if (each["corpus"], each["width"], each["steps"]) == (corpus, width, steps)]
     text = here[-1]["text"] if here else ""
@@ -51,7 +54,7 @@ def results(records: Records, corpus: str, width: int, steps: int) -> tuple[list
     complete, missing = [], []
     for row in ROWS:
         try:
-            chosen = choose(row, corpus, width, steps, find)
+            chosen = choose(row, corpus, width, steps, find, axes)
             first = find(chosen)
         except NotMade:
             missing.append(row.name)
@@ -63,8 +66,15 @@ def results(records: Records, corpus: str, width: int, steps: int) -> tuple[list
     return complete, missing
 
 
-def show(records: Records, corpora: Iterable[str], widths: Iterable[int], plot: Path | None, console: Console) -> None:
-    """Prints a table for each rung that has runs, and what else was tried there; draws the curves.
+def show(
+    records: Records,
+    corpora: Iterable[str],
+    widths: Iterable[int],
+    axes: Collection[str],
+    plot: Path | None,
+    console: Console,
+) -> None:
+    """Prints for each rung the rows whose search over ``axes`` is complete, and all its runs; draws the curves.
 
     Raises:
         ValueError: There are no runs, or the drawing's file is neither .png nor .svg.
@@ -75,12 +85,14 @@ def show(records: Records, corpora: Iterable[str], widths: Iterable[int], plot: 
         raise ValueError(f"{records.path} has no runs of these corpora and widths")
     drawn = {}
     for rung in rungs:
-        complete, missing = results(records, *rung)
+        complete, missing = results(records, *rung, axes)
         drawn[rung] = complete
-        console.print(_table(records, rung, complete), markup=False)
+        if complete:
+            console.print(_table(records, rung, complete), markup=False)
+            console.print(f"searched in each row: {', '.join(axes)}", highlight=False)
         if missing:
-            console.print(f"not complete: {', '.join(missing)}", highlight=False)
-        _show_others(records, rung, complete, console)
+            console.print(f"not complete: {'; '.join(missing)}", highlight=False)
+        console.print(_all_runs(records, rung), markup=False)
     if plot is not None:
         draw(drawn, plot)
 
@@ -102,37 +114,44 @@ def _table(records: Records, rung: tuple[str, int, int], complete: list[Result])
             table.add_row(*described, f"diverged at step {each.runs[0]['diverged']}")
             continue
         mean = statistics.fmean(losses)
-        spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         against = math.exp(mean - statistics.fmean(dense.losses)) if dense and dense.losses else math.nan
         size = each.runs[0]["projections"]
         smaller = size / dense.runs[0]["projections"] if dense else math.nan
-        loss = f"{mean:.4f} ± {spread:.4f} ({len(losses)})"
+        loss = f"{mean:.4f}{spread} ({len(losses)})"
         if len(losses) < len(each.runs):
             loss += f", {len(each.runs) - len(losses)} diverged"
         table.add_row(*described, loss, f"{math.exp(mean):.2f}", f"{against:.3f}", f"{size:,}", f"{smaller:.2f}")
     return table
 
 
-def _show_others(records: Records, rung: tuple[str, int, int], complete: list[Result], console: Console) -> None:
-    """Every factorized run of the first seed, by how its settings differ from the row at dense's rates."""
-    at_dense = next((each for each in complete if each.name == "SL, dense's rates"), None)
-    if at_dense is None:
-        return
-    table = Table("SL at dense's rates, but", "validation loss", title="also tried, seed 0")
-    table.columns[1].justify = "right"
+def _all_runs(records: Records, rung: tuple[str, int, int]) -> Table:
+    """Every run of a rung, the seeds of the same settings together, the best first."""
+    groups: dict[Settings, list[Mapping[str, Any]]] = {}
     for record in records:
-        if (record["corpus"], record["width"], record["steps"]) != rung or record["kind"] == "dense" or record["seed"]:
-            continue
-        there = Settings.of(record)
-        names = [each.name for each in fields(Settings)]
+        if (record["corpus"], record["width"], record["steps"]) == rung:
+            groups.setdefault(replace(Settings.of(record), seed=0), []).append(record)
+    table = Table(title="every run, mean over its seeds")
+    for name in ("kind", "lr", "embed_lr", "and"):
+        table.add_column(name)
+    for name in ("seeds", "validation", "test"):
+        table.add_column(name, justify="right")
+    rows = []
+    for settings, runs in groups.items():
+        shown = {"kind", "corpus", "width", "steps", "lr", "embed_lr", "seed"}
+        others = [each for each in fields(Settings) if each.name not in shown]
+        changes = [f"{each.name} {getattr(settings, each.name)}" for each in others]
         changes = [
-            f"{name} {getattr(there, name)}"
-            for name in names
-            if getattr(there, name) != getattr(at_dense.settings, name)
+            text for text, each in zip(changes, others, strict=True) if getattr(settings, each.name) != each.default
         ]
-        loss = f"{record['validation']:.4f}" if "validation" in record else f"diverged at step {record['diverged']}"
-        table.add_row(", ".join(changes) or "(nothing)", loss)
-    console.print(table, markup=False)
+        described = (settings.kind, f"{settings.lr:g}", f"{settings.embed_lr:g}", ", ".join(changes), str(len(runs)))
+        ended = [each for each in runs if "validation" in each]
+        means = [statistics.fmean(each[part] for each in ended) if ended else math.inf for part in PARTS]
+        losses = [f"{each:.4f}" for each in means] if ended else [f"diverged at step {runs[0]['diverged']}", ""]
+        rows.append((means[0], (*described, *losses)))
+    for _, row in sorted(rows):
+        table.add_row(*row)
+    return table
 
 
 def draw(drawn: Mapping[tuple[str, int, int], list[Result]], path: Path) -> None:

@@ -9,7 +9,7 @@ has tuned that one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,9 @@ class Row:
     follows: str | None = None
 
 
+AXES = ("lr", "scale", "embed_lr")
+"""What may be searched, in this order; the same for every row."""
+
 EMBED_LR = (5e-3, 2.5e-3, 1e-2)
 PAPER = {"kind": "sl", "alpha": 16.0, "support": "uniform"}
 LOW_RANK = {"kind": "low rank", "init": "spectral", "init_std": 0.02}
@@ -53,8 +56,10 @@ ROWS = (
 )
 
 
-def choose(row: Row, corpus: str, width: int, steps: int, run: Run) -> Settings:
+def choose(row: Row, corpus: str, width: int, steps: int, run: Run, axes: Collection[str] = AXES) -> Settings:
     """The settings of a row on one corpus and rung, found by its search or taken from the row it follows.
+
+    Where time is short ``axes`` restricts the search, of every row alike: the others stay at their first points.
 
     Raises:
         ValueError: Every rate diverged.
@@ -62,14 +67,17 @@ def choose(row: Row, corpus: str, width: int, steps: int, run: Run) -> Settings:
     where = {"corpus": corpus, "width": width, "steps": steps}
     if row.follows is not None:
         leader = next(each for each in ROWS if each.name == row.follows)
-        chosen = choose(leader, corpus, width, steps, run)
+        chosen = choose(leader, corpus, width, steps, run, axes)
         taken = {name: getattr(chosen, name) for name in ("lr", "embed_lr", "init_std")}
         return Settings.of({**where, **taken, **row.fixed})
     name, scales = row.scale
     start = Settings.of({**where, "lr": row.lr[0], "embed_lr": EMBED_LR[0], **row.fixed})
-    best = _best_lr(start, row, run)
-    best = _best([replace(best, **{name: each}) for each in scales], row, run)
-    return _best([replace(best, embed_lr=each) for each in EMBED_LR], row, run)
+    best = _best_lr(start, row, run) if "lr" in axes else start
+    if "scale" in axes:
+        best = _best([replace(best, **{name: each}) for each in scales], row, run)
+    if "embed_lr" in axes:
+        best = _best([replace(best, embed_lr=each) for each in EMBED_LR], row, run)
+    return best
 
 
 def _best_lr(start: Settings, row: Row, run: Run) -> Settings:

@@ -36,8 +36,9 @@ import slcompile
 COMPILE_STEPS = 5  # after each start, these hold compilation and are left out of the step time
 HELD_OUT = 0.05  # of the end of each text
 SAMPLE_TOKENS = 60
+RANKS = {"low_rank": "s B A", "sparse": "S", "weight": "W"}
 SL_FLAGS = {"sl_lr", "rank", "density", "alpha", "support"}
-FLAGS_OF_NO_EFFECT = {"only", "out", "fresh", "eval_every"}  # on the numbers: a run may be resumed with others
+FLAGS_OF_NO_EFFECT = {"only", "out", "fresh", "eval_every", "plot"}  # on the numbers: a run may be resumed with others
 
 console = Console()
 
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     factors = parser.add_argument_group("sparse plus low rank")
     factors.add_argument("--rank", type=number, default=0.25, help="an int, or a fraction of the smaller side")
     factors.add_argument("--density", type=float, default=0.03, help="share of non-zeros in the sparse part")
-    factors.add_argument("--alpha", type=float, default=16.0, help="the low-rank part is scaled by alpha / rank")
+    factors.add_argument("--alpha", type=auto_or_number, default="auto", help="of the low-rank part's scale")
     factors.add_argument("--support", default="stratified", help="of the sparse part: stratified or uniform")
 
     training = parser.add_argument_group("training")
@@ -69,8 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--batch", type=int, default=8, help="sequences a step")
     training.add_argument("--seq-len", type=int, default=128, help="tokens a sequence")
     training.add_argument("--steps", type=int, default=400, help="optimizer steps of each model")
-    training.add_argument("--lr", type=float, default=3e-4, help="peak learning rate of dense projections")
-    training.add_argument("--sl-lr", type=float, default=3e-3, help="peak learning rate of factorized projections")
+    training.add_argument("--lr", type=float, default=3e-4, help="peak learning rate of the projections, in both")
+    training.add_argument("--sl-lr", type=float, help="the same of factorized projections, where it is another")
     training.add_argument("--embed-lr", type=float, default=5e-3, help="the same of embedding, head and norms, in both")
     training.add_argument("--warmup", type=int, default=40, help="steps of linear warmup, before a cosine to a tenth")
     training.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
@@ -82,10 +83,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     running = parser.add_argument_group("running")
     running.add_argument("--only", choices=["dense", "sltrain", "both"], default="both", help="which to train")
     running.add_argument("--out", type=Path, default=Path("pretrain-run"), help="directory of what is written")
+    running.add_argument("--plot", type=Path, metavar="FILE", help="draw the factorized weights' spectra (.png, .svg)")
     running.add_argument("--fresh", action="store_true", help="start over, whatever --out holds")
     running.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     running.add_argument("--threads", type=int, help="CPU threads; torch decides by default")
     args = parser.parse_args(argv)
+    if args.sl_lr is None:
+        args.sl_lr = args.lr
     try:
         check(args)
     except ValueError as error:
@@ -110,6 +114,7 @@ def check(args: argparse.Namespace) -> None:
         "device": (f"one of {kinds} here", args.device.split(":")[0] in kinds),
         "threads": ("above 0", args.threads is None or args.threads > 0),
         "text": ("files", all(Path(path).is_file() for path in args.text or [])),
+        "plot": ("a .png or .svg file", args.plot is None or args.plot.suffix in (".png", ".svg")),
         "out": ("a directory", args.out.is_dir() or not args.out.exists()),
     }
     for name, (allowed, holds) in conditions.items():
@@ -119,6 +124,11 @@ def check(args: argparse.Namespace) -> None:
     if args.only != "dense":  # a rehearsal on the meta device finds what is impossible for these sizes
         with torch.device("meta"):
             slcompile.factorize_(make_model(args, device="meta"), config)
+
+
+def auto_or_number(text: str) -> float | str:
+    """A number, or "auto"."""
+    return text if text == "auto" else float(text)
 
 
 def number(text: str) -> int | float:
@@ -387,6 +397,18 @@ def show_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, held_out: Tensor,
     console.print(tokenizer.decode(ids[prompt.shape[1] :]), markup=False, highlight=False)
 
 
+def show_spectra(model: nn.Module, args: argparse.Namespace) -> None:
+    """Prints the mean effective rank of the factorized weights' parts; draws the spectra where that is asked for."""
+    found = slcompile.spectra(model)
+    ranks = {part: statistics.fmean(each.effective_ranks[part] for each in found.values()) for part in RANKS}
+    described = ", ".join(f"{ranks[part]:.0f} ({label})" for part, label in RANKS.items())
+    console.print(f"\nEffective rank of the {len(found)} factorized weights, mean: {described}", highlight=False)
+    if args.plot:
+        from slcompile.inspect.spectra import plot_spectra  # matplotlib is an extra
+
+        console.print(f"Their spectra are in {plot_spectra(found, args.plot)}", highlight=False)
+
+
 def main() -> None:
     """Trains, compares, samples and exports."""
     for name in ("slcompile", "torch.onnx"):  # what they would say is in the table below, or of no interest here
@@ -408,6 +430,7 @@ def main() -> None:
     if "sltrain" in runs:
         model = restore_model("sltrain", args, runs["sltrain"]).eval()
         show_sample(model, tokenizer, held_out, args)
+        show_spectra(model, args)
         example = make_batch(held_out, args, step=0)
         report = slcompile.export_onnx(model, (example,), args.out / "model.onnx", kwargs={"use_cache": False})
         console.print(f"\nIn {args.out}: {report}", markup=False, highlight=False)

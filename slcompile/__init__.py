@@ -11,8 +11,10 @@ from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
+from slcompile.inspect.spectra import Spectra, spectra
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.report import MemoryReport
+from slcompile.optim.step_limit import StepLimit, limit_steps
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
 from slcompile.weight.sl_weight import Factors, SLWeight
@@ -30,6 +32,8 @@ __all__ = [
     "PassReport",
     "SLConfig",
     "SLWeight",
+    "Spectra",
+    "StepLimit",
     "check",
     "estimate_memory",
     "explain",
@@ -38,6 +42,7 @@ __all__ = [
     "factors",
     "graph_diff",
     "last_report",
+    "limit_steps",
     "load_factorized",
     "merge_",
     "merged_state_dict",
@@ -45,4 +50,5 @@ __all__ = [
     "rewrite",
     "save_factorized",
     "save_merged",
+    "spectra",
 ]

@@ -17,16 +17,18 @@ SKIPPABLE = ("fuse_weight_grads", "choose_lowering", "group_projections", "recom
 
 STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLConfig:
-    """Options of a sparse-plus-low-rank conversion, ``W = (alpha / rank) * B @ A + S``.
+    """Options of a sparse-plus-low-rank conversion, ``W = scale * B @ A + S``.
 
     Args:
         rank: Columns of ``B`` and rows of ``A``: an int, or a fraction of ``min(rows, columns)`` in (0, 1).
         density: Share of the entries of ``W`` that ``S`` holds, in (0, 1].
-        alpha: Numerator of the scale ``alpha / rank``. The paper uses 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
+        alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
+            (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
         support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
             groups of a row and stores no index; ``"uniform"`` is the paper's random subset, stored as int32.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
@@ -53,7 +55,7 @@ class SLConfig:
 
     rank: int | float = 0.25
     density: float = 0.03
-    alpha: float = 16.0
+    alpha: float | str = AUTO
     support: str = "stratified"
     init: str = "auto"
     seed: int | None = None
@@ -80,7 +82,12 @@ class SLConfig:
                 "an int >= 1, or a fraction of min(rows, columns) in (0, 1)",
             )
         _require(_is_number(self.density) and 0 < self.density <= 1, "density", self.density, "a number in (0, 1]")
-        _require(_is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a finite number > 0")
+        _require(
+            self.alpha == AUTO if isinstance(self.alpha, str) else _is_number(self.alpha) and self.alpha > 0,
+            "alpha",
+            self.alpha,
+            "a finite number > 0, or 'auto'",
+        )
         _require_choice("support", self.support, SUPPORTS)
         _require_choice("init", self.init, INITS)
         _require(
@@ -122,6 +129,21 @@ class SLConfig:
         if isinstance(self.rank, int):
             return self.rank
         return max(1, round(self.rank * min(rows, columns)))
+
+    def scale_for(self, rank: int, inputs: int) -> float:
+        """The factor on ``B @ A`` of a weight with this rank that reads this many inputs.
+
+        ``alpha / rank``; for ``"auto"`` the factor with which an optimizer that moves each entry by about its learning
+        rate, as Adam and its kin do, at first moves the weight as far as it would move a dense one. An aligned step of
+        size ``lr`` changes a dense [outputs, inputs] by ``lr * sqrt(outputs * inputs)`` in spectral norm, and
+        ``scale * B @ A``, where B = 0, by ``scale * lr * sqrt(outputs * rank) * norm(A)``. A starts with entries
+        U(+-1/sqrt(inputs)), whose norm is ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``. The result is a multiple
+        of 1/4096, so that ``alpha = scale * rank`` is exact, and a checkpoint that holds it brings it back to the bit.
+        """
+        if not isinstance(self.alpha, str):
+            return self.alpha / rank
+        norm = (math.sqrt(inputs) + math.sqrt(rank)) / math.sqrt(3 * inputs)
+        return max(1, round(4096 * math.sqrt(inputs / rank) / norm)) / 4096
 
     def includes(self, *names: str) -> bool:
         """Whether the patterns admit the weight of these fully qualified names; a tied weight has several."""

@@ -30,7 +30,7 @@ def factorize_(
     example_args: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Factorizes a model's weights in place, ``W = (alpha / rank) * B @ A + S`` (SLTrain, arXiv 2406.02214).
+    """Factorizes a model's weights in place, ``W = scale * B @ A + S`` (SLTrain, arXiv 2406.02214).
 
     Without example arguments the weights are those of ``nn.Linear`` and transformers' ``Conv1D`` modules; with them
     the model is run once under Dynamo, and every parameter that a matmul of the captured graphs reads is found. A

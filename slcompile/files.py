@@ -65,3 +65,23 @@ def move_into_place(scratch: Path, directory: Path, *, last: str, stale: Set[str
         os.replace(each, directory / each.name)
     for name in stale - {each.name for each in files}:
         (directory / name).unlink(missing_ok=True)
+
+
+CHART_FORMATS = (".png", ".svg")
+
+
+def plot_file(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a chart to be drawn.
+
+    Raises:
+        ValueError: It is no .png or .svg, or cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    target = writable_file(path)
+    if target.suffix not in CHART_FORMATS:
+        raise ValueError(f"path of the chart must end in {' or '.join(CHART_FORMATS)}, got {target.name!r}")
+    try:
+        import matplotlib  # noqa: F401 (found before there is anything to draw)
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "slcompile[plot]"') from error
+    return target

@@ -13,7 +13,7 @@ def test_defaults() -> None:
     assert dataclasses.asdict(SLConfig()) == {
         "rank": 0.25,
         "density": 0.03,
-        "alpha": 16.0,
+        "alpha": "auto",
         "support": "stratified",
         "init": "auto",
         "seed": None,
@@ -59,7 +59,7 @@ def test_bad_value_raises_and_names_the_field_and_the_value(field: str, value: A
 GOOD: dict[str, list[Any]] = {
     "rank": [1, 4096, 1e-6, 0.999],
     "density": [1, 1.0, 1e-9],
-    "alpha": [1, 0.5, 1e9],
+    "alpha": [1, 0.5, 1e9, "auto"],
     "support": ["stratified", "uniform"],
     "init": ["auto", "kaiming", "spectral"],
     "seed": [None, 0, 2**63 - 1],
@@ -234,3 +234,17 @@ class TestDidYouMean:
 
     def test_few_known_are_listed(self) -> None:
         assert did_you_mean("raank", ["rank", "alpha"]) == ", did you mean 'rank'?; allowed: rank, alpha"
+
+
+@pytest.mark.parametrize("inputs", [1, 48, 128, 344, 2048, 5461])
+@pytest.mark.parametrize("rank", [1, 12, 32, 512])
+def test_the_scale_of_alpha_auto_is_kept_to_the_bit_by_alpha(rank: int, inputs: int) -> None:
+    scale = SLConfig(alpha="auto").scale_for(rank, inputs)
+    assert scale > 0
+    assert SLConfig(alpha=scale * rank).scale_for(rank, inputs) == scale
+
+
+def test_the_scale_of_alpha_auto_depends_on_rank_relative_to_inputs_alone() -> None:
+    auto = SLConfig(alpha="auto")
+    assert auto.scale_for(32, 128) == auto.scale_for(64, 256) == pytest.approx(4 / math.sqrt(3), abs=1e-3)
+    assert auto.scale_for(128, 128) == pytest.approx(math.sqrt(3) / 2, abs=1e-3)

@@ -101,6 +101,22 @@ def test_initial_distribution(support):
         assert abs(data.square().mean() - 1 / 3) < 5 * math.sqrt((1 / 5 - 1 / 9) / count)
 
 
+@pytest.mark.parametrize(("shape", "rank"), [((512, 512), 128), ((688, 256), 64), ((256, 688), 64), ((768, 2048), 48)])
+@pytest.mark.parametrize("input_dim", [0, 1])
+def test_with_alpha_auto_a_first_step_is_as_large_as_a_dense_one(shape, rank, input_dim):
+    """An aligned step of one entry size: sqrt(outputs * inputs) if dense, scale * sqrt(outputs * rank) * norm(A) here.
+
+    The norm of a random matrix has fluctuations of a few percent at these sizes.
+    """
+    weight = slcompile.SLWeight(shape, slcompile.SLConfig(rank=rank, alpha="auto", seed=0), input_dim=input_dim)
+    torch.manual_seed(0)
+    weight.reset_parameters()
+    inputs, outputs = shape[input_dim], shape[1 - input_dim]
+    reading = weight.A if input_dim == 1 else weight.B
+    factored = weight.scale * math.sqrt(outputs * rank) * torch.linalg.matrix_norm(reading.detach(), 2)
+    assert float(factored) == pytest.approx(math.sqrt(outputs * inputs), rel=0.1)
+
+
 def formula_bytes(size: str, variant: str) -> int:
     """The paper's count: parameters and Adam's two moments in bfloat16, an int64 for each non-zero."""
     width, intermediate, layers, _, rank, _ = SIZES[size]

@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {size}")
     json_file = None if args.json is None else writable_file(args.json)
     if args.plot is not None:
-        from slcompile.memory.chart import plot_file, plot_memory
+        from slcompile.files import plot_file
+        from slcompile.memory.chart import plot_memory
 
         plot_file(args.plot)
     config = SLConfig(rank=args.rank, density=args.density, support=args.support, lowering=args.lowering)

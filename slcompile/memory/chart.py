@@ -5,28 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from slcompile.files import beside, move_into_place, writable_file
+from slcompile.files import beside, move_into_place, plot_file
 from slcompile.memory.liveness import PARTS
 from slcompile.memory.report import MemoryReport
-
-FORMATS = (".png", ".svg")
-
-
-def plot_file(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a chart to be drawn.
-
-    Raises:
-        ValueError: It is no .png or .svg, or cannot be written.
-        ImportError: matplotlib is not installed.
-    """
-    target = writable_file(path)
-    if target.suffix not in FORMATS:
-        raise ValueError(f"path of the chart must end in {' or '.join(FORMATS)}, got {target.name!r}")
-    try:
-        import matplotlib  # noqa: F401 (found before there is anything to draw)
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "slcompile[plot]"') from error
-    return target
 
 
 def plot_memory(report: MemoryReport, path: str | os.PathLike[str]) -> Path:

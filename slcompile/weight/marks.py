@@ -31,6 +31,11 @@ def mark_values(parameter: nn.Parameter) -> None:
     setattr(parameter, _VALUES, True)
 
 
+def is_values(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a weight's ``values``."""
+    return getattr(parameter, _VALUES, False)
+
+
 def is_matrix_only(optimizer: Optimizer) -> bool:
     """Whether an optimizer treats each parameter as a matrix (Muon, and those that are named after it)."""
     return "Muon" in type(optimizer).__name__

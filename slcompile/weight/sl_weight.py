@@ -78,7 +78,7 @@ class SLWeight(FactorizedWeight):
         self.density, self.support = config.density, config.support
         *stack, rows, columns = self.shape
         self.rank = config.rank_for(rows, columns)
-        self._scale_ratio = (config.alpha / self.rank).as_integer_ratio()
+        self._scale_ratio = config.scale_for(self.rank, self.shape[-2:][input_dim]).as_integer_ratio()
         self.drawn_seed = draw_seed(config.seed, name)
         new = functools.partial(torch.empty, device=device, dtype=dtype)
         self.B = nn.Parameter(new(*stack, rows, self.rank))
@@ -104,7 +104,7 @@ class SLWeight(FactorizedWeight):
 
     @property
     def scale(self) -> float:
-        """alpha / rank. Kept as a ratio of integers: with dynamic shapes, Dynamo makes floats of modules symbolic."""
+        """Factor of ``B @ A``, kept as a ratio of integers: with dynamic shapes, Dynamo makes floats symbolic."""
         numerator, denominator = self._scale_ratio
         return numerator / denominator
 

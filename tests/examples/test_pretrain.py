@@ -30,7 +30,10 @@ def run(out: Path, *more: str) -> str:
 
 
 def test_both_models_are_trained_compared_exported_and_reused(tmp_path):
-    printed = run(tmp_path / "run", "--steps", "10")
+    printed = run(tmp_path / "run", "--steps", "10", "--plot", str(tmp_path / "spectra.svg"))
+    assert re.search(r"Effective rank of the 7 factorized weights, mean: \d+ \(s B A\), \d+ \(S\), \d+ \(W\)", printed)
+    assert "<svg" in (tmp_path / "spectra.svg").read_text()
+    assert re.search(r"learning rate of the projections .* 0.0003 .* 0.0003 .* 1.00", printed)
     assert re.search(r"validation perplexity .* \d+\.\d .* \d+\.\d", printed)
     assert re.search(r"matmuls replaced .* 7 ", printed)
     assert "left dense: lm_head.weight 512x64, excluded" in printed
@@ -67,6 +70,7 @@ def test_bad_flags_are_refused_before_any_work(tmp_path):
         (("--density", "2"), "density must be"),
         (("--hidden", "65"), "--hidden must be"),
         (("--device", "tpu"), "--device must be"),
+        (("--plot", "spectra.pdf"), "--plot must be a .png or .svg file"),
     ):
         done = subprocess.run(command(tmp_path / "run", *flags), capture_output=True, text=True, check=False)
         assert done.returncode == 2

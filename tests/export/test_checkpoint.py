@@ -70,6 +70,15 @@ def test_round_trip(make, support, tmp_path):
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def test_the_scale_of_alpha_auto_is_kept_to_the_bit(tmp_path):
+    model = LlamaForCausalLM(llama_config())
+    slcompile.factorize_(model, slcompile.SLConfig(rank=5, density=DENSITY, alpha="auto"))
+    save_factorized(model, tmp_path)
+    want, got = slcompile.factors(model), slcompile.factors(load_factorized(tmp_path))
+    assert {each.scale for each in want.values()} != {16 / 5}
+    assert {name: each.scale for name, each in got.items()} == {name: each.scale for name, each in want.items()}
+
+
 def test_a_loaded_model_trains_on(tmp_path):
     save_factorized(factorized(LlamaForCausalLM(llama_config())), tmp_path)
     loaded = load_factorized(tmp_path)

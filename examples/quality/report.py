@@ -1,0 +1,191 @@
+"""The table of the runs, and the drawing of their curves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from examples.quality.records import Records
+from examples.quality.search import ROWS, choose
+from examples.quality.settings import Settings
+
+DENSE = ROWS[0].name
+PARTS = ("validation", "test")
+
+
+class NotMade(LookupError):
+    """A run that a row needs is not among the records."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of one rung: its chosen settings and the runs with them, one a seed."""
+
+    name: str
+    settings: Settings
+    runs: list[Mapping[str, Any]]
+
+    @property
+    def losses(self) -> list[float]:
+        """On the test part."""
+        return [each["test"] for each in self.runs if "test" in each]
+
+
+def results(
+    records: Records, corpus: str, width: int, steps: int, axes: Collection[str]
+) -> tuple[list[Result], list[str]]:
+    """The rows whose search is complete, and the names of those where it is not."""
+    here = [each for each in records if (each["corpus"], each["width"], each["steps"]) == (corpus, width, steps)]
+    text = here[-1]["text"] if here else ""
+
+    def find(settings: Settings) -> Mapping[str, Any]:
+        found = records.find(settings, text)
+        if found is None:
+            raise NotMade
+        return found
+
+    complete, missing = [], []
+    for row in ROWS:
+        try:
+            chosen = choose(row, corpus, width, steps, find, axes)
+            first = find(chosen)
+        except NotMade:
+            missing.append(row.name)
+            continue
+        runs = [first]
+        while (more := records.find(replace(chosen, seed=len(runs)), text)) is not None:
+            runs.append(more)
+        complete.append(Result(row.name, chosen, runs))
+    return complete, missing
+
+
+def show(
+    records: Records,
+    corpora: Iterable[str],
+    widths: Iterable[int],
+    axes: Collection[str],
+    plot: Path | None,
+    console: Console,
+) -> None:
+    """Prints for each rung the rows whose search over ``axes`` is complete, and all its runs; draws the curves.
+
+    Raises:
+        ValueError: There are no runs, or the drawing's file is neither .png nor .svg.
+    """
+    rungs = sorted({(each["corpus"], each["width"], each["steps"]) for each in records})
+    rungs = [each for each in rungs if each[0] in corpora and each[1] in widths]
+    if not rungs:
+        raise ValueError(f"{records.path} has no runs of these corpora and widths")
+    drawn = {}
+    for rung in rungs:
+        complete, missing = results(records, *rung, axes)
+        drawn[rung] = complete
+        if complete:
+            console.print(_table(records, rung, complete), markup=False)
+            console.print(f"searched in each row: {', '.join(axes)}", highlight=False)
+        if missing:
+            console.print(f"not complete: {'; '.join(missing)}", highlight=False)
+        console.print(_all_runs(records, rung), markup=False)
+    if plot is not None:
+        draw(drawn, plot)
+
+
+def _table(records: Records, rung: tuple[str, int, int], complete: list[Result]) -> Table:
+    corpus, width, steps = rung
+    tokens = next(each["tokens"] for each in records if (each["corpus"], each["width"], each["steps"]) == rung)
+    dense = next((each for each in complete if each.name == DENSE), None)
+    per_parameter = f", {tokens / dense.runs[0]['parameters']:.1f} a parameter of the dense model" if dense else ""
+    table = Table(title=f"{corpus}, width {width}, {steps} steps: {tokens:,} tokens{per_parameter}")
+    columns = ("", "lr", "embed_lr", "init_std", "alpha", "test loss, mean ± sd (seeds)", "perplexity", "÷ dense")
+    for name in (*columns, "projections", "÷ dense"):
+        table.add_column(name, justify="right" if name else "left")
+    for each in complete:
+        chosen, losses = each.settings, each.losses
+        alpha = "" if chosen.kind == "dense" else str(chosen.alpha)
+        described = [each.name, f"{chosen.lr:g}", f"{chosen.embed_lr:g}", f"{chosen.init_std:g}", alpha]
+        if not losses:
+            table.add_row(*described, f"diverged at step {each.runs[0]['diverged']}")
+            continue
+        mean = statistics.fmean(losses)
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        against = math.exp(mean - statistics.fmean(dense.losses)) if dense and dense.losses else math.nan
+        size = each.runs[0]["projections"]
+        smaller = size / dense.runs[0]["projections"] if dense else math.nan
+        loss = f"{mean:.4f}{spread} ({len(losses)})"
+        if len(losses) < len(each.runs):
+            loss += f", {len(each.runs) - len(losses)} diverged"
+        table.add_row(*described, loss, f"{math.exp(mean):.2f}", f"{against:.3f}", f"{size:,}", f"{smaller:.2f}")
+    return table
+
+
+def _all_runs(records: Records, rung: tuple[str, int, int]) -> Table:
+    """Every run of a rung, the seeds of the same settings together, the best first."""
+    groups: dict[Settings, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if (record["corpus"], record["width"], record["steps"]) == rung:
+            groups.setdefault(replace(Settings.of(record), seed=0), []).append(record)
+    table = Table(title="every run, mean over its seeds")
+    for name in ("kind", "lr", "embed_lr", "and"):
+        table.add_column(name)
+    for name in ("seeds", "validation", "test"):
+        table.add_column(name, justify="right")
+    rows = []
+    for settings, runs in groups.items():
+        shown = {"kind", "corpus", "width", "steps", "lr", "embed_lr", "seed"}
+        others = [each for each in fields(Settings) if each.name not in shown]
+        changes = [f"{each.name} {getattr(settings, each.name)}" for each in others]
+        changes = [
+            text for text, each in zip(changes, others, strict=True) if getattr(settings, each.name) != each.default
+        ]
+        described = (settings.kind, f"{settings.lr:g}", f"{settings.embed_lr:g}", ", ".join(changes), str(len(runs)))
+        ended = [each for each in runs if "validation" in each]
+        means = [statistics.fmean(each[part] for each in ended) if ended else math.inf for part in PARTS]
+        losses = [f"{each:.4f}" for each in means] if ended else [f"diverged at step {runs[0]['diverged']}", ""]
+        rows.append((means[0], (*described, *losses)))
+    for _, row in sorted(rows):
+        table.add_row(*row)
+    return table
+
+
+def draw(drawn: Mapping[tuple[str, int, int], list[Result]], path: Path) -> None:
+    """Draws, for each corpus, training loss by tokens and test perplexity by parameters.
+
+    Raises:
+        ValueError: The file is neither .png nor .svg.
+        ImportError: matplotlib is not installed.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot must end in .png or .svg, got {path.name!r}")
+    from matplotlib.figure import Figure  # not pyplot, which would choose a window system
+
+    corpora = sorted({corpus for corpus, _, _ in drawn})
+    figure = Figure(figsize=(12, 4.5 * len(corpora)), layout="constrained")
+    axes = figure.subplots(len(corpora), 2, squeeze=False)
+    colors = {row.name: f"C{index}" for index, row in enumerate(ROWS)}
+    for (curves, sizes), corpus in zip(axes, corpora, strict=True):
+        points: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for (name, _, steps), rung in drawn.items():
+            if name != corpus:
+                continue
+            for each in rung:
+                run = each.runs[0]
+                tokens = [step * run["tokens"] / run["steps"] for step, _ in run["curve"]]
+                curves.plot(tokens, [loss for _, loss in run["curve"]], color=colors[each.name], linewidth=1)
+                if each.losses:
+                    perplexity = math.exp(statistics.fmean(each.losses))
+                    points.setdefault((each.name, steps), []).append((run["parameters"], perplexity))
+        for name, color in colors.items():
+            curves.plot([], [], color=color, label=name)
+        for (name, _), places in points.items():
+            sizes.plot(*zip(*sorted(places), strict=True), "o-", color=colors[name])
+        curves.set(title=f"{corpus}: training loss (nats a token)", xlabel="tokens", xscale="log")
+        sizes.set(title=f"{corpus}: test perplexity", xlabel="parameters, embeddings included", xscale="log")
+        curves.legend(fontsize="small")
+    figure.savefig(path)

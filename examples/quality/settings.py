@@ -1,0 +1,105 @@
+"""What one run is: a model of the ladder, a corpus, and everything that decides its numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import slcompile
+
+BATCH, SEQ_LEN, VOCAB = 8, 128, 1024
+WARMUP = 0.1  # of the steps, before a cosine to a tenth
+BETAS, CLIP = (0.9, 0.95), 1.0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The shape of a LLaMA of the ladder."""
+
+    intermediate: int
+    layers: int
+    heads: int
+
+
+RUNGS = {128: Rung(344, 3, 4), 192: Rung(512, 4, 4), 256: Rung(688, 5, 4)}
+"""By width: 0.6, 1.8 and 4.0 million weights in the projections."""
+
+CORPORA = ("prose", "code")
+KINDS = ("dense", "sl", "low rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides the numbers of a run but the code and the corpus' text.
+
+    Args:
+        kind: ``"dense"``; ``"sl"``; ``"low rank"``: sl whose sparse part is zero and stays so.
+        corpus, width, steps, seed: Of the run; a width is a rung of the ladder.
+        lr, embed_lr: Peak learning rates of the projections, and of embedding, head and norms.
+        init_std: Of random dense weights; embedding and head have it in every row.
+        rank, density, alpha, support, init: Of the factors, as in ``slcompile.SLConfig``.
+        b_rate, a_rate, values_rate: Learning rates of the factors relative to ``lr``.
+        values_start: The values' start is multiplied by it.
+        restart: Steps between restarts of the factors; 0: none.
+        precondition: Damping of preconditioned gradients of the factors, relative; 0: none are.
+    """
+
+    kind: str
+    corpus: str
+    width: int
+    steps: int
+    lr: float
+    embed_lr: float
+    seed: int = 0
+    init_std: float = 0.006
+    rank: float = 0.25
+    density: float = 0.03
+    alpha: float | str = "auto"
+    support: str = "stratified"
+    init: str = "kaiming"
+    b_rate: float = 1.0
+    a_rate: float = 1.0
+    values_rate: float = 1.0
+    values_start: float = 1.0
+    restart: int = 0
+    precondition: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", KINDS), ("width", tuple(RUNGS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("lr", "embed_lr", "init_std", "b_rate", "a_rate", "values_rate", "values_start"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        if self.restart < 0 or not 0 <= self.precondition < math.inf:
+            raise ValueError(f"restart and precondition must be at least 0, got {self.restart}, {self.precondition!r}")
+        if self.steps < 10:
+            raise ValueError(f"steps must be at least 10, got {self.steps!r}")
+        self.sl_config()
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Settings:
+        """Settings from a dict, such as a recorded run, which has more keys."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run trains on."""
+        return self.steps * BATCH * SEQ_LEN
+
+    def sl_config(self) -> slcompile.SLConfig:
+        """The options of the conversion."""
+        names = ("rank", "density", "alpha", "support", "init", "seed")
+        return slcompile.SLConfig(**{name: getattr(self, name) for name in names})
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that have an effect on a run of this kind; two runs with equal ones are one."""
+        values = asdict(self)
+        factors = ("rank", "density", "alpha", "support", "init", "b_rate", "a_rate", "values_rate", "values_start")
+        if self.kind == "dense":
+            for name in (*factors, "restart", "precondition"):
+                del values[name]
+        return values

@@ -1,0 +1,228 @@
+"""One run: trains a model of the ladder, resumably, and returns what is recorded of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import slcompile
+from examples.quality import recipes
+from examples.quality.corpora import Corpus
+from examples.quality.settings import BATCH, BETAS, CLIP, RUNGS, SEQ_LEN, VOCAB, WARMUP, Settings
+
+CURVE_POINTS = 20
+EVAL_BATCHES = 64
+CHECKPOINT_SECONDS = 120.0
+
+
+class Stop:
+    """Holds SIGTERM and SIGINT back until a step is complete: a checkpoint must not hold half of one."""
+
+    def __enter__(self) -> Stop:
+        self.asked = 0
+        self.before = {each: signal.signal(each, self.handle) for each in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number: int, _: Any) -> None:
+        self.asked = number
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """A signal asked for the end of a run; its checkpoint is written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+
+
+def make_model(settings: Settings, device: str = "cpu") -> LlamaForCausalLM:
+    """The model at its start, a function of the settings alone; factorized unless the run is dense."""
+    torch.manual_seed(settings.seed)
+    rung = RUNGS[settings.width]
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=settings.width,
+        intermediate_size=rung.intermediate,
+        num_hidden_layers=rung.layers,
+        num_attention_heads=rung.heads,
+        initializer_range=settings.init_std,
+        max_position_embeddings=SEQ_LEN,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    if settings.kind != "dense":
+        slcompile.factorize_(model, settings.sl_config())
+        with torch.no_grad():
+            for each in slcompile.factors(model).values():
+                each.values.mul_(0 if settings.kind == "low rank" else settings.values_start)
+        if settings.kind == "low rank":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not name.endswith("_sl.values"))
+    return model.to(device)
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """The parameters by their learning rates."""
+    relative = {"B": settings.b_rate, "A": settings.a_rate, "values": settings.values_rate}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.rpartition("_sl.")[2]
+            rate = settings.lr * relative.get(part, 1.0) if "_proj." in name else settings.embed_lr
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+def relative_lr(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    warmup = round(WARMUP * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+
+def windows(ids: Tensor, starts: Tensor, device: str) -> Tensor:
+    """The sequences that begin at ``starts``, [len(starts), SEQ_LEN]."""
+    return ids[starts[:, None] + torch.arange(SEQ_LEN)].long().to(device)
+
+
+def make_batch(ids: Tensor, settings: Settings, step: int, device: str) -> Tensor:
+    """The sequences of a step: a function of seed and step alone, so that resuming is exact and rows see the same."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    return windows(ids, torch.randint(len(ids) - SEQ_LEN + 1, (BATCH,), generator=generator), device)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, ids: Tensor, device: str) -> float:
+    """Mean loss in nats a token, on sequences evenly spaced over a held-out part."""
+    model.eval()
+    starts = torch.linspace(0, len(ids) - SEQ_LEN, EVAL_BATCHES * BATCH).long()
+    batches = [windows(ids, some, device) for some in starts.split(BATCH)]
+    losses = [model(input_ids=batch, labels=batch).loss.item() for batch in batches]
+    model.train()
+    return statistics.fmean(losses)
+
+
+def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "cpu") -> dict[str, Any]:
+    """Trains one model, from ``checkpoint`` where that exists; returns the run's record.
+
+    A loss that is not finite, or above that of guessing after the warm-up, ends the run: ``diverged`` then holds the
+    step, and there are no losses.
+
+    Raises:
+        ValueError: The text is too short for the tokens, or the checkpoint is of a run with other settings.
+        Stopped: SIGTERM or SIGINT came; the checkpoint holds the last complete step.
+    """
+    corpus.require(settings.tokens)
+    model = make_model(settings, device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=BETAS, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, settings.steps))
+    state: dict[str, Any] = {"step": 0, "curve": [], "recent": [], "seconds": 0.0}
+    identity = {**settings.deciding(), "text": corpus.digest}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        require_same(checkpoint, saved["identity"], identity)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        state = saved["state"]
+
+    def save() -> None:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        partial = checkpoint.with_suffix(".partial")
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"identity": identity, "state": state, **states}, partial)
+        os.replace(partial, checkpoint)
+
+    diverged = None
+    every = max(1, settings.steps // CURVE_POINTS)
+    with Stop() as stop:
+        saved_at = time.monotonic()
+        while state["step"] < settings.steps:
+            begin = time.process_time()
+            step = state["step"] + 1
+            batch = make_batch(corpus.training, settings, step, device)
+            optimizer.zero_grad()
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            if settings.precondition:
+                recipes.precondition(model, settings.precondition)
+            optimizer.step()
+            schedule.step()
+            if settings.restart and step % settings.restart == 0:
+                recipes.restart(model, optimizer)
+            value = loss.item()
+            state["step"] = step
+            state["recent"].append(value)
+            if not math.isfinite(value) or (step > WARMUP * settings.steps and value > math.log(VOCAB) + 1):
+                diverged = step
+                break
+            if step % every == 0:
+                state["curve"].append([step, round(statistics.fmean(state["recent"]), 4)])
+                state["recent"] = []
+            state["seconds"] += time.process_time() - begin
+            if stop.asked or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                save()
+                saved_at = time.monotonic()
+            if stop.asked:
+                raise Stopped(stop.asked)
+        parts_of = slcompile.factors(model).values()
+        held = sum(p.numel() for each in parts_of for p in (each.B, each.A, each.values))
+        if settings.kind == "low rank":
+            held -= sum(each.values.numel() for each in parts_of)
+        projections = sum(p.numel() for name, p in model.named_parameters() if "_proj." in name)
+        total = sum(p.numel() for p in model.parameters())
+        record = {
+            **settings.deciding(),
+            "text": corpus.digest,
+            "tokens": settings.tokens,
+            "parameters": total - projections + (held or projections),
+            "projections": held or projections,
+            "diverged": diverged,
+            "curve": state["curve"],
+            "cpu_seconds": round(state["seconds"], 1),
+            "commit": commit(),
+            "torch": torch.__version__,
+        }
+        if diverged is None:
+            record["validation"] = round(evaluate(model, corpus.validation, device), 5)
+            record["test"] = round(evaluate(model, corpus.test, device), 5)
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def require_same(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint is of a run with other settings."""
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise ValueError(
+                f"{checkpoint} is of a run with {name} {saved.get(name)!r}, this one has {now.get(name)!r}: go on with "
+                "the settings it was started with, or delete it"
+            )
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the code, with a + where it was changed since; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -1,13 +1,13 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
 from slcompile import optim
-from slcompile.check import CheckReport, check
 from slcompile.config import SLConfig
 from slcompile.convert.ledger import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
+from slcompile.health import CheckReport, check
 from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff

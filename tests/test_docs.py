@@ -58,7 +58,7 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_host(site):
 
 def test_the_api_pages_show_every_public_name(site):
     pages = "".join(page.read_text(encoding="utf-8") for page in (site / "api").rglob("*.html"))
-    headings = set(re.findall(r"<h2 id=\"slcompile\.(?:\w+\.)?(\w+)\"", pages))
+    headings = set(re.findall(r"<h2 id=\"slcompile\.(?:\w+\.)*(\w+)\"", pages))
     names = {name for name in slcompile.__all__ if not inspect.ismodule(getattr(slcompile, name))}
     assert {*names, "per_layer"} - headings == set()
 

@@ -43,7 +43,7 @@ FLOORS = (
     ("measure", "optim", "passes"),
     ("convert",),
     ("captured", "factorize", "rewrite"),
-    ("backend", "check", "export", "inspect", "memory"),
+    ("backend", "export", "health", "inspect", "memory"),
     ("__init__", "cli"),
     ("__main__",),
 )

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slcompile.check import check
 from slcompile.cli.sources import errors_of, from_factory, sl_config
 from slcompile.files import writable_file, write_text
+from slcompile.health import check
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Optimizers: updates inside the backward pass, groups by rate, a limit for each step."""
 
 from slcompile.optim.groups import parameter_groups
-from slcompile.optim.per_layer import PerLayer, Update, per_layer
+from slcompile.optim.in_backward import PerLayer, Update, per_layer
 from slcompile.optim.step_limit import StepLimit, limit_steps
 
 __all__ = ["PerLayer", "StepLimit", "Update", "limit_steps", "parameter_groups", "per_layer"]

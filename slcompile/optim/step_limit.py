@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slcompile.models import unwrapped
-from slcompile.optim.per_layer import PerLayer
+from slcompile.optim.in_backward import PerLayer
 from slcompile.weight.sl_weight import SLWeight
 
 log = logging.getLogger("slcompile")

@@ -127,6 +127,10 @@ DEVICE_CLASSES = (
         target=("cuda", 100, 32),
         shared=227 * 1024,
         tiles=_SM_90_TILES,
+        tiles_32={
+            **TILES_32,
+            "linear_factored": {"BLOCK_N": 16, "BLOCK_R": 32, "GATHER": 2048, "num_warps": 4, "num_stages": 3},
+        },
     ),
     DeviceClass(
         "sm_90",  # NVIDIA H100 SXM

@@ -5,6 +5,7 @@ A test module that runs as a script (see ``conftest.interpreted``) uses it too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,6 +30,10 @@ PAPER = {
     "7B_up": (11008, 4096, 1024, 0.05),
     "7B_down": (4096, 11008, 1024, 0.05),
 }
+
+
+WIDE = re.compile(r"\b((mul|add|sub|fma)\.(rn\.)?f64|v_(mul|add|fma)_f64)")
+"""Arithmetic in float64."""
 
 
 class Random:
@@ -105,14 +110,19 @@ def different(launches: Iterable[Any]) -> list[Any]:
 
 
 def usages(launches: Iterable[Any], target: str) -> Iterator[tuple[Any, Any]]:
-    """Each different launch and what it takes; asserts that it fits and that no registers are spilled."""
+    """Each different launch and what it takes; asserts that it fits, spills nothing and does not compute in float64.
+
+    A Python float comes as float64: what is not cast is computed in it, at a 64th of the speed of float32 or less.
+    """
     from slcompile.kernels.offline import compile_launch, resources
 
     (limit,) = (each.shared for each in GPU_CLASSES if each.name == target)
     for launch in different(launches):
-        usage = resources(compile_launch(launch, target))
+        compiled = compile_launch(launch, target)
+        usage = resources(compiled)
         assert usage.spilled == 0, launch.kernel.__name__
         assert usage.shared <= limit, launch.kernel.__name__
+        assert not WIDE.search(compiled.asm.get("ptx") or compiled.asm["amdgcn"]), launch.kernel.__name__
         yield launch, usage
 
 

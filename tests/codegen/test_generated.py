@@ -1,0 +1,200 @@
+"""The code that Inductor generates for an H100 around our kernels and the vendor's products, without one.
+
+Each module is run on tensors without memory, which checks the layouts that our launches are told and that nothing is
+read before it was written; see ``launches``. What the kernels take is read from what ptxas makes of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.codegen.generate import generate
+from tests.codegen.launches import Call, compiled_kernels, counted, large_writes, launches
+from tests.codegen.models import Experts, Mlp, PackedConv1D
+from tests.kernels.harness import WIDE, require_compiler
+
+pytest.importorskip("triton", reason="the kernels need triton")
+
+TOKENS = 512
+OPTIONS = {"rank": 64, "density": 0.03, "lowering": "composed"}
+HIDDEN, EVEN, ODD = 256, 1408, 1365  # like the paper's 2048, 5504 and 5461; Inductor aligns rows from 1024 on
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    require_compiler()
+
+
+def step(
+    make: Callable[..., nn.Module] = Mlp,
+    inner: int = EVEN,
+    *,
+    tokens: int = TOKENS,
+    dtype: torch.dtype = torch.bfloat16,
+    autocast: bool = False,
+    options: dict[str, Any] | None = None,
+    **how: Any,
+) -> Any:
+    """The modules of a step."""
+    with torch.device("meta"):
+        model = make(HIDDEN, inner, autocast=True) if autocast else make(HIDDEN, inner)
+        model.to(dtype)
+    return generate(model, [((tokens, HIDDEN), dtype)], {**OPTIONS, **(options or {})}, **how)
+
+
+def calls(modules: Any) -> list[list[Call]]:
+    return [launches(each) for each in modules]
+
+
+def products_dtypes(calls: list[Call]) -> set[torch.dtype]:
+    products = [each for each in calls if each.name.startswith("extern_kernels")]
+    return {operand.dtype for each in products for operand in each.read}
+
+
+def is_unaligned(call: Call) -> bool:
+    """Whether it is a product of the vendor's that reads a matrix with neither rows nor columns aligned."""
+    operands = list(call.arguments.values())[-3:-1] if call.name.startswith("extern_kernels") else []
+    return any(max(each.stride()) * each.itemsize % 16 for each in operands)
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("inner", [EVEN, ODD])
+def test_composed(inner: int, support: str) -> None:
+    """Three weights: W twice, a product with it in each direction, a dense gradient and two projections of it."""
+    forward, backward = calls(step(inner=inner, options={"support": support}))
+    assert counted(forward) == {"product": 3 + 3, "add_kernel": 3}
+    assert counted(backward) == {"product": 3 + 3 + 9, "add_kernel": 3, "read_kernel": 3}
+    dense_forward, dense_backward = calls(step(inner=inner, backend="inductor"))
+    assert (counted(dense_forward), counted(dense_backward)) == ({"product": 3}, {"product": 6})
+    # No matrix of the tokens is copied for our sake.
+    for ours, dense in ((forward, dense_forward), (backward, dense_backward)):
+        assert large_writes(ours, TOKENS * HIDDEN) <= large_writes(dense, TOKENS * HIDDEN)
+    # The vendor's products read rows or columns that begin at multiples of 16 bytes, where dense ones cannot all.
+    assert not [each for each in forward + backward if is_unaligned(each)]
+    assert any(map(is_unaligned, dense_forward + dense_backward)) == (inner == ODD)
+
+
+def test_autocast_multiplies_in_low_precision() -> None:
+    forward, backward = calls(step(dtype=torch.float32, autocast=True))
+    assert products_dtypes(forward + backward) == {torch.bfloat16}
+    added = [each.arguments for each in forward if each.name == "add_kernel"]
+    assert {each["p_values"].dtype for each in added} == {torch.float32}
+    assert {each["p_matrix"].dtype for each in added} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+def test_factored(autotune: bool) -> None:
+    forward, backward = calls(step(tokens=48, options={"lowering": "factored", "autotune": autotune}))
+    # Gate and up share a launch; their gradients differ. S of those is spread over tiles.
+    assert counted(forward)["linear_factored_kernel"] == 2
+    assert counted(backward)["linear_factored_transposed_kernel"] == 3
+    assert counted(backward)["read_kernel"] == 3
+    assert counted(forward + backward)["add_kernel"] == 0
+
+
+def test_factored_is_for_few_tokens() -> None:
+    forward, backward = calls(step(options={"lowering": "factored"}))
+    found = counted(forward + backward)
+    assert (found["add_kernel"], found["linear_factored_kernel"], found["read_kernel"]) == (6, 0, 3)
+
+
+def test_inference() -> None:
+    """One token: gate and up are projected together, by a kernel and one that adds its partial sums up."""
+    (forward,) = calls(step(tokens=1, options={"lowering": "factored"}, training=False))
+    assert counted(forward) == {"project_kernel": 1, "sum_splits_kernel": 1, "linear_factored_kernel": 2, "product": 1}
+
+
+def test_a_symbolic_number_of_tokens() -> None:
+    modules = step(dynamic=True)
+    fixed = step()
+    assert [counted(each) for each in calls(modules)] == [counted(each) for each in calls(fixed)]
+    assert any(not isinstance(each, tuple) for each in modules[0].inputs)  # the number is an input
+
+
+def test_kept_weights_are_composed_once() -> None:
+    forward, backward = calls(step(options={"keep_weights": True}))
+    assert (counted(forward)["add_kernel"], counted(backward)["add_kernel"]) == (3, 0)
+
+
+def test_conv1d_with_a_packed_weight() -> None:
+    forward, backward = calls(step(PackedConv1D, inner=ODD))
+    found = counted(forward + backward)
+    assert (found["add_kernel"], found["read_kernel"]) == (4, 2)
+
+
+def test_experts() -> None:
+    forward, backward = calls(step(Experts))
+    found = counted(forward + backward)
+    # Each stack at once: composed forward and backward, multiplied; then its gradients, which are sums, in ATen.
+    assert found["add_kernel"] == 4
+
+
+MAX_AUTOTUNE = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_max_autotune_reads_only_what_was_written(dtype: torch.dtype) -> None:
+    """Inductor's own matmuls multiply what they are given as a bias by beta, zero or not: ``launches`` would raise."""
+    forward, backward = calls(step(options={"inductor": MAX_AUTOTUNE}, dtype=dtype))
+    names = [each.name for each in forward + backward]
+    assert any(name.startswith("triton_tem") for name in names)
+    assert counted(forward + backward)["product"] < 6 + 15
+
+
+def test_cudagraphs_take_all_of_it() -> None:
+    modules = step(options={"inductor": {"triton.cudagraphs": True}})
+    assert [counted(each) for each in calls(modules)] == [counted(each) for each in calls(step())]
+    for each in modules:
+        assert each.code.count("def partition_") <= 1
+
+
+def assert_kernels_fit(modules: Any, folder: Path, only_ours: bool = False) -> dict[str, Any]:
+    """Asserts that no kernel of these modules spills registers; returns what ours take."""
+    found: dict[str, Any] = {}
+    for index, each in enumerate(modules):
+        place = folder / str(index)
+        place.mkdir()
+        for name, ours, usage, kernel in compiled_kernels(each, place):
+            if ours:
+                found[name] = usage
+                assert not WIDE.search(kernel.asm["ptx"]), name
+            if ours or not only_ours:
+                assert usage.spilled == 0, name
+    return found
+
+
+def test_composed_kernels_spill_nothing(tmp_path: Path) -> None:
+    found = assert_kernels_fit(step(inner=ODD), tmp_path)
+    assert Counter(name.rsplit("_kernel")[0] for name in found) == {"add": 3, "read": 2}
+    assert all(usage.registers <= 64 for usage in found.values())
+
+
+def test_factored_kernels_multiply_matrices(tmp_path: Path) -> None:
+    found = assert_kernels_fit(step(tokens=48, options={"lowering": "factored"}), tmp_path)
+    for name, usage in found.items():
+        assert usage.has_mma == name.startswith(("project", "linear_factored")), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)]
+)
+@pytest.mark.parametrize("inner", [EVEN, ODD])
+def test_all_kernels_spill_nothing(
+    lowering: str, support: str, dtype: torch.dtype, autocast: bool, inner: int, tmp_path: Path
+) -> None:
+    options = {"lowering": lowering, "support": support}
+    tokens = 48 if lowering == "factored" else TOKENS
+    found = assert_kernels_fit(
+        step(inner=inner, dtype=dtype, autocast=autocast, options=options, tokens=tokens), tmp_path
+    )
+    assert found

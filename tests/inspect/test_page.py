@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from slcompile.inspect.explanation import Explanation
+from slcompile.inspect.graph_diff import GraphDiff, Link
+from slcompile.inspect.nodes import SIDES, Node
 from slcompile.inspect.page import render
+from slcompile.inspect.rows import Break, Change, MatmulRow, PassRow, Summary
 
 try:
     from playwright.sync_api import sync_playwright
@@ -118,15 +122,7 @@ def graphs(layers: int, elementwise: int) -> tuple[list[dict], list[dict]]:
 
 
 def diff_document(before: list[dict], after: list[dict], name: str = "graph 0, captured") -> dict:
-    counts = {status: sum(each["status"] == status for each in after) for status in ("kept", "new", "rewritten")}
-    counts["removed"] = sum(each["status"] == "removed" for each in before)
-    return {
-        "schema": "slcompile.graph_diff/2",
-        "name": name,
-        "before": {"nodes": before},
-        "after": {"nodes": after},
-        "counts": counts,
-    }
+    return {"name": name, "before": {"nodes": before}, "after": {"nodes": after}}
 
 
 def matmul(name: str, mm: str) -> dict:
@@ -163,7 +159,6 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
     idle = {**rewrite, "stage": "joint", "name": "fuse_weight_grads", "changed": False, "created": 0, "erased": 0}
     idle |= {"replaced": 0, "left": 0, "diff": ""}
     return {
-        "schema": "slcompile.explain/3",
         "model": "LlamaForCausalLM",
         "versions": {"slcompile": "0.1.0", "torch": "2.13.0"},
         "config": {"rank": 0.25, "density": 0.03, "exclude": ["*lm_head*", "*embed*"]},
@@ -180,17 +175,35 @@ def explanation(layers: int = 4, elementwise: int = 1) -> dict:
     }
 
 
-def packed(document: dict) -> dict:
-    """A document as it is written: with what its nodes share in tables."""
-    document = json.loads(json.dumps(document))  # without parts that are shared
-    tables: dict[str, list] = {"module": [], "source": []}
-    for graph in document.get("graphs", [document]):
-        for each in (*graph["before"]["nodes"], *graph["after"]["nodes"]):
-            for key, table in tables.items():
-                if each[key] not in table:
-                    table.append(each[key])
-                each[key] = table.index(each[key])
-    return {**document, "modules": tables["module"], "sources": tables["source"]}
+def written(document: dict) -> dict:
+    """A document as the package writes it: what stands in a test by hand is made the package's own rows and nodes."""
+    if "graphs" not in document:
+        return diff(document).to_dict()
+    summary = document["summary"]
+    totals = [Change(**summary[key]) for key in ("parameters", "bytes", "flops")]
+    return Explanation(
+        document["model"],
+        document["versions"],
+        document["config"],
+        Summary(**summary["matmuls"], **dict(zip(("parameters", "bytes", "flops"), totals, strict=True))),
+        tuple(
+            MatmulRow(**{**row, "shape": tuple(row["shape"])} | {key: Change(**row[key]) for key in ("bytes", "flops")})
+            for row in document["matmuls"]
+        ),
+        tuple(PassRow(**row) for row in document["passes"]),
+        tuple(Break(**row) for row in document["breaks"]),
+        tuple(map(diff, document["graphs"])),
+    ).to_dict()
+
+
+def diff(document: dict) -> GraphDiff:
+    def made(given: dict) -> Node:
+        fields = {key: value for key, value in given.items() if key != "from"}
+        fields |= {"inputs": tuple(given["inputs"]), "origins": tuple(given["from"])}
+        return Node(**{**fields, "module": tuple((path, kind) for path, kind in given["module"])})
+
+    sides = [tuple(map(made, document[side]["nodes"])) for side in SIDES]
+    return GraphDiff(document["name"], *sides, tuple(Link(**each) for each in document.get("matmuls", ())))
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +222,7 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def start(document: dict, address: str = "", **context: Any) -> Any:
         path = tmp_path / "page.html"
-        path.write_text(render(packed(document)), encoding="utf-8")
+        path.write_text(render(written(document)), encoding="utf-8")
         contexts.append(browser.new_context(viewport={"width": 1500, "height": 950}, **context))
         contexts[-1].set_default_timeout(30_000)
         page = contexts[-1].new_page()
@@ -235,10 +248,6 @@ def address(page: Any) -> str:
     return page.evaluate("location.hash")
 
 
-def layout_time(page: Any) -> float:
-    return page.evaluate("performance.getEntriesByName('slcompile-toggle').at(-1).duration")
-
-
 @pytest.mark.parametrize("schema", ["slcompile.explain/1", None])
 def test_unknown_schemas_are_refused(schema):
     with pytest.raises(ValueError, match=r"slcompile\.explain/3, slcompile\.graph_diff/2, got"):
@@ -249,11 +258,11 @@ def test_numbers_without_json_are_refused():
     document = explanation(1)
     document["summary"]["flops"]["after"] = float("nan")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        render(document)
+        render(written(document))
 
 
 def test_the_data_round_trips_through_the_page():
-    document = packed(explanation(2))
+    document = written(explanation(2))
     document["model"] = HOSTILE
     text = re.search(r'<script type="application/json" id="data">(.*?)</script>', render(document), re.DOTALL)
     assert text is not None
@@ -261,10 +270,10 @@ def test_the_data_round_trips_through_the_page():
 
 
 def test_the_file_is_self_contained():
-    outside = re.findall(r"https?://[^\s\"'`]+", render(explanation(1)))
+    outside = re.findall(r"https?://[^\s\"'`]+", render(written(explanation(1))))
     assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a namespace, not an address
-    assert not re.search(r"<(link|iframe|img)|\bsrc=|@import|url\(|sourceMappingURL", render(explanation(1)))
-    assert "Copyright (c) 2012-2014 Chris Pettitt" in render(explanation(1))
+    assert not re.search(r"<(link|iframe|img)|\bsrc=|@import|url\(|sourceMappingURL", render(written(explanation(1))))
+    assert "Copyright (c) 2012-2014 Chris Pettitt" in render(written(explanation(1)))
 
 
 @needs_browser
@@ -274,7 +283,7 @@ def test_counts_equal_the_document(visit):
     text = page.inner_text("#summary")
     for expected in ("15 / 16", "5.26 M → 3.45 M", f"{TIMES} 0.66", "84.2 MB → 55.2 MB", "8.20 GFLOP → 9.10 GFLOP"):
         assert expected in text
-    for status, count in document["graphs"][0]["counts"].items():
+    for status, count in written(document)["graphs"][0]["counts"].items():
         assert page.inner_text(f'[data-count="{status}"]').split()[1:] == [str(count), status]
     for side in ("before", "after"):
         nodes = document["graphs"][0][side]["nodes"]
@@ -609,7 +618,7 @@ def test_a_page_in_a_frame_without_an_address(browser, visit, tmp_path):
             frame.onload = resolve;
             document.body.replaceChildren(frame);
         })""",
-        render(packed(explanation(2))),
+        render(written(explanation(2))),
     )
     frame = page.frames[-1]
     frame.locator("tr.link a").first.evaluate("(link) => link.click()")
@@ -619,23 +628,21 @@ def test_a_page_in_a_frame_without_an_address(browser, visit, tmp_path):
 
 @needs_browser
 @pytest.mark.parametrize(("layers", "elementwise", "is_flat"), [(24, 2, False), (80, 36, False), (80, 36, True)])
-def test_large_graphs_open_quickly(visit, layers, elementwise, is_flat):
+def test_large_graphs_open_with_few_boxes(visit, layers, elementwise, is_flat):
+    """What is drawn, not what there is, decides how long a page takes."""
     document = explanation(layers, elementwise)
     nodes = [each for side in ("before", "after") for each in document["graphs"][0][side]["nodes"]]
     if is_flat:
         for each in nodes:
             each["module"] = []
     page = visit(document)
-    ready = page.evaluate("Number(document.documentElement.dataset.ready)")
-    times = []
+    boxes = page.locator(".box")
+    assert boxes.count() < 100
     for _ in range(3):
         page.locator(".box.closed").first.evaluate("(element) => element.click()")
-        times.append(layout_time(page))
     last = f"add_{layers - 1}_1"
     page.evaluate("(id) => { location.hash = `graph=0&side=after&node=${id}`; }", last)
     page.wait_for_selector(".box.selected")
     assert last in page.locator(".box.selected").inner_text()
-    shown = page.locator(".box").count()
-    print(f"{len(nodes) // 2} nodes a side: ready after {ready} ms, a box opens in {max(times):.0f} ms; {shown} boxes")
-    assert ready < 5000
-    assert max(times) < 1000
+    assert boxes.count() < 600
+    assert len(nodes) > (1_000 if layers == 24 else 10_000)

@@ -16,11 +16,14 @@ class WeightModule(Protocol):
     """What the passes need of a weight structure: its op, the tensors the op takes, and its other arguments."""
 
     @property
-    def op(self) -> Any: ...
+    def op(self) -> Any:
+        """The op that composes the weight, one of ``WEIGHT_OPS``."""
 
-    def operands(self) -> dict[str, Tensor]: ...
+    def operands(self) -> dict[str, Tensor]:
+        """Returns the tensors that the op takes, by the names they have in the module."""
 
-    def op_args(self) -> tuple[Any, ...]: ...
+    def op_args(self) -> tuple[Any, ...]:
+        """Returns what the op takes after its operands."""
 
 
 def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, WeightModule]]) -> PassReport:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import override
 
 from slcompile import cost, torch_private
 from slcompile import passes as our_passes
@@ -125,14 +126,14 @@ class CapturedGraph:
                 log.warning("slcompile: no weight of %s was factorized. %s", type(root).__name__, self.report)
 
     def _eligible(self, root: nn.Module, live: LiveObjects) -> dict[str, torch.Size]:
-        """Name and shape of a model's parameters that are large enough and not excluded."""
+        """Returns name and shape of a model's parameters that are large enough and not excluded."""
         names = live.names(root)
         weights = [each for each in root.parameters() if each.dim() in (2, 3)]  # matrices and stacks of them
         large = [each for each in weights if min(each.shape[-2:]) >= self.config.min_dim]
         return {names[id(each)][0]: each.shape for each in large if self.config.includes(*names[id(each)])}
 
     def _wanted(self, args: Sequence[Any]) -> frozenset[int]:
-        """Positions of the inputs to factorize: they can be, they may be, and their owners are in training."""
+        """Returns positions of the inputs to factorize: they can be, they may be, and their owners are in training."""
         unknown = [i for i in self.uses if args[i] not in self._decisions and successor_of(args[i]) is None]
         if unknown:
             live = LiveObjects.find()
@@ -268,7 +269,7 @@ class CapturedGraph:
 
 
 def _without_idle(report: PassReport, names: set[str]) -> PassReport:
-    """A report in which these weights, which could be converted, are left because their modules are in .eval()."""
+    """Returns a report in which these weights, which could be converted, are left: their modules are in .eval()."""
     idle = [decision for decision in report.replaced if decision.name in names]
     left = [replace(decision, reason="eval", detail="its module is in .eval()") for decision in idle]
     replaced = [decision for decision in report.replaced if decision.name not in names]
@@ -282,6 +283,7 @@ class GraphPasses(CustomGraphPass):
         self.passes, self.config, self.before = passes, config, list(before)
         self.calls = self.seen = 0
 
+    @override
     def __call__(self, graph: fx.Graph) -> None:
         for user_pass in self.before:
             user_pass(graph)
@@ -290,6 +292,7 @@ class GraphPasses(CustomGraphPass):
         assert graph.owning_module is not None
         run(self.passes, graph.owning_module)
 
+    @override
     def uuid(self) -> Any:
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
         return None if None in ids else (_sources_hash(), self.config, cost.fingerprint(), *ids)
@@ -314,7 +317,7 @@ def _composes(gm: fx.GraphModule) -> bool:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A new module with the same nodes: Dynamo's own accepts no placeholders, and Inductor consumes what it gets."""
+    """Copies the nodes to a new module: Dynamo's own accepts no placeholders, and Inductor consumes what it gets."""
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
@@ -328,5 +331,5 @@ def _like(meta: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def expand(values: Sequence[Any], replacements: Mapping[int, list[Any]]) -> list[Any]:
-    """The values in order, those at the given positions replaced by several."""
+    """Returns the values in order, those at the given positions replaced by several."""
     return [each for index, value in enumerate(values) for each in replacements.get(index, [value])]

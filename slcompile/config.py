@@ -125,13 +125,13 @@ class SLConfig:
         return cls(**options), dict(inductor)
 
     def rank_for(self, rows: int, columns: int) -> int:
-        """The rank of a weight of this shape."""
+        """Returns the rank of a weight of this shape."""
         if isinstance(self.rank, int):
             return self.rank
         return max(1, round(self.rank * min(rows, columns)))
 
     def scale_for(self, rank: int, inputs: int) -> float:
-        """The factor on ``B @ A`` of a weight with this rank that reads this many inputs.
+        """Returns the factor on ``B @ A`` of a weight with this rank that reads this many inputs.
 
         ``alpha / rank``; for ``"auto"`` the factor with which an optimizer that moves each entry by about its learning
         rate, as Adam and its kin do, at first moves the weight as far as it would move a dense one. An aligned step of
@@ -146,7 +146,7 @@ class SLConfig:
         return max(1, round(4096 * math.sqrt(inputs / rank) / norm)) / 4096
 
     def includes(self, *names: str) -> bool:
-        """Whether the patterns admit the weight of these fully qualified names; a tied weight has several."""
+        """Returns whether the patterns admit the weight of these fully qualified names; a tied weight has several."""
         return any(_matches(name, self.include) for name in names) and not any(
             _matches(name, self.exclude) for name in names
         )
@@ -163,7 +163,7 @@ class SLConfig:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A suffix for an error message: the nearest of ``known``, and all of them where they are few."""
+    """Returns a suffix for an error message: the nearest of ``known``, and all of them where they are few."""
     known = list(known)
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     allowed = f"; allowed: {', '.join(known)}" if len(known) <= 16 else ""
@@ -202,7 +202,7 @@ def _require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def checked_config(config: SLConfig | None) -> SLConfig:
-    """The config, the default one for None."""
+    """Returns the config, the default one for None."""
     if config is not None and not isinstance(config, SLConfig):
         raise ValueError(f"config must be an SLConfig, got {type(config).__name__}")
     return config if config is not None else SLConfig()

@@ -106,7 +106,7 @@ def merge_some(model: nn.Module, names: Collection[str]) -> None:
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, FactorizedWeight]]:
-    """Every module that has a factorized weight, the weight's name there, and the weight."""
+    """Returns every module that has a factorized weight, the weight's name there, and the weight."""
     return [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
 
 
@@ -142,7 +142,7 @@ def factors(model: nn.Module) -> dict[str, Any]:
 
 
 def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
-    """A state dict with dense tensors under the original names; each is composed when it is read, and not kept.
+    """Returns a state dict with dense tensors under the original names; each is composed when it is read, and not kept.
 
     Reading it item by item needs the memory of one dense weight. ``load_state_dict(..., strict=True)`` of a freshly
     built dense model and ``torch.save`` take it too, and hold all of it while they run.
@@ -176,7 +176,7 @@ class _MergedStateDict(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, (), None, None, iter(self.items())  # torch.save writes an ordinary state dict
 
 

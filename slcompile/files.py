@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def writable_file(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a file to be written.
+    """Returns the absolute path of a file to be written.
 
     Raises:
         ValueError: It is a directory, or its directory does not exist or cannot be written.
@@ -36,7 +36,7 @@ def require_space(directory: Path, size: int) -> None:
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A scratch directory on the target's file system, gone afterwards whatever happens."""
+    """Yields a scratch directory on the target's file system, gone afterwards whatever happens."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         yield Path(scratch)
 
@@ -71,7 +71,7 @@ CHART_FORMATS = (".png", ".svg")
 
 
 def plot_file(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a chart to be drawn.
+    """Returns the absolute path of a chart to be drawn.
 
     Raises:
         ValueError: It is no .png or .svg, or cannot be written.

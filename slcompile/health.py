@@ -175,7 +175,7 @@ class _Runner:
     loss: Loss
 
     def measure(self, model: nn.Module, mode: str, run: Run | None = None) -> dict[str, Tensor]:
-        """The outputs of a model, and in training the gradients; on the same random numbers each time."""
+        """Returns the outputs of a model, and in training the gradients; on the same random numbers each time."""
         args, kwargs = arguments_for(model, self.batch)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         model.train(mode == "training").zero_grad()
@@ -205,7 +205,7 @@ class _Runner:
 
 
 def _converting(dense: nn.Module, runner: _Runner) -> list[Distance]:
-    """The distances of the step in which the string converts a dense model, which it does to this one."""
+    """Returns the distances of the step in which the string converts a dense model, which it does to this one."""
     found = runner.compiled(dense, "training")
     return _Checker(dense, runner).compare("training, converting", found)
 
@@ -247,7 +247,7 @@ class _Checker:
         return self.compare("inference, merged", self.runner.measure(merged, "inference"))
 
     def dense_is_wrong(self, mode: str) -> bool:
-        """Whether Inductor alone gets the merged model wrong."""
+        """Returns whether Inductor alone gets the merged model wrong."""
         merged = merge_(copy.deepcopy(self.model))
         exact = self.runner.measure(copy.deepcopy(merged).double(), mode)
         eager = self.runner.measure(merged, mode)
@@ -300,7 +300,7 @@ class _Checker:
 
 
 def _share(found: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float]:
-    """The distance of a tensor from the exact one, relative to its norm, and as a share of what is allowed."""
+    """Returns the distance of a tensor from the exact one, relative to its norm, and as a share of what is allowed."""
     ulp = torch.finfo(eager.dtype).eps / 2
     error, norm = (found.double() - exact).norm(), exact.norm()
     allowed = LUCK * (eager.double() - exact).norm() + ULPS * ulp * norm

@@ -9,12 +9,12 @@ SUFFIX = "_sl"
 
 
 def plain_name(name: str) -> str:
-    """A qualified name without the wrappers around modules, which are no part of a weight's name."""
+    """Returns a qualified name without the wrappers around modules, which are no part of a weight's name."""
     for wrapped in torch_private.WRAPPED:
         name = name.replace(f"{wrapped}.", "")
     return name
 
 
 def qualified(path: str, name: str) -> str:
-    """The name of a module's attribute below the root that the module's ``path`` starts from; "" is the root itself."""
+    """Returns the name of a module's attribute below the root that the module's path starts from; "" is the root."""
     return f"{path}.{name}" if path else name

@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def sl_config(settings: list[str]) -> SLConfig:
-    """The config that ``key=value`` words give; values are Python literals, or text."""
+    """Returns the config that ``key=value`` words give; values are Python literals, or text."""
     options: dict[str, Any] = {}
     for each in settings:
         key, equals, value = each.partition("=")
@@ -55,7 +55,7 @@ def errors_of(doing: str) -> Iterator[None]:
 
 
 def from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
-    """The model and arguments that ``package.module:factory`` returns; modules in the current directory are found."""
+    """Calls ``package.module:factory``, also of the current directory; returns its model and arguments."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"a model is given as PACKAGE.MODULE:FACTORY, got {name!r}")
@@ -78,7 +78,7 @@ def from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]
 
 
 def from_hf(path: Path, shape: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
-    """The transformers model of a config, on the meta device, and an example input for it."""
+    """Returns the transformers model of a config, on the meta device, and an example input for it."""
     if not path.is_file():
         raise ValueError(f"--hf must be a config.json, got {path}, which is no file")
     config = hf_config(path)
@@ -102,7 +102,7 @@ def from_hf(path: Path, shape: str) -> tuple[nn.Module, Sequence[Any], Mapping[s
 
 
 def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Keyword arguments for a transformers model, and their dynamic axes: batch and sequence, for text."""
+    """Returns keyword arguments for a transformers model, and their dynamic axes: batch and sequence, for text."""
     config: Any = model.config
     main_input = getattr(model, "main_input_name", "input_ids")
     if main_input == "pixel_values":

@@ -66,7 +66,7 @@ class Ledger:
         self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def record(self, roots: Sequence[nn.Module]) -> ModelRecord:
-        """The record of the model that these are the roots of; a new one, which is not kept, where there is none."""
+        """Returns the record of the model with these roots; a new one, which is not kept, where there is none."""
         return next((self._records[root] for root in roots if root in self._records), None) or ModelRecord()
 
     def add(self, record: ModelRecord, roots: Sequence[nn.Module], report: PassReport) -> None:
@@ -83,7 +83,7 @@ class Ledger:
             self.add(self.record(roots), roots, report)
 
     def names_left(self, root: nn.Module) -> set[str]:
-        """Names of the weights that the graphs captured of a model so far leave dense."""
+        """Returns names of the weights that the graphs captured of a model so far leave dense."""
         return {decision.name for decision in self._records[root].report.left} if root in self._records else set()
 
     def note_conversion(
@@ -162,7 +162,7 @@ class Ledger:
         self._owners[parameter] = [(weakref.ref(module), name) for module, name in owners]
 
     def in_training(self, parameter: Tensor) -> bool:
-        """Whether a parameter is owned by modules of which none is in ``.eval()``; runs at every call of a graph."""
+        """Says whether a parameter's owners are all in training; runs at every call of a graph."""
         alive = self._alive_owners(parameter)
         if not alive:
             self.remember_owners(parameter, LiveObjects.find().owners([parameter])[id(parameter)])
@@ -170,7 +170,7 @@ class Ledger:
         return bool(alive) and all(module.training for module in alive)
 
     def _alive_owners(self, parameter: Tensor) -> list[nn.Module]:
-        """The owners found before; none where one of them is gone or owns it no more."""
+        """Returns the owners found before; none where one of them is gone or owns it no more."""
         found = [(reference(), name) for reference, name in self._owners.get(parameter, ())]
         modules = [module for module, name in found if module is not None and module._parameters.get(name) is parameter]
         return modules if len(modules) == len(found) else []

@@ -13,7 +13,7 @@ from slcompile.weight.marks import MATRIX_ONLY, is_matrix_only
 
 
 def positions(roots: Sequence[nn.Module]) -> dict[int, int]:
-    """id of a parameter -> its position in the ``parameters()`` of some models."""
+    """Returns the position of each parameter in the ``parameters()`` of some models, by its id."""
     return {id(p): index for index, p in enumerate(p for root in roots for p in root.parameters())}
 
 

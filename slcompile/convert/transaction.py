@@ -65,7 +65,7 @@ def convert(
 
 
 def _init_of(checked: Sequence[Candidate]) -> str:
-    """What ``init="auto"`` comes to for a model with these weights."""
+    """Returns what ``init="auto"`` comes to for a model with these weights."""
     dense = (candidate.weight.detach() for candidate in checked)
     return "spectral" if any(not weight.is_meta and looks_trained(weight) for weight in dense) else "kaiming"
 

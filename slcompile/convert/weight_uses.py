@@ -21,7 +21,7 @@ _PLAIN = {functional.embedding, functional.linear, operator.matmul, torch.addmm,
 
 
 def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, WeightUse]:
-    """Position of each weight among a Dynamo graph's inputs -> how the graph uses it, seen in ATen.
+    """Returns position of each weight among a Dynamo graph's inputs -> how the graph uses it, seen in ATen.
 
     Factors of weights that are already factorized are not among them.
     """
@@ -41,13 +41,13 @@ def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, 
 
 
 def _reads_are_plain(placeholder: fx.Node, weight: nn.Parameter) -> bool:
-    """Whether the captured graph shows how it reads a weight: tracing it to ATen would take a fifth of capturing it."""
+    """Says whether the captured graph shows how it reads a weight: tracing to ATen takes a fifth of capturing."""
     is_matrix = type(weight) is nn.Parameter and weight.dim() == 2
     return is_matrix and all(user.target in _PLAIN or user.target in WEIGHT_OPS for user in placeholder.users)
 
 
 def _read_with_grad(gm: fx.GraphModule) -> set[int]:
-    """Positions of the inputs that something reads while gradients are enabled."""
+    """Returns positions of the inputs that something reads while gradients are enabled."""
     enabled, found = True, set()
     positions: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:

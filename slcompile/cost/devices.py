@@ -202,8 +202,10 @@ def has_triton() -> bool:
 
 
 def aligned(elements: int, dtype: torch.dtype) -> int:
-    """Elements of a row so that rows begin at multiples of 16 bytes, as the vendors' fast matmuls need: those that
-    there are if they do, else enough more for 128 bytes, a line of the cache."""
+    """Returns the elements of a row with which rows begin at multiples of 16 bytes, as the vendors' fast matmuls need.
+
+    Those that there are if they do; otherwise enough more for 128 bytes, a line of the cache.
+    """
     if elements * dtype.itemsize % 16 == 0:
         return elements
     line = 128 // dtype.itemsize

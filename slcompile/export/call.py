@@ -130,7 +130,7 @@ def _axis_names(spec: Any) -> dict[int, str]:
 
 
 def _dotted(path: Sequence[str], cache: str) -> str:
-    """``cache`` (or ``past_key_values``) / ``key_cache`` / ``0`` becomes ``<cache>.0.key``, Hugging Face's name."""
+    """Joins a path; ``past_key_values`` / ``key_cache`` / ``0`` is ``<cache>.0.key``, Hugging Face's name."""
     if path[:1] in (("past_key_values",), ("cache",)) and len(path) >= 3:
         kind = next((kind for kind in ("key", "value") if any(kind in part for part in path[1:])), None)
         index = next((part for part in path[1:] if part.isdecimal()), None)

@@ -140,7 +140,7 @@ def _install(model: nn.Module, name: str, described: Mapping[str, Any]) -> None:
 def _from_paper(
     state: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """A state dict of the paper's code in our keys, and what its weights are."""
+    """Returns a state dict of the paper's code in our keys, and what its weights are."""
     renamed: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
     scale = settings["lora_alpha"] / settings["r"]

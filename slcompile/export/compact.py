@@ -38,7 +38,7 @@ def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:
 
 
 def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
-    """The nodes that compose one weight, with ``dense`` replaced by their result everywhere."""
+    """Returns the nodes that compose one weight, with ``dense`` replaced by their result everywhere."""
     import onnx_ir as ir
 
     def constant(suffix: str, tensor: Tensor) -> Any:

@@ -185,7 +185,7 @@ def _checked(
 
 
 def _description(model: nn.Module, dtype: torch.dtype, comparisons: Sequence[Comparison]) -> dict[str, str]:
-    """What the file says of itself."""
+    """Returns what the file says of itself."""
     described = {
         "producer": f"slcompile {version('slcompile')}",
         "dtype": str(dtype).removeprefix("torch."),
@@ -200,14 +200,14 @@ def _description(model: nn.Module, dtype: torch.dtype, comparisons: Sequence[Com
 
 
 def _factorization(model: nn.Module) -> str:
-    """The distinct settings of a model's factorized weights, as JSON."""
+    """Returns the distinct settings of a model's factorized weights, as JSON."""
     weights = [module for module in model.modules() if isinstance(module, FactorizedWeight)]
     settings = {json.dumps({"structure": weight.structure, **weight.describe()}) for weight in weights}
     return f"[{', '.join(sorted(settings))}]"
 
 
 def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
-    """The twin's graph as an ``onnx_ir.Model`` of standard operators; its weights have no values yet."""
+    """Returns the twin's graph as an ``onnx_ir.Model`` of standard operators; its weights have no values yet."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     args, kwargs = call.on(twin)
@@ -286,7 +286,7 @@ def _describe(file: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _data_files(path: Path) -> set[str]:
-    """Names of the files of weights of the model that is at ``path`` now; none where it is no ONNX model."""
+    """Returns names of the files of weights of the model that is at ``path`` now; none where it is no ONNX model."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -302,7 +302,7 @@ def _data_files(path: Path) -> set[str]:
 
 
 def _stored(twin: nn.Module, names: Sequence[str], initializers: Iterable[str]) -> tuple[str, ...]:
-    """Which of these weights the file holds by name: a tied one is stored once, under one of its names."""
+    """Returns which of these weights the file holds by name: a tied one is stored once, under one of its names."""
     parameters = {name: id(parameter) for name, parameter in twin.named_parameters(remove_duplicate=False)}
     stored = {parameters[name] for name in initializers if name in parameters}
     return tuple(name for name in names if parameters[name] in stored)

@@ -81,7 +81,7 @@ def save_merged(
 
 
 def _save_config(model: nn.Module, twin: nn.Module, directory: Path) -> None:
-    """config.json and generation_config.json, where the model is one of transformers'."""
+    """Writes config.json and generation_config.json, where the model is one of transformers'."""
     config: Any = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
         config.architectures = [base_class(model).__name__]

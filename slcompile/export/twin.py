@@ -20,12 +20,12 @@ MakeTensor = Callable[[], Tensor]
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter; float32 for a model without one."""
+    """Returns the dtype of a model's first floating-point parameter; float32 for a model without one."""
     return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
 
 
 def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype to write: the model's own, but float32 for bfloat16 ones, unless one is asked for.
+    """Returns the dtype to write: the model's own, but float32 for bfloat16 ones, unless one is asked for.
 
     Raises:
         ValueError: It is not float32, float64, float16 or bfloat16.
@@ -40,7 +40,7 @@ def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A dense copy of a model on the meta device, in eval mode; nothing of the model's size is allocated.
+    """Returns a dense copy of a model on the meta device, in eval mode; nothing of the model's size is allocated.
 
     Modules that torch.compile or torch's checkpoint_wrapper wrapped stand in it without their wrapper, so that names
     are those of the dense model.
@@ -66,7 +66,7 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
-    """Name of every parameter and buffer of the twin -> what makes its values, on the CPU, in the twin's dtype.
+    """Returns name of every parameter and buffer of the twin -> what makes its values, on the CPU, in the twin's dtype.
 
     A factorized weight is composed in at least float32 and rounded once. Buffers that are not in the state dict
     (rotary tables) are among them. Nothing is kept: each call makes the tensor again. A call raises ValueError where
@@ -97,7 +97,7 @@ def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
 
 
 def state_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers, names included: what an exported file was made from."""
+    """Returns SHA-256 of a model's parameters and buffers, names included: what an exported file was made from."""
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -113,7 +113,7 @@ def require_finite(model: nn.Module) -> None:
 
 
 def reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The trained model; a float32 copy of it, still factorized, where it rounds more than the file does."""
+    """Returns the trained model; a float32 copy of it, still factorized, where it rounds more than the file does."""
     rounds_more = any(each.dtype is torch.bfloat16 for each in model.parameters()) and dtype is not torch.bfloat16
     return copy.deepcopy(model).float() if rounds_more else model
 

@@ -104,7 +104,7 @@ def require_same_weights(file: Path, tensors: Mapping[str, MakeTensor]) -> None:
 
 
 def worst(comparisons: Sequence[Comparison], against: str) -> tuple[float, float] | None:
-    """The largest absolute and relative difference of a kind; None where there is none."""
+    """Returns the largest absolute and relative difference of a kind; None where there is none."""
     found = [each for each in comparisons if each.against == against]
     return (max(each.max_abs for each in found), max(each.max_rel for each in found)) if found else None
 

@@ -25,12 +25,12 @@ class Document:
     SCHEMA: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; ``"schema"`` is among it."""
+        """Returns it as JSON holds it; ``"schema"`` is among it."""
         raise NotImplementedError
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_dict``.
+        """Inverts ``to_dict``.
 
         Raises:
             ValueError: It has another schema.
@@ -70,7 +70,7 @@ class Document:
         return write_text(path, self._page())
 
     def _repr_html_(self) -> str:
-        """The page for a notebook's cell, in a frame of its own: its style and script touch nothing else."""
+        """Returns the page for a notebook's cell, in a frame of its own: its style and script touch nothing else."""
         style = "width: 100%; height: 720px; border: 0"
         return f'<iframe style="{style}" sandbox="allow-scripts" srcdoc="{html.escape(self._page())}"></iframe>'
 

@@ -93,7 +93,7 @@ def explain(
 
 
 def _total(now: float, changes: Iterable[tuple[Change, bool]]) -> Change:
-    """A number of the whole model, from what it is now and how it changes with each weight.
+    """Returns a number of the whole model, from what it is now and how it changes with each weight.
 
     Args:
         now: Of the model as it is.
@@ -109,7 +109,7 @@ def _total(now: float, changes: Iterable[tuple[Change, bool]]) -> Change:
 
 
 def _training_bytes(model: nn.Module) -> int:
-    """Of all parameters as they are, their gradients and Adam's states, and of what composes weights."""
+    """Counts all parameters as they are, their gradients and Adam's states, and what composes weights."""
     supports = [each for module in model.modules() if isinstance(module, FactorizedWeight) for each in module.buffers()]
     return sum(each.nbytes for each in supports) + sum(
         each.nbytes * (ADAM if each.requires_grad else 1) for each in model.parameters()
@@ -202,7 +202,7 @@ class _Captured:
         self.readers = [next((user.name for user in node.users), node.name) for node in placeholders]
 
     def node(self, read: MatmulRead, index: int) -> str:
-        """Of a matmul with the input at a position; one inside a checkpointed region is shown as the region."""
+        """Finds the captured node of a matmul that reads input ``index``; in a checkpointed region, the region's."""
         return read.origin if self.traces.get(read.origin) == read.stack_trace else self.readers[index]
 
 
@@ -224,7 +224,7 @@ class _Use:
 
 
 def _factorized(factors: FactorizedWeight, name: str = "") -> _Weight:
-    """A weight that is factorized already."""
+    """Returns a weight that is factorized already."""
     trained = any(each.requires_grad for each in factors.parameters())
     like = torch.empty(factors.shape, dtype=factors.dtype, device="meta", requires_grad=trained)
     return _Weight(name, like, factors, trained)
@@ -272,7 +272,7 @@ class _Collector:
         made: Mapping[int, FactorizedWeight],
         live: LiveObjects,
     ) -> list[_Use | None]:
-        """The weight and the decision that each input of the rewritten graph is of, dense or as a factor."""
+        """Returns the weight and the decision that each input of the rewritten graph is of, dense or as a factor."""
         found: list[_Use | None] = [None] * len(inputs)
         decisions = {each.name: each for each in [*graph.report.replaced, *graph.report.left]}
         for index, use in graph.uses.items():
@@ -366,7 +366,7 @@ class _Collector:
         self.graphs.append(compare(f"graph {number}, {stage}", before, after))
 
     def rows(self) -> Iterator[MatmulRow]:
-        """A row for each matmul, in the order of the graphs."""
+        """Yields a row for each matmul, in the order of the graphs."""
         for weight in self.weights.values():
             for read in weight.reads:
                 yield _row(weight, read, self.config)
@@ -404,7 +404,7 @@ def _row(weight: _Weight, read: _Read, config: SLConfig) -> MatmulRow:
 
 
 def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decision], rest: Sequence[Decision]) -> Change:
-    """Operations of a training step's products for one matmul; what several matmuls share is shared out."""
+    """Returns operations of a training step's products for one matmul; what several matmuls share is shared out."""
     share = 1 / len(weight.reads)
     product, input_grads = read.matmul.flops, weight.input_grads * share
     before = product * (1 + input_grads + weight.trained)
@@ -413,7 +413,7 @@ def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decisio
     factors, tokens = weight.factors, torch_private.size_hint(read.matmul.tokens)
 
     def factored(phase: str, decisions: Sequence[Decision]) -> float:
-        """The share of a phase's products that are factored; all are composed where nothing was decided."""
+        """Returns the share of a phase's products that are factored; all are composed where nothing was decided."""
         found = [each.lowering == "factored" for each in decisions if each.phase == phase]
         return sum(found) / len(found) if found else 0.0
 
@@ -429,7 +429,7 @@ def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decisio
 
 
 def _labels(graph: fx.Graph, names: Sequence[str]) -> dict[str, str]:
-    """Name of each placeholder that stands for a parameter -> the parameter's."""
+    """Returns name of each placeholder that stands for a parameter -> the parameter's."""
     placeholders = (node.name for node in graph.nodes if node.op == "placeholder")
     return {node: name for node, name in zip(placeholders, names, strict=True) if name}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from slcompile.inspect import schemas, text
 from slcompile.inspect.document import Document
 from slcompile.inspect.graph_diff import GraphDiff
@@ -45,6 +47,7 @@ class Explanation(Document):
         captured = sum(each.name.endswith(", captured") for each in self.graphs)
         return text.render(self.model, self.summary, self.matmuls, self.passes, self.breaks, captured)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         summary = dataclasses.asdict(self.summary)
         replaced, total = summary.pop("replaced"), summary.pop("total")
@@ -63,6 +66,7 @@ class Explanation(Document):
         }
 
     @classmethod
+    @override
     def from_dict(cls, given: Mapping[str, Any]) -> Explanation:
         cls._require_schema(given)
         summary = given["summary"]

@@ -56,7 +56,7 @@ def export_diff(model: nn.Module, found: Explanation, path: str | os.PathLike[st
 
 
 def _captured(found: Explanation) -> Iterator[Node]:
-    """The nodes of all captured graphs."""
+    """Yields the nodes of all captured graphs."""
     for graph in found.graphs:
         number, _, stage = graph.name.removeprefix("graph ").partition(", ")
         if stage == "captured":
@@ -66,12 +66,12 @@ def _captured(found: Explanation) -> Iterator[Node]:
 
 
 def _id(found: Explanation, number: int, node: str) -> str:
-    """A node's id among those of all captured graphs."""
+    """Returns a node's id among those of all captured graphs."""
     return f"{number}.{node}" if any(each.name == "graph 1, captured" for each in found.graphs) else node
 
 
 def _readers(nodes: Sequence[Node], first: Mapping[str, str]) -> dict[str, list[str]]:
-    """Name of each weight -> the products that read it, perhaps transposed or cast; the name of unknown ones too."""
+    """Returns the products that read each weight, perhaps transposed or cast, by its name; of unknown ones, too."""
     shown: dict[str, set[str]] = {}  # node -> the weights that it shows
     found: dict[str, list[str]] = {}
     for node in nodes:
@@ -98,7 +98,7 @@ def _links(wanted: Mapping[str, Sequence[str]], readers: Mapping[str, Sequence[s
 def _linked(
     name: str, before: Sequence[Node], after: Sequence[Node], links: Sequence[Link], first: Mapping[str, str]
 ) -> GraphDiff:
-    """The two graphs with the status of each node."""
+    """Returns the two graphs with the status of each node."""
     stacks: dict[str, ModuleStack] = {}
     for node in before:
         stacks.update((path, node.module[: depth + 1]) for depth, (path, _) in enumerate(node.module))
@@ -120,7 +120,7 @@ def _linked(
 
 
 def _weights(nodes: Sequence[Node], first: Mapping[str, str]) -> dict[str, Node]:
-    """Name of each weight -> the node that stands for it; of a factorized one, the node that composes it."""
+    """Returns name of each weight -> the node that stands for it; of a factorized one, the node that composes it."""
     found: dict[str, Node] = {}
     factors: dict[str, str] = {}  # node -> the weight
     for node in nodes:
@@ -135,7 +135,7 @@ def _weights(nodes: Sequence[Node], first: Mapping[str, str]) -> dict[str, Node]
 
 
 def _same_end(node: Node, before: Sequence[Node]) -> Node | None:
-    """The model's input or output that is this one of the file: Dynamo calls ``x`` ``l_x_``, or by its number."""
+    """Finds the model's input or output that is this one of the file: Dynamo calls ``x`` ``l_x_``, or by its number."""
     ends = [each for each in before if each.op == node.op and not each.weight] if node.op in _ENDS else []
     if node.op == "output":
         return ends[-1] if ends else None

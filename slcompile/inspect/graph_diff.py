@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import fx
+from typing_extensions import override
 
 from slcompile.inspect import schemas
 from slcompile.inspect.document import Document
@@ -56,7 +57,7 @@ class GraphDiff(Document):
         return {"kept": after["kept"], "removed": removed, "new": after["new"], "rewritten": after["rewritten"]}
 
     def text(self) -> str:
-        """A header of counts, and what changed as in a unified diff; of a model and its export, the matmuls."""
+        """Returns a header of counts, and what changed as in a unified diff; of a model and its export, the matmuls."""
         if self.matmuls:
             return self._links_text()
         header = f"{self.name}: " + ", ".join(f"{number} {status}" for status, number in self.counts.items())
@@ -83,17 +84,19 @@ class GraphDiff(Document):
     def __str__(self) -> str:
         return self.text()
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         tables = Tables()
         links = {"matmuls": [link._asdict() for link in self.matmuls]} if self.matmuls else {}
         return {"schema": self.SCHEMA, **self.graphs_to_dict(tables), **links, **tables.to_dict()}
 
     def graphs_to_dict(self, tables: Tables) -> dict[str, Any]:
-        """As a document with these tables holds it."""
+        """Returns it as a document with these tables holds it."""
         graphs = {side: {"nodes": [node.to_dict(tables) for node in getattr(self, side)]} for side in SIDES}
         return {"name": self.name, **graphs, "counts": self.counts}
 
     @classmethod
+    @override
     def from_dict(cls, given: Mapping[str, Any]) -> GraphDiff:
         cls._require_schema(given)
         links = tuple(Link(**each) for each in given.get("matmuls", ()))
@@ -101,7 +104,7 @@ class GraphDiff(Document):
 
     @classmethod
     def graphs_from_dict(cls, given: Mapping[str, Any], tables: Tables) -> GraphDiff:
-        """The inverse of ``graphs_to_dict``."""
+        """Inverts ``graphs_to_dict``."""
         before, after = (tuple(Node.from_dict(node, tables) for node in given[side]["nodes"]) for side in SIDES)
         return cls(given["name"], before, after)
 
@@ -118,7 +121,7 @@ def _lines(nodes: Sequence[Node], renamed: Mapping[str, str]) -> dict[str, str]:
 
 
 def named(text: str, weights: Mapping[str, str]) -> str:
-    """A text in which the nodes of parameters are called as these are, which says more than ``primals_7``."""
+    """Returns a text in which the nodes of parameters are called as these are, which says more than ``primals_7``."""
     return re.sub(r"[A-Za-z_]\w*", lambda word: weights.get(word[0], word[0]), text)
 
 

@@ -60,7 +60,7 @@ def _match_by_structure(before: Snapshot, after: Snapshot, match: dict[str, str]
 
 
 def _rewritten(before: Snapshot, after: Snapshot, match: Mapping[str, str]) -> dict[str, str]:
-    """Node after -> the node before in whose place it stands, among those that nothing matched."""
+    """Maps each node after to the node before in whose place it stands, among those that nothing matched."""
     gone = {node.id for node in before.nodes} - {*match.values()}
     found: dict[str, str] = {}
 

@@ -43,7 +43,7 @@ class Node(NamedTuple):
     source: str = ""
 
     def to_dict(self, tables: Tables) -> dict[str, Any]:
-        """As JSON holds it; what nodes share goes into the document's tables."""
+        """Returns it as JSON holds it; what nodes share goes into the document's tables."""
         given = {**self._asdict(), "from": list(self.origins), "inputs": list(self.inputs)}
         del given["origins"]
         shared = {"module": tables.modules.position(self.module), "source": tables.sources.position(self.source)}
@@ -51,7 +51,7 @@ class Node(NamedTuple):
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], tables: Tables) -> Node:
-        """The inverse of ``to_dict``."""
+        """Inverts ``to_dict``."""
         known = {key: each for key, each in given.items() if key != "from"}
         known |= {"inputs": tuple(given["inputs"]), "origins": tuple(given["from"])}
         shared = {"module": tables.modules.values[given["module"]], "source": tables.sources.values[given["source"]]}
@@ -69,7 +69,7 @@ class Table(Generic[T]):
         self._positions = {each: index for index, each in enumerate(self.values)}
 
     def position(self, value: T) -> int:
-        """Where a value stands; it is added if it is not there yet."""
+        """Returns where a value stands; it is added if it is not there yet."""
         if value not in self._positions:
             self._positions[value] = len(self.values)
             self.values.append(value)
@@ -84,12 +84,12 @@ class Tables:
     sources: Table[str] = field(default_factory=Table)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns it as JSON holds it."""
         stacks = [[list(each) for each in stack] for stack in self.modules.values]
         return {"modules": stacks, "sources": self.sources.values}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Tables:
-        """The inverse of ``to_dict``."""
+        """Inverts ``to_dict``."""
         stacks = (tuple((path, kind) for path, kind in stack) for stack in given["modules"])
         return cls(Table(stacks), Table(given["sources"]))

@@ -17,7 +17,7 @@ from slcompile.weight.placing import base_class
 
 
 def not_captured(model: nn.Module, seen: Mapping[int, Any], skipped: Sequence[SkippedFrame]) -> Iterator[MatmulRow]:
-    """Rows for linear layers of which no captured graph reads the weight.
+    """Yields rows for linear layers of which no captured graph reads the weight.
 
     Args:
         model: That was explained.
@@ -52,7 +52,7 @@ def not_captured(model: nn.Module, seen: Mapping[int, Any], skipped: Sequence[Sk
 
 
 def _why(model: nn.Module, path: str, frames: Mapping[tuple[str, int], SkippedFrame]) -> tuple[str, str]:
-    """A code and a sentence: what the innermost module says that is disabled or was skipped."""
+    """Returns a code and a sentence: what the innermost module says that is disabled or was skipped."""
     names = [name for name in path.split(".") if name]
     modules = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     for module, child in reversed(list(zip(modules, [*names, "weight"], strict=True))):
@@ -67,7 +67,7 @@ def _why(model: nn.Module, path: str, frames: Mapping[tuple[str, int], SkippedFr
 
 
 def _disabled_function(module: nn.Module, child: str) -> str:
-    """What calls a module's child and is disabled: the module, its forward, another method that names the child."""
+    """Finds what calls a module's child and is disabled: the module, its forward, a method that names the child."""
     if torch_private.is_disabled(module):
         return _kind(torch_private.without_wrappers(module))
     if any(torch_private.is_disabled(getattr(module, name)) for name in ("forward", "_call_impl")):
@@ -81,7 +81,7 @@ def _disabled_function(module: nn.Module, child: str) -> str:
 
 
 def _codes(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """File and line of a module's forward, and of each function that decorators made of it."""
+    """Yields file and line of a module's forward, and of each function that decorators made of it."""
     function: Any = inspect.unwrap(module.forward)
     for each in (module.forward, function):
         code = getattr(each, "__code__", None)
@@ -94,5 +94,5 @@ def _kind(module: nn.Module) -> str:
 
 
 def first_line(reason: str) -> str:
-    """The sentence with which one of Dynamo's longer reasons begins."""
+    """Returns the sentence with which one of Dynamo's longer reasons begins."""
     return reason.strip().partition("\n")[0]

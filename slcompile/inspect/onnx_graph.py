@@ -24,7 +24,7 @@ def onnx_diff(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> 
 
 
 def onnx_snapshot(path: str | os.PathLike[str]) -> Snapshot:
-    """The graph of an ONNX file. Weights are not read: neither from files beside it, nor their values.
+    """Returns the graph of an ONNX file. Weights are not read: neither from files beside it, nor their values.
 
     Raises:
         ImportError: onnx is not installed.
@@ -111,12 +111,12 @@ def _value(onnx: Any, attribute: Any) -> str:
 
 
 def _owner(weight: str) -> tuple[tuple[str, str], ...]:
-    """The modules around a weight ``layers.0.linear.weight``; their classes are not known."""
+    """Returns the modules around a weight ``layers.0.linear.weight``; their classes are not known."""
     return _nested(weight.split(".")[:-1])
 
 
 def _scope(node: str) -> tuple[tuple[str, str], ...]:
-    """The modules around a node ``/layers.0/linear/Gemm``, as TorchScript's exporter names them."""
+    """Returns the modules around a node ``/layers.0/linear/Gemm``, as TorchScript's exporter names them."""
     return _nested(node.split("/")[1:-1]) if node.startswith("/") else ()
 
 

@@ -45,7 +45,7 @@ class Snapshot:
 def snapshot(
     graph: fx.Graph, weights: Mapping[str, str] | None = None, modules: Mapping[str, str] | None = None
 ) -> Snapshot:
-    """A torch.fx graph as it is now.
+    """Returns a torch.fx graph as it is now.
 
     Args:
         graph: Is not changed.
@@ -93,7 +93,7 @@ def _collect(inputs: list[str], node: fx.Node) -> str:
 
 
 def _filled(constants: str, inputs: Sequence[str]) -> str:
-    """The text of constants with its inputs again."""
+    """Returns the text of constants with its inputs again."""
     parts = constants.split(_INPUT)
     return "".join([each for pair in zip(parts, inputs, strict=False) for each in pair]) + parts[-1]
 
@@ -114,12 +114,12 @@ def _is_parameter(owner: torch.nn.Module, target: str) -> bool:
 
 
 def module_stack(node: fx.Node) -> Mapping[str, Any]:
-    """The modules that torch says a node belongs to."""
+    """Returns the modules that torch says a node belongs to."""
     return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
 
 
 def module_path(stack: Mapping[str, Any], modules: Mapping[str, str]) -> ModuleStack:
-    """Path and class of the modules of a stack, outermost first; the model itself is not among them."""
+    """Returns path and class of the modules of a stack, outermost first; the model itself is not among them."""
     found = []
     for key, (path, kind) in stack.items():
         name = modules.get(str(key).split("@")[0])
@@ -131,7 +131,7 @@ def module_path(stack: Mapping[str, Any], modules: Mapping[str, str]) -> ModuleS
 
 
 def _plain_path(path: str) -> str:
-    """``L['self'].layers[0]`` as ``layers.0``."""
+    """Writes ``L['self'].layers[0]`` as ``layers.0``."""
     path = re.sub(r"^L(\['[^']*'\])+(\[\d+\])*\.?", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return re.sub(r"(^|\.)(_modules|_orig_mod)(?=\.|$)", "", path).strip(".")
@@ -143,7 +143,7 @@ _sources: dict[str, str] = {}
 
 
 def source_line(stack_trace: str) -> str:
-    """The innermost frame of a stack trace that is not torch's: ``model.py:12 in forward: return self.up(x)``."""
+    """Finds the innermost frame of a trace that is not torch's: ``model.py:12 in forward: return self.up(x)``."""
     if stack_trace not in _sources:
         if len(_sources) > 10_000:  # nodes share few traces; those of models that are gone must not pile up
             _sources.clear()

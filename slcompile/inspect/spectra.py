@@ -48,7 +48,7 @@ class Spectra:
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """The exponential of the entropy of normalized singular values (Roy and Vetterli, 2007); 0 where all are zero.
+    """Computes the exponential of the entropy of normalized singular values (Roy and Vetterli, 2007); 0 for zeros.
 
     Args:
         singular_values: [..., count], not negative.

@@ -75,7 +75,7 @@ def _matmuls(rows: Sequence[MatmulRow]) -> str:
 
 
 def _left(rows: Sequence[MatmulRow]) -> str:
-    """One line for each reason that left a matmul dense, with its sentence."""
+    """Returns one line for each reason that left a matmul dense, with its sentence."""
     found: dict[tuple[str, str], int] = {}
     for row in rows:
         if row.decision == "left":
@@ -106,7 +106,7 @@ def _passes(rows: Sequence[PassRow]) -> str:
 
 
 def _folded(rows: Sequence[MatmulRow]) -> list[tuple[MatmulRow, int]]:
-    """Rows that differ only in numbers of their names and in place, as one with the first one's values; how many."""
+    """Folds rows that differ only in numbers of their names and in place: the first one's values, and how many."""
     groups: dict[Any, list[MatmulRow]] = {}
     for row in rows:
         key = (
@@ -141,7 +141,7 @@ def _ratio(change: Change) -> str:
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:
-    """Columns without content are left out; those of numbers are set to the right."""
+    """Returns columns without content are left out; those of numbers are set to the right."""
     columns = [column for column in zip(*table, strict=True) if any(column[1:])]
     padded = []
     for column in columns:
@@ -152,7 +152,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
 
 
 def _shortened(name: str, width: int) -> str:
-    """The end of a name, which tells weights apart."""
+    """Returns the end of a name, which tells weights apart."""
     return name if len(name) <= width else ".." + name[2 - width :]
 
 

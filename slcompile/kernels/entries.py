@@ -1,7 +1,7 @@
-"""The entries of a dense matrix at the support: read (the gradient of values), or added to (what completes
-``scale * B @ A``).
+"""The entries of a dense matrix at the support are read, or added to.
 
-Each non-zero is read or written by one thread, once: no atomics, the same bits each time.
+Read, they are the gradient of values; what is added completes ``scale * B @ A``. Each non-zero is read or written by
+one thread, once: no atomics, the same bits each time.
 
 Prefixes: p_ pointer, o_ offset, i_ program index. N rows, K columns, P non-zeros.
 """
@@ -52,7 +52,7 @@ def read_kernel(
     p_matrix, p_support, p_values, rows, columns, groups, size, stride_row, stride_column,
     STRATIFIED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """values = matrix at the support."""
+    """Computes values = matrix at the support."""
     if STRATIFIED:
         mixed_seed = mix32(tl.load(p_support).to(tl.uint32))
         o_value, o_entry, is_there = stratified_entries(
@@ -73,7 +73,7 @@ def add_kernel(
     p_matrix, p_support, p_values, rows, columns, groups, size, stride_row, stride_column,
     STRATIFIED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """matrix at the support += values, in float32, rounded once."""
+    """Computes matrix at the support += values, in float32, rounded once."""
     if STRATIFIED:
         mixed_seed = mix32(tl.load(p_support).to(tl.uint32))
         o_value, o_entry, is_there = stratified_entries(

@@ -163,8 +163,9 @@ def linear_factored_transposed_kernel(
     COUNT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, TOUCHED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, t, k] = sum of hidden[t, r] * factor[r, k] and of x[t, n] * S[n, k], float32, over the ranks r
-    and the rows n of the split.
+    """Computes the part of a split, float32, over the ranks r and the rows n of the split.
+
+    partial[split, t, k] = sum of hidden[t, r] * factor[r, k] and of x[t, n] * S[n, k].
 
     TOUCHED is a power of two that is no less than the number of groups which have a column in a block of BLOCK_K.
     """

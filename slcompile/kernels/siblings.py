@@ -27,8 +27,11 @@ SUM_BLOCK = 256
 
 @triton.jit
 def pick(i_sibling, first, second, third, fourth, COUNT: tl.constexpr):
-    """The parameter of a sibling. Only for what is read: torch does not see through a call that a pointer is written
-    to, so a kernel's results are picked where it stands."""
+    """Picks the parameter of a sibling.
+
+    Use it for inputs only. torch.compile cannot tell through this call which pointer is written, so kernels select
+    output pointers inline.
+    """
     found = first
     if COUNT > 1:
         found = tl.where(i_sibling == 1, second, found)
@@ -81,6 +84,7 @@ def sum_splits_kernel(
 
 
 def check(x: Tensor, others: Sequence[Tensor]) -> None:
+    """Asserts that all operands have the one dtype, which kernels multiply."""
     assert x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     assert all(each.dtype == x.dtype for each in others), "one dtype for all"
 
@@ -101,6 +105,7 @@ def four(values: Sequence[Any]) -> list[Any]:
 
 
 def strides(factors: Sequence[Tensor]) -> list[Any]:
+    """Returns the row strides of each sibling's factor, then the column strides."""
     return four([each.stride(0) for each in factors]) + four([each.stride(1) for each in factors])
 
 

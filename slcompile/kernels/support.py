@@ -44,6 +44,7 @@ def stratified_column(mixed_seed, row, group, columns, groups):
 
 @triton.jit
 def stratified_columns_kernel(p_seed, p_columns, first_row, size, columns, groups, BLOCK: tl.constexpr):
+    """Writes the columns of the non-zeros, one for each element of a block."""
     i_block = tl.program_id(0)
     # 64-bit: a weight may have more than 2**31 non-zeros.
     o_flat = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +55,7 @@ def stratified_columns_kernel(p_seed, p_columns, first_row, size, columns, group
 
 
 def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0) -> Tensor:
-    """Arguments and result of ``slcompile.support.stratified_columns``, for a seed on a GPU."""
+    """Computes what ``slcompile.ops.support.stratified_columns`` does, for a seed on a GPU."""
     result = torch.empty(rows, groups, dtype=torch.int64, device=seed.device)
     grid = (triton.cdiv(result.numel(), BLOCK),)
     with on_device_of(seed):

@@ -1,6 +1,6 @@
-"""weight_grads and values_grad on GPUs: G_NK = left_TN^T @ right_TK and its projections by the vendor's matmuls, and
-its entries at the support by a kernel; the twin of the ops of these names.
+"""weight_grads and values_grad on GPUs, the twins of the ops of these names.
 
+G_NK = left_TN^T @ right_TK and its projections are the vendor's matmuls, its entries at the support a kernel's.
 T tokens, N rows, K columns, R rank.
 """
 

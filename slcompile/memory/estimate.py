@@ -48,9 +48,9 @@ def estimate_memory(
 
     Args:
         model_or_config: A dense model on any device, left as it is; or a transformers configuration with
-            ``num_hidden_layers``, of which a causal language model is built on the meta device. Of a deep one a few
-            layers are captured and one of them repeated, where that is shown to give what one layer more gives; else
-            all are.
+            ``num_hidden_layers``, of which a causal language model is built on the meta device. For a deep
+            model, 3 layers are captured and the middle one is repeated, after checking that this predicts the
+            4-layer graph exactly; otherwise every layer is captured.
         args, kwargs: What the model is called with; only shapes and dtypes matter.
         config: Defaults to ``SLConfig()``.
         optimizer: One of ``OPTIMIZERS``.
@@ -106,7 +106,7 @@ def estimate_memory(
 def held_memory(
     model_or_config: Any, *, config: SLConfig, optimizer: str = "adamw", dtype: torch.dtype | None = None
 ) -> dict[str, Usage]:
-    """What is held all the time, without the graphs: parameters, stored indices, buffers and optimizer state.
+    """Returns what is held all the time, without the graphs: parameters, stored indices, buffers and optimizer state.
 
     Args and errors as for ``estimate_memory``; weights are those of linear modules.
 
@@ -124,7 +124,7 @@ def held_memory(
 
 
 def _builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]:
-    """What makes the dense model, and its number of layers where that can be chosen."""
+    """Returns what makes the dense model, and its number of layers where that can be chosen."""
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
     if isinstance(source, nn.Module):
@@ -175,7 +175,7 @@ def _factorizing(build: Build, config: SLConfig, call: Call | None) -> Build:
 def _step(
     make: Build, layers: int | None, call: Call, dtype: torch.dtype | None, plan: Plan, config: SLConfig | None
 ) -> tuple[list[Event], int | None]:
-    """The events of a step of a model of this depth, and the depth of the deepest graphs that were made for them."""
+    """Returns the events of a step of a model of this depth, and the depth of the deepest graphs made for them."""
 
     def captured(depth: int | None) -> list[Event]:
         return step_events(capture(make(depth), call, dtype, plan.device, config), plan)

@@ -92,6 +92,7 @@ class Event:
 
     @property
     def label(self) -> str:
+        """The place, and the layer where there is one."""
         return self.place if self.layer is None or self.place == START else f"{self.place} of layer {self.layer}"
 
 
@@ -106,7 +107,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    """Whether each element is computed by itself: Inductor computes those where they are read."""
+    """Returns whether each element is computed by itself: Inductor computes those where they are read."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or _name(node) in _FUSED_NAMES
 
@@ -117,7 +118,7 @@ _SCATTER_NAMES = frozenset(
 
 
 def _is_fused(node: fx.Node) -> bool:
-    """Whether Inductor writes a kernel of its own for it, which computes what it reads."""
+    """Returns whether Inductor writes a kernel of its own for it, which computes what it reads."""
     tags = getattr(node.target, "tags", ())
     # A scatter computes what it scatters into where its result will be.
     return _is_pointwise(node) or torch.Tag.reduction in tags or _name(node) in _SCATTER_NAMES
@@ -128,7 +129,7 @@ def _is_alias(node: fx.Node) -> bool:
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a node, through views."""
+    """Yields what reads a node, through views."""
     for user in node.users:
         if _is_alias(user):
             yield from _readers(user)
@@ -209,13 +210,13 @@ def _buffers(node: fx.Node) -> list[Buffer]:
 
 
 def _is_composed(node: fx.Node) -> bool:
-    """Whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
+    """Returns whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
     projecting = torch.ops.slcompile.compose_backward.default
     return node.target in WEIGHT_OPS or any(each.target is projecting for each in _readers(node))
 
 
 def _workspace(node: fx.Node, device: str) -> int:
-    """Bytes that an op of ours allocates besides its results while its kernels run: see kernels/weight_grads.py."""
+    """Returns the bytes that an op of ours allocates besides its results while its kernels run."""
     makes_dense = (torch.ops.slcompile.weight_grads.default, torch.ops.slcompile.values_grad.default)
     if device != "cuda" or node.target not in makes_dense:
         return 0
@@ -228,7 +229,7 @@ def _workspace(node: fx.Node, device: str) -> int:
 
 
 def _layer(node: fx.Node, backward: bool) -> int | None:
-    """The layer in whose module a node was called; None where it is outside, -1 where the node does not say."""
+    """Returns the layer in whose module a node was called; None where it is outside, -1 where the node does not say."""
     # What the backward pass recomputes runs where it is needed, not where it was called; a composed weight just before.
     stack = node.meta.get("fwd_nn_module_stack" if backward and node.target not in WEIGHT_OPS else "nn_module_stack")
     if not stack:
@@ -238,7 +239,7 @@ def _layer(node: fx.Node, backward: bool) -> int | None:
 
 
 def _places(graph: fx.Graph, place: str) -> dict[fx.Node, Place]:
-    """Node -> what runs then. What is outside the layers but runs between them counts for the one before."""
+    """Says for each node what runs then. What runs between layers counts for the one before."""
     backward = place == "backward"
     nodes = list(graph.nodes)
     owners = [_layer(node, backward) for node in nodes]
@@ -259,7 +260,7 @@ def _places(graph: fx.Graph, place: str) -> dict[fx.Node, Place]:
 
 
 def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
-    """The allocations of a step in order: forward, backward, optimizer; what is held all the time is not among them."""
+    """Returns the allocations of a step in order: forward, backward, optimizer; without what is always held."""
     held = {node.name: _buffers(node) for node in graphs.forward.find_nodes(op="placeholder")}
     for buffers in held.values():
         for buffer in buffers:
@@ -322,7 +323,7 @@ def _backward_events(walk: _Walk, of_values: frozenset[int], plan: Plan) -> list
 
 
 def _updates(gradients: Sequence[Buffer], place: Place, plan: Plan) -> list[Event]:
-    """The optimizer's step with these gradients, which are freed: one by one, or all at the end."""
+    """Returns the optimizer's step with these gradients, which are freed: one by one, or all at the end."""
     events: list[Event] = []
     scratch = {each: plan.scratch(each.size // each.itemsize, each.itemsize) for each in gradients}
     together = plan.together and not plan.per_layer
@@ -341,7 +342,7 @@ def _updates(gradients: Sequence[Buffer], place: Place, plan: Plan) -> list[Even
 
 
 def _dying(walk: _Walk, node: fx.Node, position: int, kept: set[Buffer]) -> list[Buffer]:
-    """What a node is the last to read, and what it writes for nobody."""
+    """Returns what a node is the last to read, and what it writes for nobody."""
     read = dict.fromkeys(buffer for each in node.all_input_nodes for buffer in walk.reads[each])
     unread = [each for each in walk.writes[node] if each.last < 0]
     return [each for each in [*read, *unread] if not each.held and each not in kept and each.last in (position, -1)]
@@ -350,7 +351,7 @@ def _dying(walk: _Walk, node: fx.Node, position: int, kept: set[Buffer]) -> list
 def _kernel_events(
     walk: _Walk, node: fx.Node, position: int, kept: set[Buffer], place: Place, plan: Plan
 ) -> list[Event]:
-    """What a node allocates and frees; nothing for those that no kernel writes."""
+    """Returns what a node allocates and frees; nothing for those that no kernel writes."""
     if node not in walk.writes:
         return []
     written = walk.writes[node]
@@ -373,7 +374,7 @@ def _kernel_events(
 
 
 def _kept_positions(graphs: Graphs) -> Iterator[Event]:
-    """What the factored lowering keeps for each support on CPU, from the first step on: see ops/sparse_cpu.py."""
+    """Yields what the factored lowering keeps for each support on CPU from the first step on (ops/sparse_cpu.py)."""
     sparse = {
         torch.ops.slcompile.sparse_addmm.default: lambda args: (args[2], args[3], args[5]),
         torch.ops.slcompile.sparse_dots.default: lambda args: (args[2], args[3], False),
@@ -394,7 +395,7 @@ def _kept_positions(graphs: Graphs) -> Iterator[Event]:
 
 
 def repeated(events: Sequence[Event], layers: int) -> list[Event]:
-    """The events of a model of ``layers`` layers, from one of ``PROOF_LAYERS``: its middle layer's are repeated."""
+    """Returns the events of a model of ``layers`` layers, from one of ``PROOF_LAYERS``, whose middle is repeated."""
     middle, last, more = PROOF_LAYERS // 2, PROOF_LAYERS - 1, layers - PROOF_LAYERS
     result: list[Event] = []
     pending: list[Event] = []
@@ -414,7 +415,7 @@ def repeated(events: Sequence[Event], layers: int) -> list[Event]:
 
 
 def profile(events: Sequence[Event]) -> dict[str, tuple[int, dict[str, int]]]:
-    """The most allocated in each place, and of what it consists."""
+    """Returns the most allocated in each place, and of what it consists."""
     now = dict.fromkeys(PARTS, 0)
     found: dict[str, tuple[int, dict[str, int]]] = {}
     for event in events:

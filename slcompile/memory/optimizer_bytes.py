@@ -24,7 +24,7 @@ class Optimizer:
     scratch_cpu: Callable[[int, int], int] | None = None
 
     def scratch_on(self, device: str) -> Callable[[int, int], int]:
-        """``scratch`` on a device."""
+        """Returns ``scratch`` on a device."""
         return self.scratch_cpu if device == "cpu" and self.scratch_cpu is not None else self.scratch
 
 

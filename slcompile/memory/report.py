@@ -56,11 +56,11 @@ class MemoryReport:
         return self.sltrain.peak
 
     def variants(self) -> dict[str, Usage]:
-        """The three, by the names they have in tables."""
+        """Returns the three, by the names they have in tables."""
         return {"dense": self.dense, "low rank": self.low_rank, "sltrain": self.sltrain}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: ``settings``, ``layers``, ``captured_layers``; the fields of each ``Usage`` under ``variants``."""
+        """Returns ``settings``, ``layers``, ``captured_layers``, and each ``Usage`` under ``variants``, for JSON."""
         variants = {
             name: {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(usage).items()}
             for name, usage in self.variants().items()

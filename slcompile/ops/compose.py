@@ -13,6 +13,7 @@ there, and AOTAutograd decomposes a triton_op before any custom pass runs.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,21 +85,21 @@ def _(
     return torch.empty_like(B).contiguous(), torch.empty_like(A).contiguous(), torch.empty_like(values).contiguous()
 
 
-def _setup_compose(ctx, inputs, output) -> None:
+def _setup_compose(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     B, A, values, support, ctx.scale, _ = inputs
     ctx.save_for_backward(B, A, values, support)
 
 
-def _compose_vjp(ctx, grad):
+def _compose_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *compose_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
-def _setup_backward(ctx, inputs, output) -> None:
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     grad, B, A, _, support, ctx.scale = inputs
     ctx.save_for_backward(grad, B, A, support)
 
 
-def _backward_vjp(ctx, u, v, w):
+def _backward_vjp(ctx: Any, u: Tensor, v: Tensor, w: Tensor) -> tuple[Any, ...]:
     # compose_backward is linear in each argument, so its own derivative is made of the same two products:
     # dgrad = scale * (u A + B v) + scatter(w), dB = scale * grad v^T, dA = scale * u^T grad.
     grad, B, A, support = ctx.saved_tensors

@@ -48,7 +48,15 @@ def linear_factored(
 
 
 @linear_factored.register_fake
-def _(x, hiddens, factors, values, supports, biases, transposed):
+def _(
+    x: Tensor,
+    hiddens: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    values: Sequence[Tensor],
+    supports: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    transposed: bool,
+) -> list[Tensor]:
     return [x.new_empty((x.shape[0], factor.shape[1 if transposed else 0])) for factor in factors]
 
 

@@ -76,6 +76,7 @@ class Update:
         self.optimizer = weakref.ref(optimizer)
 
     def __call__(self, parameter: Tensor) -> None:
+        """Updates a parameter whose gradient is whole."""
         optimizer = self.optimizer()
         if optimizer is not None:
             optimizer.update(parameter)
@@ -101,6 +102,7 @@ class PerLayer(Optimizer):
         self._made = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group and watches its parameters; leaves the groups as they were where that is refused."""
         super().add_param_group(param_group)
         if self._made:  # while it is being made, the class's own __init__ is not through
             try:
@@ -176,7 +178,7 @@ class PerLayer(Optimizer):
         parameter.grad = None
         self._updated.add(id(parameter))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # torch's overloads return a loss, which a step without a closure has not
         """Ends a step: every parameter was updated in the backward pass.
 
         One that was frozen when it was given, and has a gradient now, is updated here, from the next step on in the
@@ -229,6 +231,6 @@ class PerLayer(Optimizer):
 
 @functools.cache
 def _per_layer_class(plain: type[Optimizer]) -> type[PerLayer]:
-    """One class for each optimizer class, named after it."""
+    """Returns one class for each optimizer class, named after it."""
     members = {"plain": plain, "__doc__": plain.__doc__, "__module__": __name__}
     return type(f"PerLayer{plain.__name__}", (PerLayer, plain), members)

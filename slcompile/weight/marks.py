@@ -21,7 +21,7 @@ def retire(parameter: nn.Parameter, why: str, successor: nn.Module | None = None
 
 
 def successor_of(parameter: torch.Tensor) -> Any:
-    """What took a retired dense weight's place; None for any other tensor."""
+    """Returns what took a retired dense weight's place; None for any other tensor."""
     return getattr(parameter, _SUCCESSOR, None)
 
 
@@ -32,12 +32,12 @@ def mark_values(parameter: nn.Parameter) -> None:
 
 
 def is_values(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a weight's ``values``."""
+    """Returns whether a parameter is a weight's ``values``."""
     return getattr(parameter, _VALUES, False)
 
 
 def is_matrix_only(optimizer: Optimizer) -> bool:
-    """Whether an optimizer treats each parameter as a matrix (Muon, and those that are named after it)."""
+    """Returns whether an optimizer treats each parameter as a matrix (Muon, and those that are named after it)."""
     return "Muon" in type(optimizer).__name__
 
 

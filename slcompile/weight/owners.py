@@ -25,6 +25,7 @@ class LiveObjects:
 
     @classmethod
     def find(cls) -> LiveObjects:
+        """Walks over the garbage collector's objects."""
         live = cls()
         for thing in gc.get_objects():
             kind = type(thing)  # not isinstance: it would run the __class__ of lazy proxies
@@ -39,11 +40,11 @@ class LiveObjects:
         return live
 
     def owners(self, parameters: Iterable[Tensor]) -> dict[int, list[tuple[nn.Module, str]]]:
-        """id of a parameter -> the (module, attribute) pairs that hold it in ``_parameters``."""
+        """Returns the (module, attribute) pairs that hold each parameter in ``_parameters``, by the parameter's id."""
         return owners_among(self.modules, parameters)
 
     def ancestors(self, module: nn.Module) -> list[nn.Module]:
-        """The module itself and everything that contains it."""
+        """Returns the module itself and everything that contains it."""
         found, waiting = {id(module): module}, [module]
         while waiting:
             for parent in self.parents.get(id(waiting.pop()), []):
@@ -53,7 +54,7 @@ class LiveObjects:
         return list(found.values())
 
     def root(self, module: nn.Module) -> nn.Module:
-        """The outermost container of a module, without wrappers.
+        """Returns the outermost container of a module, without wrappers.
 
         Of several (a list of layers made for convenience, beside the model) it is the one with the most parameters,
         then the one in which the module's own come first by name: whatever order they were made in.
@@ -69,12 +70,12 @@ class LiveObjects:
         return min(tops, key=preference) if tops else module
 
     def roots(self, parameters: Iterable[Tensor]) -> list[nn.Module]:
-        """The outermost containers of the modules that own these parameters."""
+        """Returns the outermost containers of the modules that own these parameters."""
         pairs = [pair for owners in self.owners(parameters).values() for pair in owners]
         return list({id(root): root for module, _ in pairs for root in [self.root(module)]}.values())
 
     def names(self, root: nn.Module) -> dict[int, list[str]]:
-        """id of each parameter of a container -> its names there, the usual one first."""
+        """Returns the names of each parameter of a container, the usual one first, by the parameter's id."""
         if id(root) not in self._names:
             names: dict[int, list[str]] = {}
             for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -84,7 +85,7 @@ class LiveObjects:
 
 
 def owners_among(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> dict[int, list[tuple[nn.Module, str]]]:
-    """id of a parameter -> the (module, attribute) pairs among these modules that hold it in ``_parameters``."""
+    """Returns the (module, attribute) pairs among these modules that hold each parameter, by the parameter's id."""
     wanted: dict[int, list[tuple[nn.Module, str]]] = {id(parameter): [] for parameter in parameters}
     for module in modules:
         for name, parameter in module._parameters.items():
@@ -94,7 +95,7 @@ def owners_among(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> 
 
 
 def wrapper_of(ancestors: Iterable[nn.Module], parameter: Tensor) -> str | None:
-    """Name of the DDP or FSDP wrapper that already holds a parameter, if there is one."""
+    """Returns name of the DDP or FSDP wrapper that already holds a parameter, if there is one."""
     for ancestor in ancestors:
         for base in type(ancestor).__mro__:
             if base.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
@@ -103,7 +104,7 @@ def wrapper_of(ancestors: Iterable[nn.Module], parameter: Tensor) -> str | None:
 
 
 def hooks_of(parameter: torch.Tensor, allowed: type) -> str | None:
-    """What kind of hook is registered on a parameter, if there is any but post-accumulate ones of the allowed type."""
+    """Says what kind of hook a parameter carries, if any but post-accumulate ones of the allowed type."""
     if parameter._backward_hooks:
         return "a gradient hook (register_hook)"
     if any(not isinstance(hook, allowed) for hook in torch_private.post_accumulate_hooks(parameter)):

@@ -25,7 +25,7 @@ _ORDER = "_slcompile_order"
 
 @functools.cache
 def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of ``base`` in which ``names`` are properties that compose a weight.
+    """Returns the subclass of ``base`` in which ``names`` are properties that compose a weight.
 
     Raises:
         TypeError: ``base`` cannot be subclassed (scripted modules, some metaclasses).
@@ -37,17 +37,17 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             "call slcompile.merge_(model) first to make it a dense parameter again"
         )
 
-    def __setattr__(self, key: str, value: Any) -> None:
+    def __setattr__(self: nn.Module, key: str, value: Any) -> None:
         if key in names:
             raise refuse(key)
         base.__setattr__(self, key, value)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if name in names:
             raise refuse(name)
         base.register_parameter(self, name, param)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self: nn.Module) -> None:
         weights = [getattr(self, name + SUFFIX) for name in names]
         if hasattr(base, "reset_parameters"):
             with _shapes_only(weights):
@@ -55,7 +55,7 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         for weight in weights:
             weight.reset_parameters()
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         make, args, *rest = cast(tuple, base.__reduce_ex__(self, max(protocol, 2)))
         return (_remake, (base, names, make, tuple(base if each is type(self) else each for each in args)), *rest)
 
@@ -63,7 +63,7 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         submodule = name + SUFFIX
         return property(lambda self: getattr(self, submodule)())
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
         return base(*args, **kwargs)  # type(module)(...) builds a new, dense one
 
     members = {
@@ -93,14 +93,14 @@ def _shapes_only(weights: Sequence[FactorizedWeight]) -> Iterator[None]:
 
 
 def _remake(base: Any, names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
-    """What pickle and deepcopy call: makes the module as its own class would, and gives it the subclass."""
+    """Returns what pickle and deepcopy call: makes the module as its own class would, and gives it the subclass."""
     module = make(*args)
     module.__class__ = sl_class(base, names)
     return module
 
 
 def sl_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the factorized weights that this module owns itself; empty for an ordinary module."""
+    """Returns names of the factorized weights that this module owns itself; empty for an ordinary module."""
     names = (
         name.removesuffix(SUFFIX) for name, child in module._modules.items() if isinstance(child, FactorizedWeight)
     )
@@ -108,7 +108,7 @@ def sl_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def dense_names(model: nn.Module) -> list[str]:
-    """Names of a model's parameters as they are when all its weights are dense: what patterns are matched with."""
+    """Returns the names of a model's parameters as they are when all weights are dense: patterns match these."""
     names = []
     for path, module in model.named_modules():
         if isinstance(module, FactorizedWeight):
@@ -119,12 +119,12 @@ def dense_names(model: nn.Module) -> list[str]:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as it was before conversion."""
+    """Returns the class of a module as it was before conversion."""
     return getattr(type(module), "sl_base", type(module))
 
 
 def class_with(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module]:
-    """The class that a module needs where these of its weights are factorized.
+    """Returns the class that a module needs where these of its weights are factorized.
 
     Raises:
         TypeError: As ``sl_class``.
@@ -164,7 +164,7 @@ def put_in_place(module: nn.Module, name: str, weight: FactorizedWeight) -> None
 
 
 def take_out(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """The inverse of ``put_in_place``; leaves nothing of it behind, the order of the parameters included."""
+    """Inverts ``put_in_place``; leaves nothing of it behind, the order of the parameters included."""
     delattr(module, name + SUFFIX)
     module.__class__ = class_with(module, sl_names(module))
     module._parameters[name] = parameter

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from slcompile import torch_private
 from slcompile.config import SLConfig
@@ -92,6 +93,7 @@ class SLWeight(FactorizedWeight):
         self._restore_support()
 
     @classmethod
+    @override
     def size(cls, shape: Sequence[int], config: SLConfig) -> int:
         *stack, rows, columns = shape
         low_rank = math.prod(stack) * config.rank_for(rows, columns) * (rows + columns)
@@ -109,13 +111,16 @@ class SLWeight(FactorizedWeight):
         return numerator / denominator
 
     @property
+    @override
     def nonzeros(self) -> int:
         return self.values.numel()
 
     @property
+    @override
     def compose_flops(self) -> int:
         return self._matmul.compose_flops
 
+    @override
     def factored_flops(self, tokens: int) -> int:
         return self._matmul.factored_flops(tokens)
 
@@ -127,17 +132,21 @@ class SLWeight(FactorizedWeight):
         super().__setstate__(state)
         mark_values(self.values)  # copies of a parameter do not carry its marks
 
+    @override
     def operands(self) -> dict[str, Tensor]:
         where = "seed" if self.support == "stratified" else "index"
         return {name: getattr(self, name) for name in ("B", "A", "values", where)}
 
+    @override
     def op_args(self) -> tuple[Any, ...]:
         return (self.scale,)
 
+    @override
     def parts(self) -> dict[str, list[Tensor]]:
         indices = [self.index] if self.support == "uniform" else []
         return {"factors": [self.B, self.A], "values": [self.values], "indices": indices, "buffers": [self.seed]}
 
+    @override
     def describe(self) -> dict[str, Any]:
         return {
             "rank": self.rank,
@@ -147,10 +156,12 @@ class SLWeight(FactorizedWeight):
             "input_dim": self.input_dim,
         }
 
+    @override
     def forward(self) -> Tensor:
         # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent.
         return self._composed(compose_reference if torch_private.is_transforming() else compose)
 
+    @override
     def reference(self) -> Tensor:
         return self._composed(compose_reference)
 
@@ -160,6 +171,7 @@ class SLWeight(FactorizedWeight):
         return op(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
 
     @torch.no_grad()
+    @override
     def reset_parameters(self) -> None:
         """Draws the paper's start and restores the support's buffers.
 
@@ -173,6 +185,7 @@ class SLWeight(FactorizedWeight):
         self.values.uniform_(-bound, bound)
         self._restore_support()
 
+    @override
     def approximate(self, dense: Tensor) -> None:
         """Sets the factors to the truncated SVD of ``dense``, and the values to the residual at the support."""
         support = list(self.operands().values())[-1]
@@ -184,12 +197,14 @@ class SLWeight(FactorizedWeight):
         for parameter, value in ((self.B, B), (self.A, A), (self.values, values)):
             parameter.copy_(value)
 
+    @override
     def factors(self) -> Factors:
         """Returns the parameters, detached, sharing memory. Raises as ``check_support``."""
         self.check_support()
         index = self.index if self.support == "uniform" else None
         return Factors(self.B.detach(), self.A.detach(), self.values.detach(), self.drawn_seed, index, self.scale)
 
+    @override
     def check_support(self) -> None:
         """Raises RuntimeError where the seed buffer is not the seed that this weight was made or loaded with.
 

@@ -15,7 +15,7 @@ TRAINED_RATIO = 1.5
 
 @torch.no_grad()
 def looks_trained(weight: Tensor, iterations: int = 8) -> bool:
-    """Whether a weight's spectrum is not that of independent random entries.
+    """Returns whether a weight's spectrum is not that of independent random entries.
 
     Independent entries of variance v give a largest singular value near ``sqrt(v) * (sqrt(rows) + sqrt(columns))``,
     the edge of the Marchenko-Pastur law; learning adds directions far above it. The mean is removed first, and a
@@ -47,7 +47,7 @@ def looks_trained(weight: Tensor, iterations: int = 8) -> bool:
 def spectral_factors(
     weight: Tensor, rank: int, scale: float, values: Tensor, support: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The truncated SVD ``U sqrt(s) . sqrt(s) V^T / scale``, and the residual at the support.
+    """Returns the truncated SVD ``U sqrt(s) . sqrt(s) V^T / scale``, and the residual at the support.
 
     Args:
         weight: [rows, columns], or a stack of such.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import register_weight_op
@@ -195,11 +195,12 @@ class FactorizedWeight(nn.Module):
                 "process, and merge that"
             )
 
+    @override
     def extra_repr(self) -> str:
         described = (f"{key}={value}" for key, value in self.describe().items() if key != "input_dim")
         return ", ".join(["x".join(map(str, self.shape)), *described])
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.check_support()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

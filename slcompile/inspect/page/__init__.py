@@ -28,7 +28,7 @@ SCRIPTS = (
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """The page that shows an explanation or a graph diff.
+    """Returns the page that shows an explanation or a graph diff.
 
     Args:
         document: What ``Explanation.to_dict()`` or ``GraphDiff.to_dict()`` returns.

@@ -90,6 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     factors.add_argument(
         "--support", choices=["stratified", "uniform"], default="stratified", help="uniform: the paper's"
     )
+    factors.add_argument("--values-rate", type=float, default=4.0, help="learning rate of the values, relative to --lr")
     running = parser.add_argument_group("running")
     running.add_argument("--out", type=Path, default=Path("c4-run"), help="directory of checkpoints and logs")
     running.add_argument("--eval-every", type=int, default=1000, help="steps between evaluations and checkpoints")
@@ -119,9 +120,9 @@ def check(args: argparse.Namespace) -> None:
     for name in ("steps", "total_batch", "batch", "eval_every", "eval_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("lr", "clip"):
+    for name in ("lr", "clip", "values_rate"):
         if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} must be a finite number above 0, got {getattr(args, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0, got {getattr(args, name)}")
     if args.total_batch % args.batch:
         raise ValueError(f"--total-batch must be a multiple of --batch {args.batch}, got {args.total_batch}")
     if args.seq_len < 2:
@@ -314,7 +315,11 @@ def train(kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     """
     model = make_model(kind, args, len(tokenizer))
     compiled = torch.compile(model, backend="sltrain") if kind == "sltrain" else torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    groups: Any = model.parameters()
+    if kind == "sltrain":
+        rates = {"lr": args.lr, "weight_decay": args.weight_decay, "values_rate": args.values_rate}
+        groups = slcompile.optim.parameter_groups(groups, **rates)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, args.steps))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     path = args.out / f"{args.size}-{kind}.pt"
@@ -373,7 +378,7 @@ def train(kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
 def flags(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """The flags that decide a run's numbers."""
     without_effect = {"only", "out", "stop_at", "batch", "eval_every", "device"}
-    of_factors = {"rank", "density", "alpha", "support"} if kind == "dense" else set()
+    of_factors = {"rank", "density", "alpha", "support", "values_rate"} if kind == "dense" else set()
     return {name: value for name, value in vars(args).items() if name not in without_effect | of_factors}
 
 

@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--batch", type=int, default=8, help="sequences a step")
     training.add_argument("--seq-len", type=int, default=128, help="tokens a sequence")
     training.add_argument("--steps", type=int, default=400, help="optimizer steps of each model")
-    training.add_argument("--lr", type=float, default=3e-4, help="peak learning rate of the projections, in both")
+    training.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of the projections, in both")
     training.add_argument("--sl-lr", type=float, help="the same of factorized projections, where it is another")
     training.add_argument("--embed-lr", type=float, default=5e-3, help="the same of embedding, head and norms, in both")
     training.add_argument("--warmup", type=int, default=40, help="steps of linear warmup, before a cosine to a tenth")

@@ -1,9 +1,9 @@
 """The rows of the table, and the search that each of them gets: the same for all.
 
 A row's learning rate is tried at four points a factor of two apart, and further while the best lies at an edge; then
-its scale at three, then the learning rate of embedding, head and norms at three. The choice is by the validation loss
-of one seed. Rows that follow another take its choice without a search of their own: what they would get from a user who
-has tuned that one.
+its scale (of the start, of the low-rank part, or of the sparse part's steps) at three, then the learning rate of
+embedding, head and norms at three. The choice is by the validation loss of one seed. Rows that follow another take its
+choice without a search of their own: what they would get from a user who has tuned that one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Row:
         name: In the table.
         fixed: Settings that are not searched.
         lr: The grid of learning rates.
-        scale: Name and grid of what sets the initial scale, the first point being where the search starts.
+        scale: Name and grid of what sets its scale, the first point being where the search starts.
         follows: The row whose learning rates and init_std are taken instead.
     """
 
@@ -52,7 +52,8 @@ ROWS = (
     Row("SL as in the paper, tuned", PAPER, (1e-3, 2e-3, 4e-3, 8e-3), ("alpha", (16.0, 32.0, 8.0))),
     Row("SL as in the paper, dense's rates", PAPER, follows="dense, tuned"),
     Row("SL, dense's rates", {"kind": "sl"}, follows="dense, tuned"),
-    Row("SL, tuned", {"kind": "sl"}, (1e-3, 2e-3, 4e-3, 5e-4), ("values_start", (1.0, 0.5, 2.0))),
+    Row("SL, faster values, dense's rates", {"kind": "sl", "values_rate": 4.0}, follows="dense, tuned"),
+    Row("SL, tuned", {"kind": "sl"}, (5e-4, 1e-3, 2e-3, 4e-3), ("values_rate", (1.0, 4.0, 12.0))),
 )
 
 

@@ -33,7 +33,7 @@ def test_both_models_are_trained_compared_exported_and_reused(tmp_path):
     printed = run(tmp_path / "run", "--steps", "10", "--plot", str(tmp_path / "spectra.svg"))
     assert re.search(r"Effective rank of the 7 factorized weights, mean: \d+ \(s B A\), \d+ \(S\), \d+ \(W\)", printed)
     assert "<svg" in (tmp_path / "spectra.svg").read_text()
-    assert re.search(r"learning rate of the projections .* 0.0003 .* 0.0003 .* 1.00", printed)
+    assert re.search(r"learning rate of the projections .* 0.0005 .* 0.0005 .* 1.00", printed)
     assert re.search(r"validation perplexity .* \d+\.\d .* \d+\.\d", printed)
     assert re.search(r"matmuls replaced .* 7 ", printed)
     assert "left dense: lm_head.weight 512x64, excluded" in printed

@@ -125,7 +125,7 @@ def test_names_do_not_depend_on_other_containers_of_the_same_layers(helper_first
     compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, "include": ("layers.*",)})
     compiled(torch.randn(8, 64)).sum().backward()
     assert len(slcompile.factors(model)) == 4
-    assert len(helper) == 4
+    del helper  # alive until here, as another container of the layers
 
 
 def test_a_rank_that_fits_some_weights_is_no_error_in_a_graph_that_holds_only_others(batch, counting):
@@ -186,7 +186,7 @@ def test_a_list_of_parameters_made_before_is_warned_about(block, batch, caplog):
             compiled(batch[0]).sum().backward()
     assert "3 converted dense weights (65,536 bytes) are still held" in caplog.records[-1].getMessage()
     assert len(caplog.records) == 2
-    assert stale
+    del stale  # alive until here: it is what was warned about
 
 
 def test_two_threads_that_take_the_first_step_at_once_convert_once(block, batch):

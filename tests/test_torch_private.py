@@ -305,7 +305,7 @@ def test_a_new_fake_mode_makes_tensors_without_memory():
 
 @pytest.mark.parametrize("threshold", [3, 4])
 def test_realize_reads_threshold_is_what_inductor_keeps_to(threshold):
-    """``sin`` of a sum of four inputs has two readers that are no part of one loop: is it written, or computed twice?"""
+    """``sin`` of a sum of four inputs has two readers, which are no part of one loop."""
 
     def function(*inputs):
         wide = sum(inputs).sin()

@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import slcompile
 from slcompile.optim import PerLayer, per_layer
+from tests.testing import CONFIG, OPTIONS, process_group
 
-OPTIONS = {"rank": 8, "density": 0.05}
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
 MAKERS = {
     "sgd-momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-2}),
@@ -307,8 +306,7 @@ def test_a_disabled_grad_scaler_changes_nothing(block, batch):
 @pytest.mark.parametrize("sync", [True, False], ids=["sync", "no_sync"])
 def test_ddp_is_refused_before_anything_is_updated(block, batch, tmp_path, sync):
     slcompile.factorize_(block, CONFIG)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with process_group(tmp_path):
         optimizer = per_layer(torch.optim.AdamW, block.parameters())
         wrapped = DistributedDataParallel(block)
         before = copy.deepcopy(block.state_dict())
@@ -319,8 +317,6 @@ def test_ddp_is_refused_before_anything_is_updated(block, batch, tmp_path, sync)
         for name, value in block.state_dict().items():
             assert torch.equal(value, before[name])
         assert optimizer.state == {}
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 class GroupCounter(torch.optim.SGD):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
+from tests.testing import example
 
 # width, intermediate, layers, heads, rank, parameters; the paper prints 43.5, 96.6, 194.3 and 645.6 M.
 SIZES = {
@@ -117,16 +116,7 @@ def formula_bytes(size: str, variant: str) -> int:
 @pytest.fixture(scope="module")
 def memory_table():
     """examples/memory_table.py, which prints the paper's table beside the estimator's."""
-    folder = Path(__file__).parents[1] / "examples"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("memory_table", folder / "memory_table.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["memory_table"] = module  # its dataclass looks itself up there
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-    return module
+    return example("memory_table")
 
 
 def test_the_memory_table_is_the_formula_and_the_papers(memory_table):

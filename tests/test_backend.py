@@ -14,9 +14,8 @@ from torch import Tensor, nn
 import slcompile
 import slcompile.backend
 from slcompile.ops import WEIGHT_OPS
-from tests.testing import saved_for_backward
+from tests.testing import LITE, OPTIONS, saved_for_backward
 
-OPTIONS = {"rank": 8, "density": 0.05}
 WEIGHTS = {"up.weight", "down.weight", "mix"}
 
 
@@ -164,7 +163,7 @@ def test_no_composed_weight_is_saved_for_backward(request, batch, autocast, chec
     options = {
         **OPTIONS,
         "lowering": "composed",
-        "inductor": {"post_grad_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False},
+        "inductor": {**LITE["inductor"], "post_grad_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False},
     }
     compiled = torch.compile(model, backend="sltrain", options=options)
 

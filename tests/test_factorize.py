@@ -12,18 +12,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import slcompile
-
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Gives every factor random values: B starts at zero, which would hide the low-rank part."""
-    with torch.no_grad():
-        for weight in model.modules():
-            if isinstance(weight, slcompile.SLWeight):
-                for parameter in weight.parameters():
-                    parameter.normal_(std=0.1)
-    return model
+from tests.testing import CONFIG, process_group, randomize
 
 
 class Conv1D(nn.Module):
@@ -110,7 +99,7 @@ def test_merged_state_dict_makes_one_tensor_at_a_time_and_saves_as_a_dict(block)
     "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 def test_copies_are_independent_and_equal(block, batch, clone):
-    slcompile.factorize_(randomize(block), CONFIG)
+    randomize(slcompile.factorize_(block, CONFIG))
     twin = clone(block)
     assert type(twin.up) is type(block.up)
     assert torch.equal(twin(batch[0]), block(batch[0]))
@@ -420,29 +409,22 @@ class TestBadInput:
         assert type(model[0]) is nn.Linear
 
     def test_after_wrapping_in_ddp(self, block, batch, tmp_path):
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
+        with process_group(tmp_path):
             wrapped = nn.parallel.DistributedDataParallel(block)
             with pytest.raises(ValueError, match="already held by DistributedDataParallel"):
                 slcompile.factorize_(wrapped, CONFIG)
             with pytest.raises(ValueError, match="already held by DistributedDataParallel"):
                 torch.compile(block, backend="sltrain", options={"rank": 8})(batch[0])
-        finally:
-            torch.distributed.destroy_process_group()
         assert type(block.up) is nn.Linear
 
     def test_after_fully_shard(self, block, batch, tmp_path):
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
+        with process_group(tmp_path):
             torch.distributed.fsdp.fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
             with pytest.raises(ValueError, match="already held by FSDPModule"):
                 slcompile.factorize_(block, CONFIG)
-        finally:
-            torch.distributed.destroy_process_group()
 
     def test_merging_shards(self, block, tmp_path):
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
+        with process_group(tmp_path):
             slcompile.factorize_(block, CONFIG)
             torch.distributed.fsdp.fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
             for merge in (
@@ -453,5 +435,3 @@ class TestBadInput:
                 with pytest.raises(RuntimeError, match="the factors are sharded among processes: get a full state"):
                     merge(block)
             assert sorted(slcompile.factors(block)) == ["down.weight", "up.weight"]
-        finally:
-            torch.distributed.destroy_process_group()

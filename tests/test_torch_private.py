@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,8 +252,10 @@ def test_strides_that_are_numbers_of_one_call_follow_from_symbolic_sizes(block):
     assert [each if isinstance(each, int) else each.stride() for each in seen[1:]] == [(1, 8), (64, 1), 3]
 
 
-def test_amx_is_known():
-    assert torch_private.has_amx() in (True, False)
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux, which says what its CPU has")
+def test_amx_is_what_the_cpu_says():
+    flags = re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert torch_private.has_amx() == ("amx_tile" in " ".join(flags[:1]).split())
 
 
 def test_lite_mode_is_known():
@@ -320,8 +324,20 @@ def test_a_new_fake_mode_makes_tensors_without_memory():
     assert huge.shape == (2**50,)
 
 
-def test_realize_reads_threshold_is_inductors():
-    assert torch_private.realize_reads_threshold() == torch._inductor.config.realize_reads_threshold > 0
+@pytest.mark.parametrize("threshold", [3, 4])
+def test_realize_reads_threshold_is_what_inductor_keeps_to(threshold):
+    """``sin`` of a sum of four inputs has two readers, which are no part of one loop."""
+
+    def function(*inputs):
+        wide = sum(inputs).sin()
+        return wide.sum(0) + wide.sum(1)
+
+    inputs = [torch.randn(48, 48) for _ in range(4)]
+    with torch._inductor.config.patch(realize_reads_threshold=threshold, fx_graph_cache=False):
+        assert torch_private.realize_reads_threshold() == threshold
+        code, *_ = torch._inductor.utils.get_code(torch.compile(function), *inputs)  # nothing is compiled
+    is_written = "empty_strided_cpu((48, 48)" in code
+    assert is_written == (len(inputs) > threshold)
 
 
 def test_post_accumulate_hooks(block):

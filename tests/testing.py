@@ -1,21 +1,33 @@
-"""What several test files use: small models, how they are compiled, what they save."""
+"""What several test files use: small models and operands, how they are compiled, what they save."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import slcompile
 from slcompile.captured import REQUIRED_SETTINGS
+from slcompile.ops.support import groups_per_row, uniform_index
+from slcompile.weight.structure import FactorizedWeight
 
-OPTIONS = {"rank": 8, "density": 0.05, "init": "spectral"}
+EXAMPLES = Path(__file__).parents[1] / "examples"
+OPTIONS: dict[str, Any] = {"rank": 8, "density": 0.05}
+CONFIG = slcompile.SLConfig(**OPTIONS)
+SPECTRAL = {**OPTIONS, "init": "spectral"}
+SUPPORTS = ("stratified", "uniform")
 LITE = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(REQUIRED_SETTINGS, True)}}
 """Options with which our passes run and Inductor calls ATen instead of compiling C++, which takes most time."""
 
@@ -55,7 +67,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def compiled_with(backend: object, model: nn.Module, **kwargs: object) -> Callable[..., Tensor]:
-    return torch.compile(model, backend=backend, options=OPTIONS, **kwargs)
+    return torch.compile(model, backend=backend, options=SPECTRAL, **kwargs)
 
 
 def converted(model: nn.Module) -> set[str]:
@@ -82,3 +94,58 @@ def torchrun(*command: object, processes: int = 2) -> str:
     done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def randomize(model: nn.Module, std: float = 0.05) -> nn.Module:
+    """Gives every factor random values: B starts at zero, which would hide the low-rank part."""
+    with torch.no_grad():
+        for weight in model.modules():
+            if isinstance(weight, FactorizedWeight):
+                for parameter in weight.parameters():
+                    parameter.normal_(std=std)
+    return model
+
+
+def drawn(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float64, seed: int = 3) -> list[Tensor]:
+    """Standard normal tensors, the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tuple(each), generator=generator, dtype=torch.float64).to(dtype) for each in shapes]
+
+
+def support_of(kind: str, rows: int, columns: int, density: float, seed: int) -> tuple[Tensor, tuple[int, ...]]:
+    """The last operand of an op, a seed or an index, and the shape of the values that lie there."""
+    if kind == "stratified":
+        return torch.tensor([seed]), (rows, groups_per_row(columns, density))
+    index = uniform_index(seed, rows, columns, density)
+    return index, tuple(index.shape)
+
+
+def text_of(gm: fx.GraphModule) -> str:
+    """A graph's text without numbers of users and types."""
+    return re.sub(r" : .*?\] = ", " = ", str(gm.graph)).strip()
+
+
+def example(name: str) -> ModuleType:
+    """A program of examples/ as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # its dataclasses look themselves up there
+        sys.path.insert(0, str(EXAMPLES))  # one may use another
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(EXAMPLES))
+    return sys.modules[name]
+
+
+@contextlib.contextmanager
+def process_group(folder: Path) -> Iterator[None]:
+    """Within, this process is the only one of a group."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

@@ -8,8 +8,7 @@ import slcompile
 from slcompile.convert.candidates import gather, gather_linear
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
-
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
+from tests.testing import CONFIG
 
 
 class Tied(nn.Module):

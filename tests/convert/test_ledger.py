@@ -12,8 +12,7 @@ import slcompile
 from slcompile.convert.ledger import Ledger, ModelRecord, ledger
 from slcompile.factorize import factorize_model
 from slcompile.passes import Decision, PassReport
-
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
+from tests.testing import CONFIG
 
 
 def report(replaced: str = "", left: str = "", reason: str = "too_small") -> PassReport:

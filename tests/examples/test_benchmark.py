@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.testing import example
+
+pytestmark = pytest.mark.slow
 
 FILE = Path(__file__).parents[2] / "examples" / "benchmark.py"
 TINY = "--dtype=float32 --hidden=64 --intermediate=96 --layers=1 --vocab=64 --batch=2 --seq-len=16 --rank=8".split()
@@ -13,10 +16,7 @@ TINY = "--dtype=float32 --hidden=64 --intermediate=96 --layers=1 --vocab=64 --ba
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("benchmark")
 
 
 def rows_of(out: str) -> dict[str, list[float]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "kernel_table.py"

@@ -11,24 +11,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 import slcompile
+from tests.testing import CONFIG
+from tests.zoo import tiny
 
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
 BATCH, LENGTH = {0: "batch_size"}, {0: "batch_size", 1: "sequence_length"}
 
 # Differences add up as a random walk: the square root of the number of roundings between input and output, times
@@ -37,52 +24,8 @@ BATCH, LENGTH = {0: "batch_size"}, {0: "batch_size", 1: "sequence_length"}
 BOUND = {torch.float32: math.sqrt(100 * 256) * 2**-24, torch.float16: math.sqrt(100) * 2**-11}
 
 
-def llama(tied: bool = False) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=128, tie_word_embeddings=tied,
-        )
-    )  # fmt: skip
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64, bos_token_id=0, eos_token_id=0)
-    )
-
-
-def bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, vocab_size=128,
-            max_position_embeddings=64,
-        )
-    )  # fmt: skip
-
-
-def t5() -> nn.Module:
-    return T5ForConditionalGeneration(
-        T5Config(d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=1, vocab_size=128, decoder_start_token_id=0)
-    )
-
-
-def vit() -> nn.Module:
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, image_size=32,
-            patch_size=8, num_labels=10,
-        )
-    )  # fmt: skip
-
-
 def mixtral() -> nn.Module:
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=128, num_local_experts=4,
-        )
-    )  # fmt: skip
+    model = tiny("mixtral")
     # The others have no ONNX translation in torch 2.13: "grouped_mm" counts with an integer histc, "eager" loops over
     # the experts that were hit.
     model.set_experts_implementation("batched_mm")
@@ -126,13 +69,16 @@ def small_images(batch: int, length: int) -> dict[str, Any]:
 
 Make = Callable[..., Any]
 ARCHITECTURES: dict[str, tuple[Make, Make, tuple[str, ...], tuple[str, ...]]] = {
-    "llama": (llama, causal, ("input_ids", "attention_mask"), ("logits",)),
-    "gpt2": (gpt2, causal, ("input_ids", "attention_mask"), ("logits",)),
-    "bert": (bert, text, ("input_ids", "attention_mask"), ("logits",)),
+    "llama": (lambda: tiny("llama", num_key_value_heads=2), causal, ("input_ids", "attention_mask"), ("logits",)),
+    "gpt2": (lambda: tiny("gpt2", n_layer=2), causal, ("input_ids", "attention_mask"), ("logits",)),
+    "bert": (lambda: tiny("bert"), text, ("input_ids", "attention_mask"), ("logits",)),
     "t5": (
-        t5, two_texts, ("input_ids", "attention_mask", "decoder_input_ids"), ("logits", "encoder_last_hidden_state"),
+        lambda: tiny("t5"),
+        two_texts,
+        ("input_ids", "attention_mask", "decoder_input_ids"),
+        ("logits", "encoder_last_hidden_state"),
     ),
-    "vit": (vit, images, ("pixel_values",), ("logits",)),
+    "vit": (lambda: tiny("vit"), images, ("pixel_values",), ("logits",)),
     "mixtral": (mixtral, causal, ("input_ids", "attention_mask"), ("logits",)),
     "cnn": (Cnn, small_images, ("pixel_values",), ("logits",)),
 }  # fmt: skip
@@ -238,7 +184,7 @@ def test_round_trip(architecture, dtype, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_tied_to_the_embedding_is_stored_once(tied, tmp_path):
     inputs = causal(2, 17)
-    model = trained(llama(tied), inputs)
+    model = trained(tiny("llama", tie_word_embeddings=tied), inputs)
     report = slcompile.export_onnx(model, (), tmp_path / "model.onnx", kwargs=inputs)
     heads = {"model.embed_tokens.weight", "lm_head.weight"} & set(initializers(report.path))
     assert len(heads) == (1 if tied else 2)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,63 +11,48 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import slcompile
 from slcompile.export.checkpoint import load_factorized, save_factorized
+from tests.testing import randomize
+from tests.zoo import tiny, tiny_config
 
 IDS = torch.arange(34).reshape(2, 17)
 RANK, ALPHA, DENSITY = 8, 12, 0.05
 
 
-def llama_config(tied: bool = False) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4, vocab_size=128,
-        tie_word_embeddings=tied, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, bos_token_id=0, eos_token_id=0)
-    )
-
-
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(llama_config()),
-    "tied": lambda: LlamaForCausalLM(llama_config(tied=True)),
-    "gpt2": gpt2,
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
 }
 
 
-def factorized(model: nn.Module, **options) -> nn.Module:
+def factorized(model: nn.Module, **options: Any) -> nn.Module:
     """With every factor random."""
-    slcompile.factorize_(model, slcompile.SLConfig(rank=RANK, density=DENSITY, alpha=ALPHA, **options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_sl." in name:
-                parameter.normal_(std=0.05)
-    return model.eval()
+    config = slcompile.SLConfig(rank=RANK, density=DENSITY, alpha=ALPHA, **options)
+    return randomize(slcompile.factorize_(model, config)).eval()
 
 
 @pytest.mark.parametrize("support", ["stratified", "uniform"])
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_round_trip(make, support, tmp_path):
-    model = factorized(make(), support=support)
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(name, support, tmp_path):
+    kind, changes = MODELS[name]
+    model = factorized(tiny(kind, **changes), support=support)
     assert save_factorized(model, tmp_path / "saved") == tmp_path / "saved"
     assert [each.name for each in tmp_path.iterdir()] == ["saved"]
     loaded = load_factorized(tmp_path / "saved").eval()
     assert type(loaded) is type(model)
     state, wanted = loaded.state_dict(), model.state_dict()
     assert list(state) == list(wanted)
-    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
     assert {each.dtype for each in loaded.parameters()} == {torch.float32}
     want = slcompile.factors(model)
-    for name, got in slcompile.factors(loaded).items():
-        assert (got.seed, got.scale) == (want[name].seed, want[name].scale), name
+    for weight, got in slcompile.factors(loaded).items():
+        assert (got.seed, got.scale) == (want[weight].seed, want[weight].scale), weight
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    if make is MODELS["tied"]:
+    if name == "tied":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
@@ -80,7 +66,7 @@ def test_the_scale_of_alpha_auto_is_kept_to_the_bit(tmp_path):
 
 
 def test_a_loaded_model_trains_on(tmp_path):
-    save_factorized(factorized(LlamaForCausalLM(llama_config())), tmp_path)
+    save_factorized(factorized(tiny("llama")), tmp_path)
     loaded = load_factorized(tmp_path)
     before = slcompile.factors(loaded)["model.layers.0.mlp.up_proj.weight"].B.clone()
     optimizer = torch.optim.SGD(loaded.parameters(), lr=1.0)
@@ -90,7 +76,7 @@ def test_a_loaded_model_trains_on(tmp_path):
 
 
 def test_dtype_and_shape_of_each_weight_are_kept(tmp_path):
-    model = factorized(gpt2(), include="*mlp*").bfloat16()
+    model = factorized(tiny("gpt2"), include="*mlp*").bfloat16()
     save_factorized(model, tmp_path)
     loaded = load_factorized(tmp_path)
     assert {each.dtype for each in loaded.parameters()} == {torch.bfloat16}
@@ -102,7 +88,7 @@ def test_dtype_and_shape_of_each_weight_are_kept(tmp_path):
 def test_saving_over_an_old_one(tmp_path):
     for seed in range(2):
         torch.manual_seed(seed)
-        model = factorized(LlamaForCausalLM(llama_config()))
+        model = factorized(tiny("llama"))
         save_factorized(model, tmp_path)
         state = load_factorized(tmp_path).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -112,15 +98,15 @@ def test_models_that_cannot_be_saved_are_named(tmp_path):
     with pytest.raises(ValueError, match="model must have save_pretrained, as transformers' models do, got Linear"):
         save_factorized(nn.Linear(64, 64), tmp_path)
     with pytest.raises(ValueError, match="model has no factorized weight"):
-        save_factorized(gpt2(), tmp_path)
+        save_factorized(tiny("gpt2"), tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        save_factorized(factorized(gpt2()), tmp_path / "missing" / "saved")
+        save_factorized(factorized(tiny("gpt2")), tmp_path / "missing" / "saved")
     assert not list(tmp_path.iterdir())
 
 
 def papers(directory: Path, dtype: torch.dtype, scaling: float | None = None, file: str = "pytorch_model.bin"):
     """A checkpoint as the paper's code writes it, and what each of its weights is, with the sum of the magnitudes."""
-    config = llama_config()
+    config = tiny_config("llama")
     config.save_pretrained(directory)
     settings = {
         "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "sp_ratio": DENSITY, "target_modules": ["attn", "mlp"],
@@ -129,7 +115,7 @@ def papers(directory: Path, dtype: torch.dtype, scaling: float | None = None, fi
     (directory / "splora_config.json").write_text(json.dumps(settings))
     state: dict[str, Tensor] = {}
     weights: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, value in LlamaForCausalLM(config).to(dtype).state_dict().items():
+    for name, value in tiny("llama").to(dtype).state_dict().items():
         owner = name.removesuffix(".weight")
         if not owner.endswith("_proj"):
             state[name] = value.clone()

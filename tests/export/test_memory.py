@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXPORT = """
 import json, pathlib, re, sys
 import onnx, onnx_ir, onnxruntime, onnxscript, torch, torch.onnx

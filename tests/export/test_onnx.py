@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import slcompile
+from tests.testing import CONFIG
 
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
 IDS = torch.arange(34).reshape(2, 17)
 
 

@@ -3,52 +3,38 @@ from __future__ import annotations
 import builtins
 import json
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slcompile
+from tests.testing import CONFIG, randomize
+from tests.zoo import tiny
 
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
 IDS = torch.arange(34).reshape(2, 17)
 
 
-def llama(tied: bool = False) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
-            tie_word_embeddings=tied,
-        )
-    )  # fmt: skip
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, bos_token_id=0, eos_token_id=0)
-    )
-
-
-def factorized(model: nn.Module) -> nn.Module:
+def factorized(kind: str, **changes: Any) -> nn.Module:
     """With every factor random."""
-    slcompile.factorize_(model, CONFIG)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_sl." in name:
-                parameter.normal_(std=0.05)
-    return model.eval()
+    return randomize(slcompile.factorize_(tiny(kind, **changes), CONFIG)).eval()
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_an_ordinary_class_loads_it(make, tmp_path):
-    model = factorized(make())
+def llama(**changes: Any) -> nn.Module:
+    return factorized("llama", num_hidden_layers=2, **changes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_ordinary_class_loads_it(kind, tmp_path):
+    model = factorized(kind)
     assert slcompile.save_merged(model, tmp_path / "merged") == tmp_path / "merged"
     assert [each.name for each in tmp_path.iterdir()] == ["merged"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert type(loaded) is type(make())
+    assert type(loaded) is type(model)
     assert loaded.config.architectures == [type(loaded).__name__]
     state = slcompile.merged_state_dict(model)
     assert set(loaded.state_dict()) == set(state)
@@ -61,7 +47,7 @@ def test_an_ordinary_class_loads_it(make, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_head_is_stored_once(tied, tmp_path):
-    model = factorized(llama(tied))
+    model = llama(tie_word_embeddings=tied)
     slcompile.save_merged(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert len({"model.embed_tokens.weight", "lm_head.weight"} & set(stored)) == (1 if tied else 2)
@@ -73,7 +59,7 @@ def test_a_tied_head_is_stored_once(tied, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtype(dtype, tmp_path):
-    model = factorized(llama())
+    model = llama()
     slcompile.save_merged(model, tmp_path, dtype=dtype)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {each.dtype for each in loaded.parameters()} == {dtype}
@@ -83,7 +69,7 @@ def test_dtype(dtype, tmp_path):
 
 
 def test_bfloat16_weights_are_composed_in_float32_and_rounded_once(tmp_path):
-    model = factorized(llama()).bfloat16()
+    model = llama().bfloat16()
     slcompile.save_merged(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     wide = slcompile.merged_state_dict(factorized_copy_in_float32(model))
@@ -96,7 +82,7 @@ def factorized_copy_in_float32(model: nn.Module) -> nn.Module:
 
 
 def test_shards_and_their_index(tmp_path):
-    model = factorized(llama())
+    model = llama()
     slcompile.save_merged(model, tmp_path, shard_size=100_000)
     files = sorted(each.name for each in tmp_path.glob("*.safetensors"))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -117,7 +103,7 @@ def test_saving_over_removes_stale_weights_and_nothing_else(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for seed, sizes in enumerate(({"shard_size": 50_000}, {"shard_size": 100_000}, {}, {"shard_size": 100_000})):
         torch.manual_seed(seed)
-        model = factorized(llama())
+        model = llama()
         slcompile.save_merged(model, tmp_path, **sizes)
         loaded = LlamaForCausalLM.from_pretrained(tmp_path)
         merged = slcompile.merged_state_dict(model)
@@ -131,7 +117,7 @@ def test_saving_over_removes_stale_weights_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value, tmp_path):
-    model = factorized(llama())
+    model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight_sl.A[0, 0] = value
     with pytest.raises(ValueError, match=r"parameter model\.layers\.1\.mlp\.up_proj\.weight_sl\.A contains NaN or Inf"):
@@ -140,7 +126,7 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
 
 
 def test_weights_beyond_the_range_of_float16_are_refused(tmp_path):
-    model = factorized(llama())
+    model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight_sl.values[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):

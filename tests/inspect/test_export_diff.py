@@ -9,10 +9,11 @@ from torch import nn
 import slcompile
 from slcompile.cli import main
 from slcompile.inspect.export_diff import export_diff
+from tests.testing import CONFIG
+from tests.zoo import tiny, tiny_config
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
 
 FACTORY = """
 import torch
@@ -119,12 +120,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_transformers_config_and_its_export(tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=50, use_cache=False, **sizes)
-    config.architectures = ["LlamaForCausalLM"]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 50}
+    config = tiny_config("llama", use_cache=False, **sizes)
     config.save_pretrained(tmp_path)
-    model, ids = transformers.LlamaForCausalLM(config), torch.randint(50, (2, 8))
+    model, ids = tiny("llama", use_cache=False, **sizes), torch.randint(50, (2, 8))
     slcompile.export_onnx(model, (), tmp_path / "m.onnx", kwargs={"input_ids": ids}, verify=False)
     command = ["diff", "--hf", str(tmp_path / "config.json"), str(tmp_path / "m.onnx"), "--shape", "2x8"]
     assert main(command) == 0

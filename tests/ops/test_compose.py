@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from slcompile.ops import WEIGHT_OPS, compose, compose_backward, compose_reference
-from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
+from slcompile.ops.support import flat_positions
+from tests.testing import SUPPORTS, drawn, support_of
 
-SUPPORTS = ("stratified", "uniform")
 # rows, columns, rank: nothing divides anything, and the smallest there is; then stacks of matrices.
 SHAPES = [(7, 5, 3), (63, 65, 17), (33, 129, 8), (1, 9, 1), (9, 1, 1), (3, 21, 65, 17), (1, 7, 5, 3)]
 STACK = (3, 4, 5, 2)
@@ -39,16 +39,10 @@ def make_operands(
     support: str, shape: tuple[int, ...] = (7, 5, 3), dtype: torch.dtype = torch.float64, seed: int = 3
 ) -> Operands:
     *stack, rows, columns, rank = shape
-    generator = torch.Generator().manual_seed(seed)
-    if support == "stratified":
-        where, values_shape = torch.tensor([seed]), (*stack, rows, groups_per_row(columns, DENSITY))
-    else:
-        where = uniform_index(seed, math.prod(stack) * rows, columns, DENSITY)
-        values_shape = where.shape
-    shapes = ((*stack, rows, rank), (*stack, rank, columns), values_shape)
-    return Operands(
-        *(torch.randn(each, generator=generator, dtype=torch.float64).to(dtype) for each in shapes), support=where
-    )
+    where, size = support_of(support, math.prod(stack) * rows, columns, DENSITY, seed)
+    if stack and support == "stratified":
+        size = (*stack, rows, size[1])
+    return Operands(*drawn([(*stack, rows, rank), (*stack, rank, columns), size], dtype, seed), support=where)
 
 
 def make_grad(operands: Operands, seed: int = 4) -> Tensor:

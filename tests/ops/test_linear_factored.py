@@ -8,9 +8,8 @@ from torch import Tensor
 
 from slcompile.ops import compose_reference, linear_factored
 from slcompile.ops.linear_factored import linear_factored_aten
-from slcompile.ops.support import groups_per_row, uniform_index
+from tests.testing import SUPPORTS, drawn, support_of
 
-SUPPORTS = ("stratified", "uniform")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DENSITY = 0.1
 SCALE = 0.75
@@ -45,21 +44,18 @@ def make_operands(
     support: str, transposed: bool, dtype: torch.dtype = torch.float64, tokens: int = TOKENS, strided: bool = False
 ) -> Operands:
     """The second sibling alone has no bias."""
-    generator = torch.Generator().manual_seed(3)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    operands = Operands(random(tokens, TERMS), [], [], [], [], [])
+    (x,) = drawn([(tokens, TERMS)], dtype)
+    operands = Operands(x, [], [], [], [], [])
     for index, (outputs, rank) in enumerate(SIBLINGS):
         rows, columns = (TERMS, outputs) if transposed else (outputs, TERMS)
-        where = torch.tensor([index]) if support == "stratified" else uniform_index(index, rows, columns, DENSITY)
-        shape = (rows, groups_per_row(columns, DENSITY)) if support == "stratified" else tuple(where.shape)
-        operands.hiddens.append(random(tokens, rank))
-        operands.factors.append(random(rank, outputs) if transposed else random(outputs, rank))
-        operands.values.append(random(*shape))
+        where, shape = support_of(support, rows, columns, DENSITY, seed=index)
+        factor = (rank, outputs) if transposed else (outputs, rank)
+        hidden, factor, values, bias = drawn([(tokens, rank), factor, shape, (outputs,)], dtype, seed=4 + index)
+        operands.hiddens.append(hidden)
+        operands.factors.append(factor)
+        operands.values.append(values)
         operands.supports.append(where)
-        operands.biases.append(None if index == 1 else random(outputs))
+        operands.biases.append(None if index == 1 else bias)
     return operands.each(with_gaps) if strided else operands
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from slcompile.ops import project
+from tests.testing import drawn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TERMS = 65
@@ -16,9 +17,7 @@ def make_operands(
     dtype: torch.dtype = torch.float64, tokens: int = 63, strided: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """x [tokens, TERMS] and factors [rank, TERMS]."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(tokens, TERMS), *((rank, TERMS) for rank in RANKS)]
-    x, *factors = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    x, *factors = drawn([(tokens, TERMS), *((rank, TERMS) for rank in RANKS)], dtype)
     if not strided:
         return x, factors
     # x is every second column of a wider matrix, the factors are transposes, as B^T is.

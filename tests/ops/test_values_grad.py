@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from slcompile.ops import compose_reference, values_grad
-from slcompile.ops.support import groups_per_row, uniform_index
 from slcompile.ops.values_grad import values_grad_aten
+from tests.testing import SUPPORTS, drawn, support_of
 
-SUPPORTS = ("stratified", "uniform")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # tokens, rows, columns: nothing divides anything, and the smallest there is.
 SHAPES = [(63, 33, 65), (1, 70, 17), (129, 1, 9), (5, 9, 1)]
@@ -23,12 +22,8 @@ def make_operands(
     strided: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, rows, columns = shape
-    generator = torch.Generator().manual_seed(3)
-    left, right = (
-        torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype) for width in shape[1:]
-    )
-    where = torch.tensor([5]) if support == "stratified" else uniform_index(5, rows, columns, DENSITY)
-    size = (rows, groups_per_row(columns, DENSITY)) if support == "stratified" else tuple(where.shape)
+    left, right = drawn([(tokens, rows), (tokens, columns)], dtype)
+    where, size = support_of(support, rows, columns, DENSITY, seed=5)
     # Its numbers may not be read.
     values = torch.full(size, float("nan"), dtype=values_dtype or dtype)
     if strided:

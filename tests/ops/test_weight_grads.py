@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from slcompile.ops import compose_reference, weight_grads
-from slcompile.ops.support import groups_per_row, uniform_index
 from slcompile.ops.weight_grads import weight_grads_aten
+from tests.testing import SUPPORTS, drawn, support_of
 
-SUPPORTS = ("stratified", "uniform")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # tokens, rows, columns, rank: nothing divides anything, and the smallest there is.
 SHAPES = [(63, 33, 65, 17), (1, 70, 17, 5), (129, 1, 9, 1), (5, 9, 1, 1)]
@@ -36,11 +35,8 @@ def make_operands(
 ) -> Operands:
     """Matrices of ``dtype``, factors and values of ``parameters``, the same unless given."""
     tokens, rows, columns, rank = shape
-    generator = torch.Generator().manual_seed(3)
-    where = torch.tensor([5]) if support == "stratified" else uniform_index(5, rows, columns, DENSITY)
-    size = (rows, groups_per_row(columns, DENSITY)) if support == "stratified" else tuple(where.shape)
-    shapes = ((tokens, rows), (tokens, columns), (rows, rank), (rank, columns), size)
-    tensors = [torch.randn(each, generator=generator, dtype=torch.float64).to(dtype) for each in shapes]
+    where, size = support_of(support, rows, columns, DENSITY, seed=5)
+    tensors = drawn([(tokens, rows), (tokens, columns), (rows, rank), (rank, columns), size], dtype)
     tensors[2:] = [each.to(parameters or dtype) for each in tensors[2:]]
     if strided:
         # Transposes of contiguous matrices, and every second element of wider ones.

@@ -12,7 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slcompile.ops import compose
-from slcompile.ops.support import groups_per_row, uniform_index
+from tests.testing import drawn, support_of
 
 SCALE = 0.5
 N, K, R, T = 40, 48, 8, 24
@@ -25,14 +25,8 @@ class Joint:
     """
 
     def __init__(self, support: str = "stratified", dtype: torch.dtype = torch.float32) -> None:
-        if support == "stratified":
-            where, shape = torch.tensor([7]), (N, groups_per_row(K, 0.1))
-        else:
-            where = uniform_index(7, N, K, 0.1)
-            shape = tuple(where.shape)
-        random = torch.Generator().manual_seed(0)
-        new = [torch.randn(each, generator=random, dtype=torch.float64) for each in ((N, R), (R, K), shape)]
-        self.factors = [*(each.to(dtype) for each in new), where]
+        where, shape = support_of(support, N, K, 0.1, seed=7)
+        self.factors = [*drawn([(N, R), (R, K), shape], dtype, seed=0), where]
         self.dtype = dtype
 
     def graph(
@@ -44,10 +38,9 @@ class Joint:
         cast: torch.dtype | None = None,
     ) -> tuple[fx.GraphModule, list[Tensor]]:
         """The joint graph of ``function(x, weight)`` and inputs for it; with ``cast``, the weight is cast to it."""
-        random = torch.Generator().manual_seed(1)
-        x = torch.randn(x_shape, generator=random, dtype=torch.float64).to(cast or self.dtype)
+        (x,) = drawn([x_shape], cast or self.dtype, seed=1)
         y = function(x, torch.zeros(N, K, dtype=x.dtype))
-        tangents = torch.randn(y.shape, generator=random, dtype=torch.float64).to(y.dtype)
+        (tangents,) = drawn([y.shape], y.dtype, seed=2)
 
         def joint(x, tangents, B, A, values, support):
             leaves = [each.detach().requires_grad_() for each in (x, B, A, values)]

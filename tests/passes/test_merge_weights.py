@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from textwrap import dedent
 
 import pytest
@@ -12,6 +11,7 @@ from slcompile.config import SLConfig
 from slcompile.passes import Decision, merge_weights, parameterize_weights
 from slcompile.weight.placing import put_in_place, take_out
 from slcompile.weight.sl_weight import SLWeight
+from tests.testing import text_of
 
 
 class Projection(nn.Module):
@@ -54,11 +54,6 @@ def make_dense(gm: fx.GraphModule, *owners: str) -> None:
     for owner in owners:
         module = gm.get_submodule(owner)
         take_out(module, "weight", nn.Parameter(module.weight_sl().detach()))
-
-
-def text_of(gm: fx.GraphModule) -> str:
-    """The graph's text without numbers of users and types."""
-    return re.sub(r" : .*?\] = ", " = ", str(gm.graph)).strip()
 
 
 def test_graph() -> None:

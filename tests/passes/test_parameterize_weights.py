@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from textwrap import dedent
 
 import pytest
@@ -14,6 +13,7 @@ from slcompile.passes import parameterize_weights, run
 from slcompile.passes.graph import Decision
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.sl_weight import SLWeight
+from tests.testing import text_of
 
 
 def make_weight(support: str = "stratified", rows: int = 8, columns: int = 6) -> SLWeight:
@@ -44,11 +44,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.fc(x).relu(), self.fc.weight
-
-
-def text_of(gm: fx.GraphModule) -> str:
-    """The graph's text without numbers of users and types."""
-    return re.sub(r" : .*?\] = ", " = ", str(gm.graph)).strip()
 
 
 def read_twice(gm: fx.GraphModule) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from textwrap import dedent
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from slcompile.ops import compose
 from slcompile.passes import recompute_weights
 from slcompile.passes.graph import Decision, PassReport
+from tests.testing import text_of
 
 FACTORS = (torch.ones(8, 2), torch.ones(2, 6), torch.ones(8, 3), torch.tensor([5]))
 x_TK = torch.ones(5, 6)
@@ -39,11 +39,6 @@ def traced_in_a_checkpointed_region(function: Callable[..., object], *args: Tens
             node.meta["ac_graph_id"] = 1
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return gm
-
-
-def text_of(gm: fx.GraphModule) -> str:
-    """The graph's text without numbers of users and types."""
-    return re.sub(r" : .*?\] = ", " = ", str(gm.graph)).strip()
 
 
 def tagged(gm: fx.GraphModule) -> list[str]:
@@ -129,7 +124,7 @@ def test_twice_changes_nothing() -> None:
     assert (text_of(gm), tagged(gm)) == (text, tags)
 
 
-def saved_for_backward(*, with_pass: bool) -> list[tuple[int, ...]]:
+def kept_by_the_partitioner(*, with_pass: bool) -> list[tuple[int, ...]]:
     """Shapes of what the partitioner keeps between the forward and the backward pass."""
     saved: list[tuple[int, ...]] = []
 
@@ -155,8 +150,8 @@ def saved_for_backward(*, with_pass: bool) -> list[tuple[int, ...]]:
 
 def test_partitioner_keeps_no_composed_weight() -> None:
     shape = (8, 6)
-    assert shape in saved_for_backward(with_pass=False)
-    assert shape not in saved_for_backward(with_pass=True)
+    assert shape in kept_by_the_partitioner(with_pass=False)
+    assert shape not in kept_by_the_partitioner(with_pass=True)
 
 
 def partitioned(

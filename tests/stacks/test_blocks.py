@@ -10,6 +10,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import slcompile
 
+pytestmark = pytest.mark.slow
+
 
 def trained(model: torch.nn.Module) -> list[float]:
     return ranks.train(model, torch.optim.AdamW(model.parameters(), lr=3e-3), range(2))

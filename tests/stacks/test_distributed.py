@@ -14,6 +14,8 @@ import torch
 import slcompile
 from tests.testing import torchrun
 
+pytestmark = pytest.mark.slow
+
 RANKS = Path(ranks.__file__)
 
 

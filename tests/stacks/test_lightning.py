@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slcompile
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def classifier(block_class) -> type[lightning.LightningModule]:

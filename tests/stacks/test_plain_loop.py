@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 import slcompile
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"rank": 8, "density": 0.05, "seed": 3}
 
 

@@ -7,18 +7,12 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import slcompile
+from tests.zoo import tiny
 
-SMALL = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=32,
-)
+pytestmark = pytest.mark.slow
 
 
 class Counting(Dataset):
@@ -34,7 +28,7 @@ class Counting(Dataset):
 
 def dense() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(SMALL)
+    return tiny("llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=2)
 
 
 def trainer_of(model: LlamaForCausalLM, folder, steps: int = 8) -> Trainer:

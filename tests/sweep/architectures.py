@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from tests import zoo
+
 BATCH, LENGTH, VOCABULARY, IMAGE, SAMPLES = 2, 16, 128, 32, 1600
 
 SIZES = {
@@ -44,14 +46,8 @@ DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 4,
     "num_hidden_layers": 2,
 }
-T5 = {
-    "vocab_size": VOCABULARY, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 1,
-    "decoder_start_token_id": 0, "use_cache": False,
-}  # fmt: skip
-VIT = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "image_size": IMAGE, "patch_size": 8, "num_labels": 10,
-}  # fmt: skip
+T5 = {**zoo.T5, "vocab_size": VOCABULARY, "use_cache": False}
+VIT = {**zoo.VIT, "image_size": IMAGE}
 STAGES = {"depths": [1, 1], "num_labels": 10, "image_size": IMAGE}
 SPEECH = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,

@@ -19,6 +19,8 @@ from tests.sweep import measure as measuring
 from tests.sweep.architectures import ARCHITECTURES, Architecture
 from tests.sweep.measure import ATEN, CPP, LOWERINGS, Row, check_report, compare_gradients, measure
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     **dict.fromkeys("qwen3 gpt2 mixtral mamba bert albert vit convnext".split(), LOWERINGS),
     **dict.fromkeys("t5 whisper clip".split(), ("auto",)),

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slcompile
-
-OPTIONS = {"rank": 8, "density": 0.05}
+from tests.testing import OPTIONS
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

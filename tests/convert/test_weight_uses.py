@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import slcompile
-from tests.testing import OPTIONS, Model, Plain, attention, converted
+from tests.testing import SPECTRAL, Model, Plain, attention, converted
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 
@@ -153,7 +153,7 @@ def test_every_use_of_a_weight_trains_as_in_eager_mode(name, lowering, assert_ea
     case = CASES[name]
     model = Model(case.function, case.members)
     weights = {name for name, each in model.named_parameters() if each.dim() >= 2}
-    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, "lowering": lowering})
+    compiled = torch.compile(model, backend="sltrain", options={**SPECTRAL, "lowering": lowering})
     x = torch.randn(4, 10, 64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Casting complex values")
@@ -172,7 +172,7 @@ def test_autocast_on_either_side(inside, lowering, dtype, assert_eager):
     model = Model(lambda m, x: F.gelu(x @ m.w.T) @ m.w, {"w": (96, 64)}).to(dtype)
     if inside:
         model.function = autocast(model.function)
-    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, "lowering": lowering})
+    compiled = torch.compile(model, backend="sltrain", options={**SPECTRAL, "lowering": lowering})
     x = torch.randn(4, 10, 64, dtype=dtype)
     for _ in range(2):
         if inside:
@@ -188,7 +188,7 @@ def test_autocast_on_either_side(inside, lowering, dtype, assert_eager):
 )
 def test_batches_without_tokens(sizes, lowering, assert_eager):
     model = Plain()
-    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, "lowering": lowering})
+    compiled = torch.compile(model, backend="sltrain", options={**SPECTRAL, "lowering": lowering})
     for shape in (sizes, sizes, [size or 3 for size in sizes], sizes):
         assert_eager(compiled, model, (torch.randn(shape),))
     assert converted(model) == {"up.weight", "down.weight"}
@@ -198,7 +198,7 @@ def test_batches_without_tokens(sizes, lowering, assert_eager):
 def test_batch_and_sequence_change_without_a_compile_for_each_size(how, counting, assert_eager):
     # No float among its attributes: with dynamic=True Dynamo makes them symbolic, and then starts anew without.
     model = Model(lambda m, x: attention(*m.qkv(x).chunk(3, -1)), {"qkv": lambda: nn.Linear(64, 192)})
-    options = {**OPTIONS, "lowering": "factored"}
+    options = {**SPECTRAL, "lowering": "factored"}
     compiled = torch.compile(model, backend=counting, options=options, dynamic=True if how == "dynamic=True" else None)
 
     def run(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import slcompile
-from tests.testing import OPTIONS, Plain, compiled_with, converted
+from tests.testing import SPECTRAL, Plain, compiled_with, converted
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 
@@ -73,7 +73,7 @@ def func_jacrev(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> d
 @pytest.mark.parametrize("transform", [func_grad, func_vmap, func_jacrev])
 def test_transforms_differentiate_the_factors(transform, compiled):
     support = "uniform" if compiled else "stratified"
-    model = slcompile.factorize_(Plain(), slcompile.SLConfig(**OPTIONS, support=support))
+    model = slcompile.factorize_(Plain(), slcompile.SLConfig(**SPECTRAL, support=support))
     parameters, x = {name: each.detach() for name, each in model.named_parameters()}, torch.randn(5, 64)
     run = compiled_with("sltrain", transform, fullgraph=True) if compiled else transform
     found = run(model, parameters, x)
@@ -93,7 +93,7 @@ def dual_numbers(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, dir
 
 @pytest.mark.parametrize(("transform", "compiled"), [(func_jvp, False), (func_jvp, True), (dual_numbers, False)])
 def test_forward_mode_differentiates_the_factors(transform, compiled):
-    model = slcompile.factorize_(Plain(), slcompile.SLConfig(**OPTIONS))
+    model = slcompile.factorize_(Plain(), slcompile.SLConfig(**SPECTRAL))
     parameters, x = {name: each.detach() for name, each in model.named_parameters()}, torch.randn(5, 64)
     directions = {name: torch.randn_like(each) for name, each in parameters.items()}
     run = compiled_with("sltrain", transform, fullgraph=True) if compiled else transform
@@ -102,7 +102,7 @@ def test_forward_mode_differentiates_the_factors(transform, compiled):
 
 
 def test_an_ensemble_of_factorized_models_is_vectorised():
-    models = [slcompile.factorize_(Plain(), slcompile.SLConfig(**OPTIONS)) for _ in range(3)]  # each with other seeds
+    models = [slcompile.factorize_(Plain(), slcompile.SLConfig(**SPECTRAL)) for _ in range(3)]  # each with other seeds
     x = torch.randn(5, 64)
     parameters, buffers = torch.func.stack_module_state(models)
     many = torch.func.vmap(lambda *state: functional_call(models[0], state, (x,)))(parameters, buffers)

@@ -8,12 +8,10 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import slcompile
 import slcompile.captured
-
-OPTIONS = {"rank": 8, "density": 0.05}
+from tests.testing import OPTIONS
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -125,7 +123,7 @@ def test_names_do_not_depend_on_other_containers_of_the_same_layers(helper_first
     compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, "include": ("layers.*",)})
     compiled(torch.randn(8, 64)).sum().backward()
     assert len(slcompile.factors(model)) == 4
-    assert len(helper) == 4
+    del helper  # alive until here, as another container of the layers
 
 
 def test_a_rank_that_fits_some_weights_is_no_error_in_a_graph_that_holds_only_others(batch, counting):
@@ -186,10 +184,10 @@ def test_a_list_of_parameters_made_before_is_warned_about(block, batch, caplog):
             compiled(batch[0]).sum().backward()
     assert "3 converted dense weights (65,536 bytes) are still held" in caplog.records[-1].getMessage()
     assert len(caplog.records) == 2
-    assert stale
+    del stale  # alive until here: it is what was warned about
 
 
-def test_two_threads_that_take_the_first_step_at_once_convert_once(block, batch):
+def test_two_threads_that_take_the_first_step_at_once_convert_once(block, batch, aten_kernels):
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     barrier, errors = threading.Barrier(2), []
@@ -209,15 +207,6 @@ def test_two_threads_that_take_the_first_step_at_once_convert_once(block, batch)
     assert errors == []
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in block.parameters()]
     assert all(p.grad is not None for p in block.parameters())
-
-
-def test_a_first_run_inside_a_backward_pass_is_refused(block, batch):
-    compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
-    x = batch[0].clone().requires_grad_()
-    output = checkpoint(compiled, x, use_reentrant=True)
-    with pytest.raises(RuntimeError, match=r"call slcompile\.factorize_"):
-        output.sum().backward()
-    assert not is_converted(block)
 
 
 def test_merging_and_training_on_is_announced_as_a_conversion(block, batch, caplog):

@@ -15,9 +15,9 @@ import slcompile
 from slcompile.ops import compose
 from slcompile.ops.support import groups_per_row
 from slcompile.weight.start import looks_trained, spectral_factors
+from tests.testing import OPTIONS
 
 EXPERTS, WIDTH, HIDDEN = 4, 64, 96
-OPTIONS = {"rank": 8, "density": 0.05}
 
 
 class Experts(nn.Module):

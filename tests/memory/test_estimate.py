@@ -3,53 +3,41 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import slcompile
-from slcompile import memory
+from slcompile import models
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.graphs import capture
 from slcompile.memory.liveness import PARTS, Event, Plan, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
+from tests.testing import example
+from tests.zoo import tiny_config
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 IDS = {name: torch.zeros(2, 64, dtype=torch.int64) for name in ("input_ids", "labels")}
 CONFIG = slcompile.SLConfig(rank=16, density=0.05)
+ESTIMATE = "slcompile.memory.estimate"
 
 
 @pytest.fixture(scope="module")
 def table():
     """examples/memory_table.py, which measures real steps."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        spec = importlib.util.spec_from_file_location("memory_table", EXAMPLES / "memory_table.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["memory_table"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return module
+    return example("memory_table")
 
 
 def llama(layers: int = 2, **changes) -> LlamaConfig:
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 2, "vocab_size": 1000} | changes
-    return LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes)
+    return tiny_config("llama", num_hidden_layers=layers, use_cache=False, **sizes)
 
 
 def test_weights_are_those_that_the_string_factorizes_experts_among_them():
-    config = MixtralConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=4, vocab_size=100,
-    )  # fmt: skip
+    config = tiny_config("mixtral", intermediate_size=96, num_hidden_layers=5, num_attention_heads=2, vocab_size=100)
     report = estimate_memory(config, kwargs=IDS, config=CONFIG)
     config.num_hidden_layers, config.use_cache = 5, False
     model = MixtralForCausalLM(config)
@@ -204,7 +192,7 @@ class TestRepeating:
         settings = {"kwargs": IDS, "config": CONFIG, "device": device, "optimizer": "adamw8bit", "per_layer": True}
         short = estimate_memory(llama(6), **settings)
         assert (short.layers, short.captured_layers) == (6, 4)
-        monkeypatch.setattr(memory, "PROOF_LAYERS", 5)  # 6 are few then
+        monkeypatch.setattr(f"{ESTIMATE}.PROOF_LAYERS", 5)  # 6 are few then
         whole = estimate_memory(llama(6), **settings)
         assert (whole.layers, whole.captured_layers) == (6, 6)
         assert short.variants() == whole.variants()
@@ -225,8 +213,8 @@ class TestRepeating:
                 for sign in (1, -1)
             ]
 
-        monkeypatch.setattr(memory, "capture", captured)
-        monkeypatch.setattr(memory, "step_events", events)
+        monkeypatch.setattr(f"{ESTIMATE}.capture", captured)
+        monkeypatch.setattr(f"{ESTIMATE}.step_events", events)
         report = estimate_memory(llama(6), kwargs=IDS, config=CONFIG)
         assert depths == [3, 4, 6, 3, 4, 6]
         assert report.dense.largest["temporaries"] == 1008
@@ -313,6 +301,6 @@ class TestReport:
         with pytest.raises(ValueError, match="frozen"):
             estimate_memory(frozen, (torch.empty(8, 64),))
         with pytest.raises(ValueError, match="model got 'llama-7', did you mean 'llama-7b'"):
-            memory.llama_config("llama-7")
+            models.llama_config("llama-7")
         with pytest.raises(ValueError, match="path of the configuration must be a file or a directory"):
-            memory.hf_config("no/such/file.json")
+            models.hf_config("no/such/file.json")

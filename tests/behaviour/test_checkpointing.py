@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
 from tests.testing import saved_for_backward
+from tests.zoo import tiny
 
 WIDTH, INTERMEDIATE, TOKENS = 48, 80, 40
 RANK, DENSITY = 8, 0.05
@@ -46,16 +46,8 @@ def functional() -> tuple[nn.Module, Callable[[nn.Module], Tensor], Callable[[bo
 
 
 def transformers(layers: int = 1) -> tuple[nn.Module, Callable[[nn.Module], Tensor], Callable[[bool], None]]:
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=WIDTH,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            vocab_size=64,
-            tie_word_embeddings=False,
-        )
-    ).train()
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INTERMEDIATE, "num_attention_heads": 2, "vocab_size": 64}
+    model = tiny("llama", num_hidden_layers=layers, **sizes).train()
     ids = torch.randint(0, 64, (2, TOKENS // 2))
 
     def switch(on: bool) -> None:
@@ -70,7 +62,7 @@ def transformers(layers: int = 1) -> tuple[nn.Module, Callable[[nn.Module], Tens
 @pytest.mark.parametrize("make", [functional, transformers])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 @pytest.mark.parametrize("keep_weights", [False, True], ids=["recompute", "keep"])
-def test_gradients_are_eagers_and_weights_are_saved_only_on_request(make, lowering, keep_weights):
+def test_gradients_are_eagers_and_weights_are_saved_only_on_request(make, lowering, keep_weights, aten_kernels):
     model, loss_of, switch = make()
     options = {"rank": RANK, "density": DENSITY, "lowering": lowering, "keep_weights": keep_weights}
     slcompile.factorize_(model, slcompile.SLConfig(rank=RANK, density=DENSITY))
@@ -108,7 +100,7 @@ def test_gradients_are_eagers_and_weights_are_saved_only_on_request(make, loweri
     assert saved_bytes[True] < saved_bytes[False], "checkpointing saved as much as without it"
 
 
-def test_per_layer_updates_under_checkpointing_are_the_plain_optimizers():
+def test_per_layer_updates_under_checkpointing_are_the_plain_optimizers(aten_kernels):
     """Each update comes while the region before it is still to be recomputed; eager and compiled layer by layer."""
     done = []
     for make in (torch.optim.AdamW, lambda p, **kw: slcompile.optim.per_layer(torch.optim.AdamW, p, **kw)):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import slcompile
-
-CONFIG = slcompile.SLConfig(rank=8, density=0.05)
+from tests.testing import CONFIG
 
 
 @pytest.mark.parametrize("strict", [True, False])

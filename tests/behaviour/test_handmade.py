@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-from tests.testing import OPTIONS, Model, Plain, compiled_with, converted
+from tests.testing import SPECTRAL, Model, Plain, compiled_with, converted
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 
@@ -157,7 +157,7 @@ def test_recurrent_layers_are_left_with_the_reason(kind, assert_eager):
 
 def test_a_model_with_a_recurrent_layer_is_factorized_explicitly(assert_eager):
     model, x = Recurrent(nn.LSTM(64, 64, batch_first=True)), torch.randn(3, 5, 64)
-    slcompile.factorize_(model, slcompile.SLConfig(**OPTIONS), example_args=(x,))
+    slcompile.factorize_(model, slcompile.SLConfig(**SPECTRAL), example_args=(x,))
     assert converted(model) == {"first.weight", "last.weight"}
     assert_eager(compiled_with("sltrain", model), model, (x,))
 
@@ -200,7 +200,7 @@ def test_activation_checkpointing(where, reentrant, assert_eager):
 
     model = Model(lambda m, x: checkpointed(m.plain)(x), {"plain": Plain}) if where == "inside" else Plain()
     if where == "around, factorized before":
-        slcompile.factorize_(model, slcompile.SLConfig(**OPTIONS))
+        slcompile.factorize_(model, slcompile.SLConfig(**SPECTRAL))
     compiled = compiled_with("sltrain", model)
     run = compiled if where == "inside" else checkpointed(compiled)
     x = torch.randn(8, 64)
@@ -224,7 +224,7 @@ def test_an_eager_checkpoint_around_a_first_run_that_reads_a_weight_twice_is_ref
     with pytest.raises(RuntimeError, match=r"reads w several times.*call slcompile\.factorize_\(model\) before"):
         run(x)
     assert converted(model) == set()
-    slcompile.factorize_(model, slcompile.SLConfig(**OPTIONS), example_args=(x,))
+    slcompile.factorize_(model, slcompile.SLConfig(**SPECTRAL), example_args=(x,))
     assert_eager(run, model, (x,))
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
 
 import slcompile
+from slcompile.config import SKIPPABLE
 
 few = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 no_number = st.one_of(st.none(), st.booleans(), st.text(), st.lists(st.integers()), st.just(float("nan")), st.binary())
@@ -37,6 +38,8 @@ VALID = {
     "lowering": st.sampled_from(("auto", "composed", "factored")),
     "keep_weights": st.booleans(),
     "autotune": st.booleans(),
+    "structure": st.just("sparse_low_rank"),
+    "skip_passes": st.lists(st.sampled_from(SKIPPABLE)),
     "inductor": st.sampled_from(({}, {"max-autotune": False}, {"epilogue_fusion": True})),
 }
 not_bool = st.one_of(st.none(), st.integers(), st.floats(), st.text())
@@ -58,6 +61,8 @@ INVALID = {
     "keep_weights": not_bool,
     "autotune": not_bool,
     "dryrun": not_bool,
+    "structure": st.one_of(not_bool, st.booleans()),
+    "skip_passes": st.one_of(not_bool, st.lists(not_bool, min_size=1)),
     "inductor": st.one_of(st.none(), st.integers(), st.text(), st.lists(st.integers()), st.just({"no_such": 1})),
 }
 wrong = st.sampled_from(sorted(INVALID)).flatmap(lambda name: st.tuples(st.just(name), INVALID[name]))
@@ -134,6 +139,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
 def test_a_thousand_steps_grow_nothing(block, batch, counting):
     compiled = torch.compile(block, backend=counting, options={"rank": 8, "density": 0.05})
@@ -188,6 +194,7 @@ for lowering, support in (("composed", "stratified"), ("factored", "uniform")):
 """
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_train_bit_equal_in_every_process(tmp_path, monkeypatch):
     runs = []
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -16,10 +16,12 @@ import slcompile
 import slcompile.convert.transaction
 import slcompile.convert.weight_uses
 import slcompile.factorize
+from tests.testing import OPTIONS
+
+pytestmark = pytest.mark.slow
 
 CONFIG = slcompile.SLConfig(rank=2, density=0.1, min_dim=8)
 NAMES = {"0.weight", "2.weight"}
-OPTIONS = {"rank": 8, "density": 0.05}
 
 
 def tiny() -> nn.Sequential:

@@ -13,17 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import AutoModelForCausalLM
 
 import slcompile
 from slcompile import cli
@@ -32,6 +22,8 @@ from slcompile.cli.sources import example_inputs
 from slcompile.cost import stored
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.measure import measure_rates
+from tests.testing import CONFIG, randomize
+from tests.zoo import tiny, tiny_config
 
 # As in tests/export/test_architectures.py: at most 100 operators in sequence, sums of at most 256 terms.
 BOUND = {torch.float32: 160 * 2**-24, torch.float16: 10 * 2**-11}
@@ -40,16 +32,7 @@ BOUND = {torch.float32: 160 * 2**-24, torch.float16: 10 * 2**-11}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4, vocab_size=128,
-        )
-    )  # fmt: skip
-    slcompile.factorize_(model, slcompile.SLConfig(rank=8, density=0.05))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_sl." in name:
-                parameter.normal_(std=0.05)
+    model = randomize(slcompile.factorize_(tiny("llama"), CONFIG))
     return save_factorized(model, tmp_path_factory.mktemp("checkpoint"))
 
 
@@ -144,21 +127,9 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(checkpoint, tmp_path, 
     assert capsys.readouterr().err.startswith("slcompile: ")
 
 
-SMALL = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: LlamaForCausalLM(LlamaConfig(vocab_size=20, **SMALL)),
-        lambda: BertForSequenceClassification(BertConfig(vocab_size=128, **SMALL)),
-        lambda: T5ForConditionalGeneration(T5Config(d_model=64, d_ff=128, num_layers=1, vocab_size=128)),
-        lambda: ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **SMALL)),
-    ],
-    ids=["llama", "bert", "t5", "vit"],
-)
-def test_example_inputs_fit_the_model(make):
-    model = make().eval()
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "vit"])
+def test_example_inputs_fit_the_model(kind):
+    model = tiny(kind).eval()
     inputs, dynamic_shapes = example_inputs(model)
     assert model.main_input_name in inputs
     assert model(**inputs).logits.shape[0] == inputs[model.main_input_name].shape[0]
@@ -169,7 +140,7 @@ def test_example_inputs_fit_the_model(make):
 
 def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("slcompile.cli.rates.measure_rates", functools.partial(measure_rates, seconds=0.001))
+    monkeypatch.setattr(cli.rates, "measure_rates", functools.partial(measure_rates, seconds=0.001))
     threads = str(torch.get_num_threads())
     stored._rates.cache_clear()
     try:
@@ -202,10 +173,7 @@ TINY_MEMORY = ["--rank", "0.25", "--density", "0.05", "--seq-len", "32"]
 
 def test_memory_prints_writes_json_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
-    )
-    config.save_pretrained(tmp_path)
+    tiny_config("llama").save_pretrained(tmp_path)
     (tmp_path / "report.json").write_text("old")
     outputs = ["--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "chart.svg")]
     assert main(["memory", "--hf", str(tmp_path / "config.json"), *TINY_MEMORY, *outputs]) == 0

@@ -162,5 +162,5 @@ class TestRequirePossibleRank:
     @pytest.mark.parametrize(
         ("shapes", "rank"), [([(48, 48), (512, 512)], 100), ([], 100), ([(64, 64)], 0.9), ([(64, 64)], 64)]
     )
-    def test_rank_that_fits_a_weight_is_accepted(self, shapes: list[tuple[int, int]], rank: float) -> None:
+    def test_rank_that_fits_a_weight_raises_nothing(self, shapes: list[tuple[int, int]], rank: float) -> None:
         require_possible_rank(shapes, SLConfig(rank=rank))

@@ -7,26 +7,21 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
 from slcompile.optim import per_layer
+from tests.zoo import tiny
+
+pytestmark = pytest.mark.slow
 
 VOCABULARY, STEPS = 256, 60
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
+def llama(seed: int = 0) -> nn.Module:
     """Small, with few shapes (torchao compiles once for each), its factors large enough for 8-bit states (4096)."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    return tiny("llama", **sizes)
 
 
 def sentences() -> list[Tensor]:

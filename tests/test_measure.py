@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slcompile import cost
-from slcompile.cost import DTYPES, measure, stored
+from slcompile import cost, measure
+from slcompile.cost import DTYPES, stored
 from slcompile.measure import measure_rates
 from slcompile.ops.support import stratified_columns
 

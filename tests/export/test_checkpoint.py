@@ -57,7 +57,7 @@ def test_round_trip(name, support, tmp_path):
 
 
 def test_the_scale_of_alpha_auto_is_kept_to_the_bit(tmp_path):
-    model = LlamaForCausalLM(llama_config())
+    model = tiny("llama")
     slcompile.factorize_(model, slcompile.SLConfig(rank=5, density=DENSITY, alpha="auto"))
     save_factorized(model, tmp_path)
     want, got = slcompile.factors(model), slcompile.factors(load_factorized(tmp_path))

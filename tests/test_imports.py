@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,16 @@ def test_every_module_is_read():
 
 def test_every_room_has_a_floor():
     assert {room(module) for module in sources()} == FLOOR.keys()
+
+
+def test_readme_prints_the_same_floors():
+    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    printed = readme.partition("Imports go down: ")[2].partition(". [")[0]
+    floors = [tuple(re.findall(r"`(\w+)`", floor)) for floor in printed.split("→")]
+    entry_points = {"__init__", "__main__"}
+    assert floors[::-1] == [
+        rooms for floor in FLOORS if (rooms := tuple(each for each in floor if each not in entry_points))
+    ]
 
 
 def test_every_import_goes_down():

@@ -9,7 +9,10 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-SUPPORTS = ("stratified", "uniform")
+SUPPORTS = ("stratified", "vector", "uniform")
+VECTOR = 16
+"""Rows that share their columns in the vector support, unless the user says otherwise."""
+VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 INITS = ("auto", "kaiming", "spectral")
 LOWERINGS = ("auto", "composed", "factored")
 SKIPPABLE = ("fuse_weight_grads", "choose_lowering", "group_projections", "recompute_weights", "lower_ops")
@@ -28,7 +31,11 @@ class SLConfig:
         density: Share of the entries of ``W`` that ``S`` holds, in (0, 1].
         alpha: Numerator of the scale ``alpha / rank``. The paper uses 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
         support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
-            groups of a row and stores no index; ``"uniform"`` is the paper's random subset, stored as int32.
+            groups of a row and stores no index; ``"vector"`` is the same for blocks of ``vector`` rows that share their
+            columns, which vector and matrix units multiply several times as fast; ``"uniform"`` is the paper's random
+            subset, stored as int32.
+        vector: Rows of a block of the vector support, a power of two up to 128; the last block of a weight may have
+            fewer. 1 is the stratified support. Only with ``support="vector"``.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
             the weight that is there, ``"auto"`` spectral if any weight looks trained, else kaiming.
         seed: None draws each weight's seed from torch's default generator; an int is hashed with its name. Among
@@ -55,6 +62,7 @@ class SLConfig:
     density: float = 0.03
     alpha: float = 16.0
     support: str = "stratified"
+    vector: int = VECTOR
     init: str = "auto"
     seed: int | None = None
     include: tuple[str, ...] = ("*",)
@@ -82,6 +90,9 @@ class SLConfig:
         _require(_is_number(self.density) and 0 < self.density <= 1, "density", self.density, "a number in (0, 1]")
         _require(_is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a finite number > 0")
         _require_choice("support", self.support, SUPPORTS)
+        _require(_is_int(self.vector) and self.vector in VECTORS, "vector", self.vector, f"one of {VECTORS}")
+        if self.vector != VECTOR and self.support != "vector":
+            raise ValueError(f"vector={self.vector} needs support='vector', got support={self.support!r}")
         _require_choice("init", self.init, INITS)
         _require(
             self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),

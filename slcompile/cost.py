@@ -13,7 +13,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ class Rates:
             registers.
         index_bytes: Of a non-zero's position, which a sparse product reads; 0 where kernels compute it.
         transposes: How often a sparse product copies its operands into another layout.
+        vector: FLOP/s of the same where rows share their columns (the vector support); of ``sparse`` where they are
+            not given. Such a product on CPU reads neither positions nor another layout.
     """
 
     matmul: Mapping[str, float]
@@ -43,6 +45,7 @@ class Rates:
     entries: float = float("inf")
     index_bytes: int = 0
     transposes: int = 0
+    vector: Mapping[str, float] = field(default_factory=dict)
 
 
 def _cpu(threads: int) -> Rates:
@@ -50,8 +53,13 @@ def _cpu(threads: int) -> Rates:
     bfloat16 = 700e9 if torch_private.has_amx() else 180e9
     matmul = {"float64": 40e9, "float32": 85e9, "float16": 1e9, "bfloat16": bfloat16}
     sparse = {"float64": 5e9, "float32": 22e9, "float16": 30e9, "bfloat16": 30e9}
-    matmul, sparse = ({name: rate * threads for name, rate in each.items()} for each in (matmul, sparse))
-    return Rates(matmul, sparse, memory=6e9 * threads, entries=60e6 * threads, index_bytes=4, transposes=1)
+    vector = {"float64": 15e9, "float32": 35e9, "float16": 10e9, "bfloat16": 35e9}
+    matmul, sparse, vector = (
+        {name: rate * threads for name, rate in each.items()} for each in (matmul, sparse, vector)
+    )
+    return Rates(
+        matmul, sparse, memory=6e9 * threads, entries=60e6 * threads, index_bytes=4, transposes=1, vector=vector
+    )
 
 
 # Dense rates are 0.7 of the data sheets', bandwidths 0.85; float32 without TF32. Sparse rates are estimates: they were
@@ -77,13 +85,17 @@ _GPUS = {
 
 @dataclass(frozen=True)
 class Matmul:
-    """One matmul with a factorized weight, or the product that makes its gradient: N rows, K columns, rank R."""
+    """One matmul with a factorized weight, or the product that makes its gradient: N rows, K columns, rank R.
+
+    ``vector`` rows share their columns: 1 but for the vector support.
+    """
 
     rows: int
     columns: int
     rank: int
     nonzeros: int
     dtype: torch.dtype
+    vector: int = 1
 
     @property
     def _name(self) -> str:
@@ -94,6 +106,9 @@ class Matmul:
         return max(2 * m * n * k / rates.matmul[self._name], moved / rates.memory)
 
     def _sparse(self, tokens: int, rates: Rates) -> float:
+        if self.vector > 1 and self._name in rates.vector:
+            moved = (2 * tokens * (self.rows + self.columns) + self.nonzeros) * self.dtype.itemsize
+            return max(2 * tokens * self.nonzeros / rates.vector[self._name], moved / rates.memory)
         copied = 2 * tokens * (self.rows + self.columns) * self.dtype.itemsize * rates.transposes
         read = self.nonzeros * (self.dtype.itemsize + rates.index_bytes)
         operations = 2 * tokens * self.nonzeros / rates.sparse[self._name]

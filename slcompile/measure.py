@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from slcompile.config import VECTOR
 from slcompile.cost import DTYPES, Rates, default_rates, store_rates
 from slcompile.ops.sparse_cpu import sparse_addmm
 from slcompile.ops.support import stratified_columns
+from slcompile.ops.vector_cpu import vector_addmm
 
 
 def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rates, Path]:
@@ -29,7 +31,7 @@ def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rat
     device = torch.device(device)
     defaults = default_rates(device)
     is_cpu = device.type == "cpu"
-    matmul, sparse = dict(defaults.matmul), dict(defaults.sparse)
+    matmul, sparse, vector = dict(defaults.matmul), dict(defaults.sparse), dict(defaults.vector)
     support = torch.tensor([1], device=device)
     for dtype, name in DTYPES.items():
         # Tall, as activations are. A CPU may have no fast float16.
@@ -41,10 +43,14 @@ def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rat
             values, x_T = torch.randn(rows, groups).to(dtype), torch.randn(columns, tokens).to(dtype)
             factor, hidden = torch.zeros(rows, 1).to(dtype), torch.zeros(tokens, 1).to(dtype)
             run = functools.partial(sparse_addmm, factor, hidden, values, support, x_T, False)
-            sparse[name] = 2 * tokens * rows * groups / _fastest(run, device, seconds)
+            operations = 2 * tokens * rows * groups
+            sparse[name] = operations / _fastest(run, device, seconds)
+            operands = (values, support, torch.randn(tokens, columns).to(dtype), None, False, VECTOR)
+            run = functools.partial(vector_addmm, factor, hidden, *operands)
+            vector[name] = operations / _fastest(run, device, seconds)
     large = torch.empty(2**26 if is_cpu else 2**28, device=device)  # no cache holds it
     memory = 2 * large.nbytes / _fastest(large.clone, device, seconds)
-    measured = dataclasses.replace(defaults, matmul=matmul, sparse=sparse, memory=memory)
+    measured = dataclasses.replace(defaults, matmul=matmul, sparse=sparse, memory=memory, vector=vector)
     if is_cpu:
         hashed = functools.partial(stratified_columns, support, rows, columns, groups)
         measured = dataclasses.replace(measured, entries=rows * groups / _fastest(hashed, device, seconds))

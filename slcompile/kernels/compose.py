@@ -80,7 +80,9 @@ def stratified_groups(first_column, columns, groups, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def stratified_table(mixed_seed, o_row, o_n, rows, group, first_column, columns, groups, TABLE: tl.constexpr):
+def stratified_table(
+    mixed_seed, o_row, o_n, rows, group, first_column, columns, groups, TABLE: tl.constexpr, VECTOR: tl.constexpr
+):
     """TABLE groups from ``group``, of each row of the tile.
 
     It loads nothing: torch takes what a function loads from for written to, where its results become an address.
@@ -89,7 +91,7 @@ def stratified_table(mixed_seed, o_row, o_n, rows, group, first_column, columns,
     row and group are there.
     """
     o_group = group + tl.arange(0, TABLE)
-    column = stratified_column(mixed_seed, o_row[:, None], o_group[None, :], columns, groups) - first_column
+    column = stratified_column(mixed_seed, o_row[:, None], o_group[None, :], columns, groups, VECTOR) - first_column
     mask = (o_n < rows)[:, None] & (o_group < groups)[None, :]
     return o_row[:, None] * groups + o_group[None, :], column.to(tl.int32), mask
 
@@ -161,6 +163,7 @@ def finish(
     TABLE: tl.constexpr,
     SEGMENT: tl.constexpr,
     PIECE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Adds S to a tile and stores it, PIECE columns at a time."""
     BLOCK_N: tl.constexpr = tile.shape[0]
@@ -169,11 +172,11 @@ def finish(
         left, right = tl.split(tl.permute(tl.reshape(tile, (BLOCK_N, 2, BLOCK_K // 2)), (0, 2, 1)))
         finish(
             left, p_values, p_support, p_bounds, p_w, o_row, o_n, first_column,
-            rows, columns, groups, stride_Wn, stride_Wk, STRATIFIED, TABLE, SEGMENT, PIECE,
+            rows, columns, groups, stride_Wn, stride_Wk, STRATIFIED, TABLE, SEGMENT, PIECE, VECTOR,
         )  # fmt: skip
         finish(
             right, p_values, p_support, p_bounds, p_w, o_row, o_n, first_column + BLOCK_K // 2,
-            rows, columns, groups, stride_Wn, stride_Wk, STRATIFIED, TABLE, SEGMENT, PIECE,
+            rows, columns, groups, stride_Wn, stride_Wk, STRATIFIED, TABLE, SEGMENT, PIECE, VECTOR,
         )  # fmt: skip
     else:
         o_k = first_column + tl.arange(0, BLOCK_K)
@@ -182,7 +185,7 @@ def finish(
             begin, end = stratified_groups(first_column, columns, groups, BLOCK_K)
             for group in range(begin, end, TABLE):
                 position, b_column, there = stratified_table(
-                    mixed_seed, o_row, o_n, rows, group, first_column, columns, groups, TABLE
+                    mixed_seed, o_row, o_n, rows, group, first_column, columns, groups, TABLE, VECTOR
                 )
                 b_value = tl.load(p_values + position, mask=there, other=0.0)
                 slot = stratified_slots(group, first_column, columns, groups, TABLE, BLOCK_K)
@@ -236,6 +239,7 @@ def compose_kernel(
     SEGMENT: tl.constexpr,
     BAND: tl.constexpr,
     PIECE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -260,7 +264,7 @@ def compose_kernel(
     # Experts are further rows of one support.
     finish(
         tile, p_values, p_support, p_bounds, p_W + i_expert * stride_We, i_expert * rows + o_n, o_n, first_column,
-        rows, columns, groups, stride_Wn, stride_Wk, STRATIFIED, TABLE, SEGMENT, PIECE,
+        rows, columns, groups, stride_Wn, stride_Wk, STRATIFIED, TABLE, SEGMENT, PIECE, VECTOR,
     )  # fmt: skip
 
 
@@ -304,6 +308,7 @@ def compose(
     support: Tensor,
     scale: float,
     dtype: torch.dtype | None = None,
+    vector: int = 1,
     *,
     transposed: bool = False,
     autotune: bool = False,
@@ -313,11 +318,12 @@ def compose(
     Args:
         B: [N, R] or [E, N, R], float32, bfloat16 or float16, of any strides.
         A: [R, K] or [E, R, K], like B.
-        values: [N, groups] or [E, N, groups] for the stratified support, whose row of expert e is ``e * N + row``;
-            [P] for the uniform one, of the E * N rows.
+        values: [N, groups] or [E, N, groups] for the stratified and the vector support, whose row of expert e is
+            ``e * N + row``; [P] for the uniform one, of the E * N rows.
         support: The seed, one integer, or the sorted flat index [P], int32 or int64.
         scale: Factor of the low-rank part.
         dtype: Of the result; None is B's.
+        vector: Rows that share their columns.
         transposed: Whether the result's rows, not its columns, are neighbours in memory.
         autotune: Whether to time a few configurations, once for each shape, instead of taking the device's.
 
@@ -369,6 +375,7 @@ def compose(
             SEGMENT=SEGMENT,
             BAND=BAND,
             PIECE=PIECE,
+            VECTOR=vector,
             **options,
         )
     return W if B.dim() == 3 else W.squeeze(0)

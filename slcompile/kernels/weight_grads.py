@@ -63,6 +63,7 @@ def finish(
     TABLE: tl.constexpr,
     SEGMENT: tl.constexpr,
     PIECE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Stores a tile of G and what it holds at the support, PIECE columns at a time."""
     BLOCK_N: tl.constexpr = tile.shape[0]
@@ -71,11 +72,11 @@ def finish(
         left, right = tl.split(tl.permute(tl.reshape(tile, (BLOCK_N, 2, BLOCK_K // 2)), (0, 2, 1)))
         finish(
             left, p_G, p_grad_values, p_support, p_bounds, o_n, first_column,
-            rows, columns, groups, width, STORE_G, STRATIFIED, TABLE, SEGMENT, PIECE,
+            rows, columns, groups, width, STORE_G, STRATIFIED, TABLE, SEGMENT, PIECE, VECTOR,
         )  # fmt: skip
         finish(
             right, p_G, p_grad_values, p_support, p_bounds, o_n, first_column + BLOCK_K // 2,
-            rows, columns, groups, width, STORE_G, STRATIFIED, TABLE, SEGMENT, PIECE,
+            rows, columns, groups, width, STORE_G, STRATIFIED, TABLE, SEGMENT, PIECE, VECTOR,
         )  # fmt: skip
     else:
         if STORE_G:
@@ -89,7 +90,7 @@ def finish(
             begin, end = stratified_groups(first_column, columns, groups, BLOCK_K)
             for group in range(begin, end, TABLE):
                 position, b_column, there = stratified_table(
-                    mixed_seed, o_n, o_n, rows, group, first_column, columns, groups, TABLE
+                    mixed_seed, o_n, o_n, rows, group, first_column, columns, groups, TABLE, VECTOR
                 )
                 # The first and the last group may have their non-zero in another tile.
                 there &= (b_column >= 0) & (b_column < BLOCK_K)
@@ -133,6 +134,7 @@ def weight_grads_kernel(
     SEGMENT: tl.constexpr,
     BAND: tl.constexpr,
     PIECE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -155,7 +157,7 @@ def weight_grads_kernel(
 
     finish(
         tile, p_G, p_grad_values, p_support, p_bounds, o_n, first_column,
-        rows, columns, groups, width, STORE_G, STRATIFIED, TABLE, SEGMENT, PIECE,
+        rows, columns, groups, width, STORE_G, STRATIFIED, TABLE, SEGMENT, PIECE, VECTOR,
     )  # fmt: skip
 
 
@@ -170,7 +172,9 @@ def tuned_kernel() -> Any:
     return triton.autotune([*CONFIGS.values(), CONFIG_32, *others], key, cache_results=True)(weight_grads_kernel)
 
 
-def launch(left: Tensor, right: Tensor, values: Tensor, support: Tensor, G: Tensor | None, autotune: bool) -> Tensor:
+def launch(
+    left: Tensor, right: Tensor, values: Tensor, support: Tensor, G: Tensor | None, vector: int, autotune: bool
+) -> Tensor:
     """Launches the kernel, and returns the gradient of values.
 
     ``G``, if it is given, is filled: [N, K or more], contiguous, its further columns with zeros.
@@ -213,6 +217,7 @@ def launch(left: Tensor, right: Tensor, values: Tensor, support: Tensor, G: Tens
             SEGMENT=SEGMENT,
             BAND=BAND,
             PIECE=PIECE,
+            VECTOR=vector,
             **options,
         )
     return grad_values
@@ -226,6 +231,7 @@ def weight_grads(
     values: Tensor,
     support: Tensor,
     scale: float,
+    vector: int = 1,
     *,
     autotune: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,16 +242,17 @@ def weight_grads(
         right: [T, K], like left.
         B: [N, R]. Where its dtype is not left's, it is rounded to that for its product with G, as autocast does.
         A: [R, K], likewise.
-        values: [N, groups] for the stratified support, [P] for the uniform one; its numbers are not read.
+        values: [N, groups] for the stratified and vector supports, [P] for the uniform one; its numbers are not read.
         support: The seed, one integer, or the sorted flat index [P], int32 or int64.
         scale: Factor of the low-rank part.
+        vector: Rows that share their columns.
         autotune: Whether to time a few configurations, once for each shape, instead of taking the device's.
     """
     # G is rounded to the dtype of its factors, as it is where autograd makes it; float32 would take twice the memory.
     # Its rows begin at multiples of ALIGNMENT: what both its store and the vendor's matmuls are fast with.
     columns = right.shape[1]
     G = torch.empty((left.shape[1], columns + -columns % ALIGNMENT), dtype=left.dtype, device=left.device)
-    grad_values = launch(left, right, values, support, G, autotune)
+    grad_values = launch(left, right, values, support, G, vector, autotune)
     G = G[:, :columns]
     # beta=0: the first argument is not read, and alpha is applied before rounding.
     grad_B = torch.addmm(G.new_empty(1, 1), G, A.to(G.dtype).t(), beta=0, alpha=scale)
@@ -253,6 +260,8 @@ def weight_grads(
     return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_values
 
 
-def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor, *, autotune: bool = False) -> Tensor:
+def values_grad(
+    left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1, *, autotune: bool = False
+) -> Tensor:
     """Gradient of values alone, contiguous, with its shape and dtype; G is not stored. Arguments as above."""
-    return launch(left, right, values, support, None, autotune)
+    return launch(left, right, values, support, None, vector, autotune)

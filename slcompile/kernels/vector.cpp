@@ -438,12 +438,8 @@ extern "C" void dots(
 #pragma GCC unroll 16
                 for (int n = 0; n < N; n++)
                   memcpy(gathered[n], tile.get() + int64_t(column[n < count ? n : 0]) * LANES, sizeof gathered[n]);
-                Rows sums[N][PARTS];
-                Sum* to = sum + (block * padded + first) * VECTOR;
-#pragma GCC unroll 16
-                for (int n = 0; n < N; n++)
-#pragma GCC unroll 64
-                  for (int m = 0; m < PARTS; m++) sums[n][m] = rows_at(to + n * VECTOR + m * WIDE);
+                // A tile's sum is added to that of the tiles before it: closer than one long sum.
+                Rows sums[N][PARTS] = {};
                 for (int64_t token = 0; token < there; token++) {
                   Rows part[PARTS];
 #pragma GCC unroll 64
@@ -453,11 +449,15 @@ extern "C" void dots(
 #pragma GCC unroll 64
                     for (int m = 0; m < PARTS; m++) sums[n][m] += gathered[n][token] * part[m];
                 }
+                Sum* to = sum + (block * padded + first) * VECTOR;
 #pragma GCC unroll 16
                 for (int n = 0; n < N; n++)
                   if (n < count)
 #pragma GCC unroll 64
-                    for (int m = 0; m < PARTS; m++) put_rows(to + n * VECTOR + m * WIDE, sums[n][m]);
+                    for (int m = 0; m < PARTS; m++) {
+                      Sum* at = to + n * VECTOR + m * WIDE;
+                      put_rows(at, rows_at(at) + sums[n][m]);
+                    }
               });
             }
           }

@@ -17,7 +17,8 @@ from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SUPPORTS = ("stratified", "uniform")
+SUPPORTS = ("stratified", "vector", "uniform")
+VECTOR = {"stratified": 1, "vector": 8, "uniform": 1}
 SCALE = 0.75
 
 # rows, columns, rank: nothing divides anything, and the last pass a tile on each axis.
@@ -93,25 +94,25 @@ def run(case: Case, operands: Operands, autotune: bool = False) -> list[Tensor]:
 
     _, *others = operands
     return [
-        compose(B, *others, SCALE, case.result, transposed=case.transposed, autotune=autotune)
+        compose(B, *others, SCALE, case.result, VECTOR[case.support], transposed=case.transposed, autotune=autotune)
         for B in (operands.B, torch.zeros_like(operands.B))
     ]
 
 
-def reference(operands: Operands) -> list[Tensor]:
+def reference(operands: Operands, support: str) -> list[Tensor]:
     """The same in plain torch, in the operands' dtype."""
-    B, A, values, support = operands
+    B, A, values, where = operands
     if values.dim() > 1:
         values = values.flatten(end_dim=-2)
     low_rank = SCALE * (B @ A)
-    positions = flat_positions(values, support, A.shape[-1]).long()
+    positions = flat_positions(values, where, A.shape[-1], VECTOR[support]).long()
     sparse = values.new_zeros(low_rank.numel()).scatter(0, positions, values.flatten()).view(low_rank.shape)
     return [low_rank + sparse, sparse]
 
 
 def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     operands = make_operands(case)
-    (exact, _), (eager, sparse) = reference(operands.to(torch.float64)), reference(operands)
+    (exact, _), (eager, sparse) = (reference(each, case.support) for each in (operands.to(torch.float64), operands))
     weight, without_B = found
     dtype = case.result or case.dtype
     for each in found:
@@ -181,10 +182,10 @@ def compose_on_meta(shape: tuple[int, int, int, float], support: str, dtype: tor
     rows, columns, rank, density = shape
     B, A = torch.empty(rows, rank, dtype=dtype, device="meta"), torch.empty(rank, columns, dtype=dtype, device="meta")
     groups = groups_per_row(columns, density)
-    values = B.new_empty((rows, groups) if support == "stratified" else (rows * groups,))
-    indices = {"stratified": (1, torch.int64), "uniform": (rows * groups, torch.int32)}
-    size, kind = indices[support]
-    compose(B, A, values, torch.empty(size, dtype=kind, device="meta"), SCALE, **options)
+    values = B.new_empty((rows * groups,) if support == "uniform" else (rows, groups))
+    size, kind = (rows * groups, torch.int32) if support == "uniform" else (1, torch.int64)
+    where = torch.empty(size, dtype=kind, device="meta")
+    compose(B, A, values, where, SCALE, vector=VECTOR[support], **options)
 
 
 @pytest.mark.parametrize("support", SUPPORTS)

@@ -18,7 +18,8 @@ from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SUPPORTS = ("stratified", "uniform")
+SUPPORTS = ("stratified", "vector", "uniform")
+VECTOR = {"stratified": 1, "vector": 8, "uniform": 1}
 SCALE = 0.75
 
 # tokens, rows, columns, rank: nothing divides anything, and the last pass a tile on each axis.
@@ -88,23 +89,25 @@ def run(case: Case, operands: Operands, autotune: bool = False) -> list[Tensor]:
     from slcompile.kernels.weight_grads import values_grad, weight_grads
 
     left, right, _, _, values, support = operands
-    alone = values_grad(left, right, values, support, autotune=autotune)
-    return [*weight_grads(*operands, SCALE, autotune=autotune), alone]
+    vector = VECTOR[case.support]
+    alone = values_grad(left, right, values, support, vector, autotune=autotune)
+    return [*weight_grads(*operands, SCALE, vector, autotune=autotune), alone]
 
 
-def reference(operands: Operands) -> list[Tensor]:
+def reference(operands: Operands, support: str) -> list[Tensor]:
     """The same in plain torch, in the operands' dtype."""
-    left, right, B, A, values, support = operands
+    left, right, B, A, values, where = operands
     G = left.t() @ right
-    grad_values = G.flatten()[flat_positions(values, support, A.shape[1]).long()].view(values.shape)
+    grad_values = G.flatten()[flat_positions(values, where, A.shape[1], VECTOR[support]).long()].view(values.shape)
     rounded = G.to(B.dtype)
     return [SCALE * (rounded @ A.t()), SCALE * (B.t() @ rounded), grad_values, grad_values]
 
 
 def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     operands = make_operands(case)
+    exact_grads = reference(operands.to(torch.float64), case.support)
     for name, exact, eager, ours in zip(
-        ["B", "A", "values", "values"], reference(operands.to(torch.float64)), reference(operands), found, strict=True
+        ["B", "A", "values", "values"], exact_grads, reference(operands, case.support), found, strict=True
     ):
         parameter = getattr(operands, name)
         assert ours.dtype == parameter.dtype
@@ -115,7 +118,7 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
         assert float((ours - exact).norm()) <= float((eager - exact).norm()) + slack
     if case.parameters:
         # Taken from float32, so far closer than what has been through G.
-        exact = reference(operands.to(torch.float64))[2]
+        exact = exact_grads[2]
         assert float((found[2] - exact).norm()) <= SHAPES[case.shape][0] * 2**-23 * float(exact.norm())
     assert torch.equal(found[2], found[3])
 
@@ -178,10 +181,9 @@ def run_on_meta(shape: tuple[int, int, float], support: str, dtype: torch.dtype,
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     groups = groups_per_row(columns, density)
-    values, where = {
-        "stratified": (empty(rows, groups), empty(1, dtype=torch.int64)),
-        "uniform": (empty(rows * groups), empty(rows * groups, dtype=torch.int32)),
-    }[support]
+    values, where = empty(rows, groups), empty(1, dtype=torch.int64)
+    if support == "uniform":
+        values, where = values.flatten(), empty(rows * groups, dtype=torch.int32)
     factors = empty(rows, 512), empty(512, columns)
     run(Case("odd", support, dtype), Operands(empty(tokens, rows), empty(tokens, columns), *factors, values, where))
 

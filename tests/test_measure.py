@@ -57,6 +57,7 @@ def test_rates_are_what_was_done_by_the_time_it_took(monkeypatch: pytest.MonkeyP
     product, sparse = 2 * 2048 * 1024 * 1024 / 2.0, 2 * 2048 * 1024 * 16 / 8.0
     assert found.matmul == {**dict.fromkeys(DTYPES.values(), product), "float16": product / 4**3}
     assert found.sparse == {**dict.fromkeys(DTYPES.values(), sparse), "float16": sparse / 4**3}
+    assert found.vector == found.sparse  # the same work, and the clock is the same
     assert found.entries == 1024 * 16 / 0.5
     assert set(asked) == {(CPU, 3.0)}
 

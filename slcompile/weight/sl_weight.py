@@ -209,16 +209,16 @@ class SLWeight(FactorizedWeight):
         """
         if self.seed.device.type == "meta":
             return
-        if self.vector > 1 and int(self.rows_of_block) != self.vector:
-            raise RuntimeError(
-                f"the buffer rows_of_block holds {int(self.rows_of_block)} but this weight has vector={self.vector}: "
-                "something overwrote it. Load a state dict, or call reset_parameters()."
-            )
         if int(self.seed) != self.drawn_seed:
             raise RuntimeError(
                 f"the seed buffer holds {int(self.seed)} but this weight was drawn with {self.drawn_seed}: something "
                 "overwrote it (to_empty without reset_parameters, or arithmetic over buffers). Load a state dict, or "
                 "call reset_parameters()."
+            )
+        if self.vector > 1 and int(self.rows_of_block) != self.vector:
+            raise RuntimeError(
+                f"the buffer rows_of_block holds {int(self.rows_of_block)} but this weight has vector={self.vector}: "
+                "something overwrote it. Load a state dict, or call reset_parameters()."
             )
 
     def _restore_support(self) -> None:

@@ -49,7 +49,7 @@ def factorized(model: nn.Module, **options) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_round_trip(make, support, tmp_path):
     model = factorized(make(), support=support)

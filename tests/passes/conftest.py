@@ -25,11 +25,12 @@ class Joint:
     """
 
     def __init__(self, support: str = "stratified", dtype: torch.dtype = torch.float32) -> None:
-        if support == "stratified":
-            where, shape = torch.tensor([7]), (N, groups_per_row(K, 0.1))
-        else:
+        if support == "uniform":
             where = uniform_index(7, N, K, 0.1)
             shape = tuple(where.shape)
+        else:
+            where, shape = torch.tensor([7]), (N, groups_per_row(K, 0.1))
+        self.support, self.vector = support, 16 if support == "vector" else 1
         random = torch.Generator().manual_seed(0)
         new = [torch.randn(each, generator=random, dtype=torch.float64) for each in ((N, R), (R, K), shape)]
         self.factors = [*(each.to(dtype) for each in new), where]
@@ -51,7 +52,7 @@ class Joint:
 
         def joint(x, tangents, B, A, values, support):
             leaves = [each.detach().requires_grad_() for each in (x, B, A, values)]
-            weight = compose(*leaves[1:], support, SCALE)
+            weight = compose(*leaves[1:], support, SCALE, vector=self.vector)
             y = function(leaves[0], weight if cast is None else weight.to(cast))
             return (y.detach(), *torch.autograd.grad(y, leaves, tangents))
 
@@ -87,7 +88,7 @@ class Joint:
             assert float((ours.double() - theirs.double()).norm()) <= eps * float(theirs.double().norm())
 
 
-@pytest.fixture(params=["stratified", "uniform"])
+@pytest.fixture(params=["stratified", "vector", "uniform"])
 def joint(request: pytest.FixtureRequest) -> Joint:
     return Joint(request.param)
 

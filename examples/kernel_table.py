@@ -163,7 +163,7 @@ def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
             result.append(Work(name, launch, elements * DTYPE.itemsize, flops))
 
     kernel = support.stratified_columns_kernel
-    arguments = (seed, empty(non_zeros, dtype=torch.int64), 0, non_zeros, columns, groups, support.BLOCK)
+    arguments = (seed, empty(non_zeros, dtype=torch.int64), 0, non_zeros, columns, groups, 1, support.BLOCK)
     launch = Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=True)), {})
     return [*result, Work("stratified_columns", launch, non_zeros * torch.int64.itemsize, 0)]
 

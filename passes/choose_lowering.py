@@ -144,7 +144,7 @@ def _matrix(x: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:
 
 
 def _multiply_factored(insert: Inserter, site: Site) -> None:
-    node, (B, A, values, support, scale) = site.node, arguments(site.weight)[:5]
+    node, (B, A, values, support, scale, *_) = site.node, arguments(site.weight)
     x = insert.transpose(node, site.x) if site.weight_first else site.x
     dtype = x.meta["val"].dtype
     # The factor at x's side gives the hidden matrix: [R, width of x].
@@ -158,7 +158,7 @@ def _multiply_factored(insert: Inserter, site: Site) -> None:
     many = insert.call(
         node,
         torch.ops.slcompile.linear_factored.default,
-        *(x, [hidden], [writing], [values], [support], [inside], site.transposed),
+        *(x, [hidden], [writing], [values], [support], [inside], site.transposed, *_vector(site.weight)),
     )
     result = insert.call(node, operator.getitem, many, 0)
     if site.weight_first:
@@ -169,16 +169,21 @@ def _multiply_factored(insert: Inserter, site: Site) -> None:
 
 
 def _grads_factored(insert: Inserter, node: fx.Node) -> None:
-    left, right, B, A, values, support, scale = arguments(node)
+    left, right, B, A, values, support, scale, *_ = arguments(node)
     reading = (insert.transpose(node, B), A)
     hiddens = [insert.inline(node, _hidden, x, factor, scale) for x, factor in zip((left, right), reading, strict=True)]
     grads = [
         insert.inline(node, _product, insert.transpose(node, left), hiddens[1], B.meta["val"].dtype),
         insert.inline(node, _product, insert.transpose(node, hiddens[0]), right, A.meta["val"].dtype),
-        insert.call(node, torch.ops.slcompile.values_grad.default, left, right, values, support),
+        insert.call(node, torch.ops.slcompile.values_grad.default, left, right, values, support, *_vector(node)),
     ]
     for user in list(node.users):
         user.replace_all_uses_with(grads[arguments(user)[1]], propagate_meta=False)
+
+
+def _vector(node: fx.Node) -> tuple[Any, ...]:
+    """How many rows share their columns, as the last argument of ops; none where each row has its own."""
+    return arguments(node)[6 if node.target is _COMPOSE else 7 :]
 
 
 def _hidden(x: Tensor, factor: Tensor, scale: float) -> Tensor:
@@ -208,7 +213,7 @@ def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
     """Of a product; ``composes`` products share one composition."""
     B, A, values, *_ = arguments(site.weight)
     x, at = site.x.meta["val"], rates(device or site.x.meta["val"].device)
-    matmul = _matmul(B, A, values, x.dtype)
+    matmul = _matmul(B, A, values, x.dtype, *_vector(site.weight))
     return Costs(
         matmul,
         x.shape[1 if site.weight_first else 0],
@@ -221,7 +226,7 @@ def _grads_costs(node: fx.Node, missing: int, device: torch.device | None) -> Co
     """Of a weight_grads; ``missing`` hidden matrices are made for it alone."""
     left, _, B, A, values, *_ = arguments(node)
     at = rates(device or left.meta["val"].device)
-    matmul = _matmul(B, A, values, left.meta["val"].dtype)
+    matmul = _matmul(B, A, values, left.meta["val"].dtype, *_vector(node))
     return Costs(
         matmul,
         left.meta["val"].shape[0],
@@ -294,10 +299,10 @@ def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | No
     return Decision(name, reason, detail, (cost.matmul.rows, cost.matmul.columns), 1, lowering, costs)
 
 
-def _matmul(B: fx.Node, A: fx.Node, values: fx.Node, dtype: torch.dtype) -> Matmul:
+def _matmul(B: fx.Node, A: fx.Node, values: fx.Node, dtype: torch.dtype, vector: int = 1) -> Matmul:
     sizes = (*B.meta["val"].shape, A.meta["val"].shape[1], values.meta["val"].numel())
     rows, rank, columns, nonzeros = map(torch_private.size_hint, sizes)
-    return Matmul(rows, columns, rank, nonzeros, dtype)
+    return Matmul(rows, columns, rank, nonzeros, dtype, vector)
 
 
 def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:

@@ -27,8 +27,8 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
     report = PassReport()
     groups: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=_FACTORED):
-        x, _, _, values, _, _, transposed = arguments(node)
-        groups.setdefault((x, transposed, values[0].meta["val"].dim()), []).append(node)
+        x, _, _, values, _, _, transposed, *vector = arguments(node)
+        groups.setdefault((x, transposed, values[0].meta["val"].dim(), *vector), []).append(node)
     # Each group in the graph's order as it is by then: merging another one may have moved its members.
     for first, *others in map(sorted, groups.values()):
         if not others:
@@ -66,10 +66,10 @@ def _needed_after(first: fx.Node, node: fx.Node) -> list[fx.Node]:
 
 def _merge(insert: Inserter, group: list[fx.Node]) -> None:
     first = group[0]
-    x, *_, transposed = arguments(first)
+    x, *_ = arguments(first)
     lists = [[each for node in group for each in arguments(node)[position]] for position in range(1, 6)]
     lists[0] = _projected(insert, first, x, lists[0])
-    merged = insert.call(first, _FACTORED, x, *lists, transposed)
+    merged = insert.call(first, _FACTORED, x, *lists, *arguments(first)[6:])
     results = iter([insert.call(first, operator.getitem, merged, index) for index in range(len(lists[0]))])
     for node in group:
         own = [next(results) for _ in arguments(node)[1]]

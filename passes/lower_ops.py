@@ -54,7 +54,8 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         if lowered is None:
             report.left.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation{why}"))
             continue
-        if has_fixed_layouts and not on_gpu and node.target is _OPS.linear_factored.default:
+        is_factored = node.target is _OPS.linear_factored.default
+        if has_fixed_layouts and not on_gpu and is_factored and arguments(node)[7:] in ((), (1,)):
             detail = "an op that Inductor calls as it is may read its result, in the layout that it was traced with"
             report.left.append(Decision(node.name, "layout", detail))
             continue
@@ -100,9 +101,9 @@ def _fold_cast(insert: Inserter, compose: fx.Node) -> fx.Node:
     """A compose that writes its weight in the dtype that everything casts it to; the same one, where there is none."""
     dtypes = {user.args[1] if op_name(user) == "convert_element_type" else None for user in compose.users}
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
-    if not isinstance(dtype, torch.dtype) or len(compose.args) > 5:
+    if not isinstance(dtype, torch.dtype) or compose.args[5:6] not in ((), (None,)):
         return compose
-    written = insert.call(compose, _OPS.compose.default, *compose.args, dtype)
+    written = insert.call(compose, _OPS.compose.default, *compose.args[:5], dtype, *compose.args[6:])
     for user in list(compose.users):
         user.replace_all_uses_with(written, propagate_meta=False)
         compose.graph.erase_node(user)

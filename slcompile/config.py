@@ -9,7 +9,10 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-SUPPORTS = ("stratified", "uniform")
+SUPPORTS = ("stratified", "vector", "uniform")
+VECTOR = 16
+"""Rows that share their columns in the vector support, unless the user says otherwise."""
+VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 INITS = ("auto", "kaiming", "spectral")
 LOWERINGS = ("auto", "composed", "factored")
 SKIPPABLE = ("fuse_weight_grads", "choose_lowering", "group_projections", "recompute_weights", "lower_ops")
@@ -30,7 +33,11 @@ class SLConfig:
         alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
             (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
         support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
-            groups of a row and stores no index; ``"uniform"`` is the paper's random subset, stored as int32.
+            groups of a row and stores no index; ``"vector"`` is the same for blocks of ``vector`` rows that share their
+            columns, which vector and matrix units multiply several times as fast; ``"uniform"`` is the paper's random
+            subset, stored as int32.
+        vector: Rows of a block of the vector support, a power of two up to 128; the last block of a weight may have
+            fewer. 1 is the stratified support. Only with ``support="vector"``.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
             the weight that is there, ``"auto"`` spectral if any weight looks trained, else kaiming.
         seed: None draws each weight's seed from torch's default generator; an int is hashed with its name. Among
@@ -57,6 +64,7 @@ class SLConfig:
     density: float = 0.03
     alpha: float | str = AUTO
     support: str = "stratified"
+    vector: int = VECTOR
     init: str = "auto"
     seed: int | None = None
     include: tuple[str, ...] = ("*",)
@@ -89,6 +97,9 @@ class SLConfig:
             "a finite number > 0, or 'auto'",
         )
         _require_choice("support", self.support, SUPPORTS)
+        _require(_is_int(self.vector) and self.vector in VECTORS, "vector", self.vector, f"one of {VECTORS}")
+        if self.vector != VECTOR and self.support != "vector":
+            raise ValueError(f"vector={self.vector} needs support='vector', got support={self.support!r}")
         _require_choice("init", self.init, INITS)
         _require(
             self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),

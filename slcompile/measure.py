@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from slcompile.config import VECTOR
 from slcompile.cost import DTYPES, Rates, default_rates, device_class, store_rates, why_no_kernels
 from slcompile.ops import KERNEL_DTYPES
 from slcompile.ops.sparse_cpu import sparse_addmm
 from slcompile.ops.support import stratified_columns
+from slcompile.ops.vector_cpu import vector_addmm
 
 
 def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rates, Path]:
@@ -46,7 +48,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def _cpu(device: torch.device, defaults: Rates, time: Timer) -> Rates:
-    matmul, sparse = dict(defaults.matmul), dict(defaults.sparse)
+    matmul, sparse, vector = dict(defaults.matmul), dict(defaults.sparse), dict(defaults.vector)
     support = torch.tensor([1])
     for dtype, name in DTYPES.items():
         # Tall, as activations are. A CPU may have no fast float16.
@@ -56,11 +58,15 @@ def _cpu(device: torch.device, defaults: Rates, time: Timer) -> Rates:
         values, x_T = torch.randn(rows, groups).to(dtype), torch.randn(columns, tokens).to(dtype)
         factor, hidden = torch.zeros(rows, 1).to(dtype), torch.zeros(tokens, 1).to(dtype)
         run = functools.partial(sparse_addmm, factor, hidden, values, support, x_T, False)
-        sparse[name] = 2 * tokens * rows * groups / time(run)
+        operations = 2 * tokens * rows * groups
+        sparse[name] = operations / time(run)
+        x = torch.randn(tokens, columns).to(dtype)
+        run = functools.partial(vector_addmm, factor, hidden, values, support, x, None, False, VECTOR)
+        vector[name] = operations / time(run)
     hashed = functools.partial(stratified_columns, support, rows, columns, groups)
     entries = rows * groups / time(hashed)
     memory = _copy_rate(device, 2**26, time)
-    return dataclasses.replace(defaults, matmul=matmul, sparse=sparse, memory=memory, entries=entries)
+    return dataclasses.replace(defaults, matmul=matmul, sparse=sparse, memory=memory, entries=entries, vector=vector)
 
 
 def _gpu(device: torch.device, defaults: Rates, time: Timer) -> Rates:

@@ -369,6 +369,17 @@ def has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+def cpp_library(source: str) -> Any:
+    """Compiles C++ with Inductor's compiler and flags, for this CPU, or finds it in Inductor's cache.
+
+    Returns:
+        A library whose ``extern "C"`` functions are its attributes; a call of one lets other Python threads run.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """A size, or the one that a symbolic size had when it was captured; 1 where there was none (data-dependent)."""
     if isinstance(size, int):

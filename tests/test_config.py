@@ -15,6 +15,7 @@ def test_defaults() -> None:
         "density": 0.03,
         "alpha": "auto",
         "support": "stratified",
+        "vector": 16,
         "init": "auto",
         "seed": None,
         "include": ("*",),
@@ -34,6 +35,7 @@ BAD: dict[str, list[Any]] = {
     "density": [0, 0.0, 1.5, -1, math.nan, math.inf, True, "0.03", None],
     "alpha": [0, -16, math.nan, math.inf, True, "16", None],
     "support": ["", "Stratified", "random", None, 1],
+    "vector": [0, 3, -16, 256, 16.0, True, None, "16"],
     "init": ["", "svd", "Kaiming", None, 1],
     "seed": [-1, 2**63, 1.0, math.nan, True, "1"],
     "include": ["", [""], [1], ["a", None], None, 1, {"*": 1}],
@@ -60,7 +62,7 @@ GOOD: dict[str, list[Any]] = {
     "rank": [1, 4096, 1e-6, 0.999],
     "density": [1, 1.0, 1e-9],
     "alpha": [1, 0.5, 1e9, "auto"],
-    "support": ["stratified", "uniform"],
+    "support": ["stratified", "vector", "uniform"],
     "init": ["auto", "kaiming", "spectral"],
     "seed": [None, 0, 2**63 - 1],
     "min_dim": [1, 4096],
@@ -78,6 +80,17 @@ def test_good_value_is_kept(field: str, value: Any) -> None:
     assert getattr(SLConfig(**{field: value}), field) == value
 
 
+@pytest.mark.parametrize("vector", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_vector_lengths(vector: int) -> None:
+    assert SLConfig(support="vector", vector=vector).vector == vector
+
+
+@pytest.mark.parametrize("support", ["stratified", "uniform"])
+def test_a_vector_length_for_another_support_raises(support: str) -> None:
+    with pytest.raises(ValueError, match=f"^vector=64 needs support='vector', got support='{support}'"):
+        SLConfig(support=support, vector=64)
+
+
 @pytest.mark.parametrize("field", ["include", "exclude"])
 @pytest.mark.parametrize(
     ("given", "kept"), [("a.*", ("a.*",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ([], ()), ((), ())]
@@ -91,6 +104,7 @@ def test_patterns_are_kept_as_a_tuple(field: str, given: Any, kept: tuple[str, .
     [
         ("support", "stratfied", "stratified"),
         ("support", "unifrom", "uniform"),
+        ("support", "vectors", "vector"),
         ("lowering", "factorized", "factored"),
         ("init", "kaimin", "kaiming"),
         ("init", "spectrum", "spectral"),

@@ -58,7 +58,7 @@ def test_a_conv1d_style_weight_starts_as_the_transposed_linear():
     assert 0.95 * bound < weight.values.abs().max() <= bound
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merge_restores_a_plain_model_with_the_same_outputs(block, block_class, batch, support, dtype):
     block.to(dtype)
@@ -125,7 +125,7 @@ def test_torch_export_keeps_the_factors_as_parameters(block, batch):
     assert torch.equal(program.module()(batch[0]), block(batch[0]))
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_training_resumes_bit_equal_from_a_checkpoint(block_class, batch, support):
     config = slcompile.SLConfig(rank=8, density=0.05, support=support)
 
@@ -191,7 +191,7 @@ def test_the_contract_of_a_converted_weight(block, monkeypatch):
     assert block.down.weight.requires_grad
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_the_seed_survives_averaging_and_meta_initialisation(block_class, support):
     config = slcompile.SLConfig(rank=8, density=0.05, support=support, seed=5)
     model = slcompile.factorize_(block_class(), config)

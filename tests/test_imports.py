@@ -38,7 +38,8 @@ print(sorted(slcompile.factors(layer)))
 
 
 FLOORS = (
-    ("config", "files", "ops", "torch_private"),
+    ("config", "files", "torch_private"),
+    ("ops",),
     ("cost", "models", "names"),
     ("kernels", "weight"),
     ("measure", "optim", "passes"),

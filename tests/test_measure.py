@@ -12,6 +12,7 @@ from slcompile import cost, measure
 from slcompile.cost import DTYPES, stored
 from slcompile.measure import measure_rates
 from slcompile.ops.support import stratified_columns
+from slcompile.ops.vector_cpu import vector_addmm
 
 CPU = torch.device("cpu")
 
@@ -27,8 +28,8 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def test_rates_are_positive_and_stored(cache_dir: Path) -> None:
     found, path = measure_rates("cpu", seconds=0.001)
-    assert set(found.matmul) == set(found.sparse) == set(DTYPES.values())
-    for rate in (*found.matmul.values(), *found.sparse.values(), found.memory, found.entries):
+    assert set(found.matmul) == set(found.sparse) == set(found.vector) == set(DTYPES.values())
+    for rate in (*found.matmul.values(), *found.sparse.values(), *found.vector.values(), found.memory, found.entries):
         assert 0 < rate < math.inf
     assert path.parent == cache_dir
     assert cost.rates(CPU) == found
@@ -37,6 +38,7 @@ def test_rates_are_positive_and_stored(cache_dir: Path) -> None:
     for name in DTYPES.values():
         assert found.matmul[name] != defaults.matmul[name]
         assert found.sparse[name] != defaults.sparse[name]
+        assert found.vector[name] != defaults.vector[name]
     assert (found.memory, found.entries) != (defaults.memory, defaults.entries)
     assert found.transposes == defaults.transposes
 
@@ -50,13 +52,14 @@ def test_rates_are_what_was_done_by_the_time_it_took(monkeypatch: pytest.MonkeyP
 
     def fastest(run: functools.partial[object], device: torch.device, seconds: float) -> float:
         asked.append((device, seconds))
-        return {torch.mm: 2.0, stratified_columns: 0.5}.get(getattr(run, "func", None), 8.0)
+        return {torch.mm: 2.0, stratified_columns: 0.5, vector_addmm: 4.0}.get(getattr(run, "func", None), 8.0)
 
     monkeypatch.setattr(measure, "_fastest", fastest)
     found, _ = measure_rates("cpu", seconds=3.0)
     product, sparse = 2 * 2048 * 1024 * 1024 / 2.0, 2 * 2048 * 1024 * 16 / 8.0
     assert found.matmul == {**dict.fromkeys(DTYPES.values(), product), "float16": product / 4**3}
     assert found.sparse == {**dict.fromkeys(DTYPES.values(), sparse), "float16": sparse / 4**3}
+    assert found.vector == {name: 2 * rate for name, rate in found.sparse.items()}
     assert found.entries == 1024 * 16 / 0.5
     assert set(asked) == {(CPU, 3.0)}
 
@@ -66,7 +69,7 @@ def test_measuring_again_does_not_start_from_what_was_measured(monkeypatch: pyte
     monkeypatch.setattr(measure, "_fastest", lambda run, **kwargs: 1 / next(seconds))
     cost.store_rates(CPU, cost.Rates({"float8": 1.0}, {"float8": 1.0}, 1.0, transposes=5))
     found, _ = measure_rates("cpu")
-    assert set(found.matmul) == set(found.sparse) == set(DTYPES.values())
+    assert set(found.matmul) == set(found.sparse) == set(found.vector) == set(DTYPES.values())
     assert found.transposes == cost.default_rates(CPU).transposes
 
 

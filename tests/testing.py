@@ -112,9 +112,15 @@ def drawn(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float64, s
     return [torch.randn(tuple(each), generator=generator, dtype=torch.float64).to(dtype) for each in shapes]
 
 
+SUPPORTS = tuple(slcompile.config.SUPPORTS)
+
+VECTOR = {"stratified": 1, "vector": 8, "uniform": 1}
+"""Rows that share their columns, for each support."""
+
+
 def support_of(kind: str, rows: int, columns: int, density: float, seed: int) -> tuple[Tensor, tuple[int, ...]]:
     """The last operand of an op, a seed or an index, and the shape of the values that lie there."""
-    if kind == "stratified":
+    if kind != "uniform":
         return torch.tensor([seed]), (rows, groups_per_row(columns, density))
     index = uniform_index(seed, rows, columns, density)
     return index, tuple(index.shape)

@@ -39,7 +39,10 @@ def run(args: argparse.Namespace) -> None:
         found = cost.rates(device)
         stored = cost.stored_rates(device)
         print(f"from {stored}" if stored else "defaults of the device's class; --measure measures them")
-    for kind, by_dtype in (("dense matmul", found.matmul), ("sparse matmul", found.sparse)):
+    kinds = {"dense matmul": found.matmul, "sparse matmul": found.sparse, "vector matmul": found.vector}
+    for kind, by_dtype in kinds.items():
+        if not by_dtype:
+            continue
         print(f"{kind:14} " + ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in by_dtype.items()) + "  GFLOP/s")
     print(f"{'memory':14} {found.memory / 1e9:.4g}  GB/s")
     print(f"{'positions':14} {found.entries / 1e6:.4g}  million/s")

@@ -6,6 +6,7 @@ roofline, the kernels' tiles and all that is compiled for it, in tests too, foll
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -78,8 +79,16 @@ def _by_dtype(float64: float, float32: float, float16: float, bfloat16: float | 
 
 # Of one thread of a server core with AVX-512; what counts is how the rates compare with each other.
 _CPU_SPARSE = _by_dtype(5e9, 22e9, 30e9)
-_CPU = Rates(_by_dtype(40e9, 85e9, 1e9, 180e9), _CPU_SPARSE, memory=6e9, entries=60e6, index_bytes=4, transposes=1)
-_CPU_AMX = Rates(_by_dtype(40e9, 85e9, 1e9, 700e9), _CPU_SPARSE, memory=6e9, entries=60e6, index_bytes=4, transposes=1)
+_CPU = Rates(
+    _by_dtype(40e9, 85e9, 1e9, 180e9),
+    _CPU_SPARSE,
+    memory=6e9,
+    entries=60e6,
+    index_bytes=4,
+    transposes=1,
+    vector=_by_dtype(15e9, 35e9, 10e9, 35e9),
+)
+_CPU_AMX = dataclasses.replace(_CPU, matmul=_by_dtype(40e9, 85e9, 1e9, 700e9))
 
 # What counts for these kernels is how many bytes are under way: many small programs, each with several tiles of its
 # factor in flight, whose rows are 128 bytes. Of the tiles that were tried, these need no spilled registers at any of

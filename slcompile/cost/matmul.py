@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,8 @@ class Rates:
         sector: Bytes of memory that reading one entry of a dense matrix moves; 0 where ``entries`` holds it.
         tiled: Share of ``matmul`` that ``x @ S`` reaches where kernels spread the non-zeros over dense tiles. The
             gradient of values is then read from the dense product. 0 where both are products with the non-zeros alone.
+        vector: FLOP/s of the same as ``sparse`` where rows share their columns (the vector support): such a product
+            reads neither positions nor another layout. Empty where kernels are those of other supports, at ``sparse``.
     """
 
     matmul: Mapping[str, float]
@@ -47,12 +49,14 @@ class Rates:
     launch: float = 0.0
     sector: int = 0
     tiled: float = 0.0
+    vector: Mapping[str, float] = field(default_factory=dict)
 
     def times(self, threads: int) -> Rates:
         """The rates of so many threads, where these are one's."""
-        matmul, sparse = ({name: rate * threads for name, rate in each.items()} for each in (self.matmul, self.sparse))
+        by_dtype = (self.matmul, self.sparse, self.vector)
+        matmul, sparse, vector = ({name: rate * threads for name, rate in each.items()} for each in by_dtype)
         memory, entries = self.memory * threads, self.entries * threads
-        return dataclasses.replace(self, matmul=matmul, sparse=sparse, memory=memory, entries=entries)
+        return dataclasses.replace(self, matmul=matmul, sparse=sparse, memory=memory, entries=entries, vector=vector)
 
 
 SPLIT = 512
@@ -61,13 +65,17 @@ SPLIT = 512
 
 @dataclass(frozen=True)
 class Matmul:
-    """One matmul with a factorized weight, or the product that makes its gradient: N rows, K columns, rank R."""
+    """One matmul with a factorized weight, or the product that makes its gradient: N rows, K columns, rank R.
+
+    ``vector`` rows share their columns: 1 but for the vector support.
+    """
 
     rows: int
     columns: int
     rank: int
     nonzeros: int
     dtype: torch.dtype
+    vector: int = 1
 
     @property
     def _name(self) -> str:
@@ -78,6 +86,9 @@ class Matmul:
         return max(2 * m * n * k / (share * rates.matmul[self._name]), moved / rates.memory) + rates.launch
 
     def _sparse(self, tokens: int, rates: Rates) -> float:
+        if self.vector > 1 and rates.vector:
+            moved = (2 * tokens * (self.rows + self.columns) + self.nonzeros) * self.dtype.itemsize
+            return max(2 * tokens * self.nonzeros / rates.vector[self._name], moved / rates.memory) + rates.launch
         copied = 2 * tokens * (self.rows + self.columns) * self.dtype.itemsize * rates.transposes
         read = self.nonzeros * (self.dtype.itemsize + rates.index_bytes)
         operations = 2 * tokens * self.nonzeros / rates.sparse[self._name]

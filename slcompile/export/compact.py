@@ -59,7 +59,8 @@ def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
     nodes: list[Any] = []
     dtype = ir.tensor_adapters.to_torch_dtype(dense.const_value.dtype)
     parts = weight.factors()
-    positions = flat_positions(parts.values, weight.seed if parts.index is None else parts.index, weight.shape[-1])
+    support = weight.seed if parts.index is None else parts.index
+    positions = flat_positions(parts.values, support, weight.shape[-1], parts.vector)
     index = constant("index", positions.to(uniform_dtype(*weight.as_matrix)))
     B = wide(constant("B", (parts.B.float() * parts.scale).to(dtype)))
     A = wide(constant("A", parts.A.to(dtype)))

@@ -93,7 +93,7 @@ def _of(parts: Factors) -> Spectra:
     B, A, values = parts.B.float(), parts.A.float(), parts.values.float()
     support = parts.index if parts.index is not None else torch.tensor([parts.seed], device=B.device)
     S = B.new_zeros(*B.shape[:-1], A.shape[-1])
-    S.view(-1)[flat_positions(values, support, A.shape[-1]).long()] = values.flatten()
+    S.view(-1)[flat_positions(values, support, A.shape[-1], parts.vector).long()] = values.flatten()
     core = torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT
     return Spectra(
         low_rank=(parts.scale * torch.linalg.svdvals(core)).cpu(),

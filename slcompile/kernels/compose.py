@@ -15,18 +15,25 @@ from slcompile.kernels.entries import add_
 
 
 def compose(
-    B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype | None = None
+    B: Tensor,
+    A: Tensor,
+    values: Tensor,
+    support: Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    vector: int = 1,
 ) -> Tensor:
     """Composes a weight, or one for each of E experts.
 
     Args:
         B: [N, R] or [E, N, R], float32, bfloat16 or float16, of any strides.
         A: [R, K] or [E, R, K], like B.
-        values: [N, groups] or [E, N, groups] for the stratified support, whose row of expert e is ``e * N + row``;
-            [P] for the uniform one, of the E * N rows.
+        values: [N, groups] or [E, N, groups] for the stratified and the vector support, whose row of expert e is
+            ``e * N + row``; [P] for the uniform one, of the E * N rows.
         support: The seed, one integer, or the sorted flat index [P], int32 or int64.
         scale: Factor of the low-rank part.
         dtype: Of the result, to which the factors are rounded for their product, as autocast does; None is B's.
+        vector: Rows that share their columns.
 
     Returns:
         [N, K] or [E, N, K], its rows neighbours in memory with a gap where that aligns them.
@@ -36,7 +43,7 @@ def compose(
     W = scaled_product(B.to(dtype), aligned_rows(A.to(dtype)), scale)
     groups = values if values.dim() == 1 else values.flatten(end_dim=-2)
     # Experts are further rows of one support.
-    add_(W.view(-1, W.shape[-1]), groups, support, columns)
+    add_(W.view(-1, W.shape[-1]), groups, support, columns, vector)
     return W.narrow(-1, 0, columns)
 
 

@@ -53,7 +53,7 @@ def linear_factored_kernel(
     s_row_0, s_row_1, s_row_2, s_row_3,
     s_rank_0, s_rank_1, s_rank_2, s_rank_3,
     tokens, columns,
-    COUNT: tl.constexpr, UNIFORM: tl.constexpr, BIASES: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, UNIFORM: tl.constexpr, BIASES: tl.constexpr, PRECISION: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """y[t, n] = sum of hidden[t, r] * factor[n, r] over r, of x[t, column] * value over row n's non-zeros, bias[n].
@@ -129,7 +129,7 @@ def linear_factored_kernel(
         else:
             o_entry = o_n[:, None] * groups + o_g[None, :]
             in_entry = in_n[:, None] & (o_g < groups)[None, :]
-            column = stratified_column(mixed_seed, o_n[:, None], o_g[None, :], columns, groups)
+            column = stratified_column(mixed_seed, o_n[:, None], o_g[None, :], columns, groups, VECTOR)
         b_value = tl.load(p_values + o_entry, mask=in_entry, other=0.0).to(tl.float32)
         b_x = tl.load(p_tokens + column[:, :, None] * BLOCK_T, mask=in_entry[:, :, None], other=0.0)
         b_gather += b_value[:, :, None] * b_x.to(tl.float32)
@@ -160,7 +160,7 @@ def linear_factored_transposed_kernel(
     s_column_0, s_column_1, s_column_2, s_column_3,
     begin_1, begin_2, begin_3,
     tokens, rows, total, s_x_token, s_x_row,
-    COUNT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, TOUCHED: tl.constexpr,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, TOUCHED: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Computes the part of a split, float32, over the ranks r and the rows n of the split.
@@ -223,7 +223,7 @@ def linear_factored_transposed_kernel(
             p_values + o_n[:, None] * groups + o_g[None, :], mask=in_n[:, None] & (o_g < groups)[None, :], other=0.0
         )
         # Once for each non-zero, then spread over the columns of its group: the hash is most of the arithmetic.
-        column = stratified_column(mixed_seed, o_n[:, None], o_g[None, :], columns, groups)
+        column = stratified_column(mixed_seed, o_n[:, None], o_g[None, :], columns, groups, VECTOR)
         b_index = tl.broadcast_to(o_touched[None, :], [BLOCK_N, BLOCK_K])
         b_column = tl.gather((column - first_column).to(tl.int32), b_index, 1)
         b_S = tl.where(b_column == tl.arange(0, BLOCK_K)[None, :], tl.gather(b_value, b_index, 1), 0.0)
@@ -254,6 +254,7 @@ def linear_factored(
     supports: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     transposed: bool = False,
+    vector: int = 1,
     *,
     autotune: bool = False,
 ) -> list[Tensor]:
@@ -276,6 +277,7 @@ def linear_factored(
         biases: [N], or [K] if transposed, or None for each, like x; None if there are none.
         transposed: Whether to multiply with W rather than with its transpose: the input gradient, and the forward of
             a weight that is stored [in, out].
+        vector: Rows that share their columns, of each.
         autotune: As for ``project``.
 
     Returns:
@@ -292,7 +294,7 @@ def linear_factored(
     hiddens, values = [each.contiguous() for each in hiddens], [each.contiguous() for each in values]
     supports = [each.contiguous() for each in supports]
     if transposed:
-        return _transposed(x, hiddens, factors, values, supports, biases, autotune)
+        return _transposed(x, hiddens, factors, values, supports, biases, vector, autotune)
 
     tokens, columns = x.shape
     results = [x.new_empty(tokens, factor.shape[0]) for factor in factors]
@@ -319,7 +321,8 @@ def linear_factored(
                 x_blocks, *four(hiddens[some]), *four(part), *four(values[some]), *four(supports[some]),
                 *four(entries), *bias, *four(results[some]),
                 *four(rows), *four(ranks), *four(groups), *strides(part), tokens, columns,
-                COUNT=len(part), UNIFORM=uniform, BIASES=has_bias, PRECISION=dot_precision(), BLOCK_T=block_t, **tile,
+                COUNT=len(part), UNIFORM=uniform, BIASES=has_bias, PRECISION=dot_precision(),
+                VECTOR=vector, BLOCK_T=block_t, **tile,
             )  # fmt: skip
     return results
 
@@ -331,6 +334,7 @@ def _transposed(
     values: Sequence[Tensor],
     supports: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    vector: int,
     autotune: bool,
 ) -> list[Tensor]:
     if values[0].dim() == 1:
@@ -364,7 +368,8 @@ def _transposed(
                 x, partial, *four(hiddens[some]), *four(part), *four(values[some]), *four(supports[some]),
                 *four(columns), *four(ranks), *four(groups), *strides(part), *begins,
                 tokens, rows, partial.shape[1], *x.stride(),
-                COUNT=len(part), PRECISION=dot_precision(), SPLIT=SPLIT, TOUCHED=touched, BLOCK_T=block_t, **tile,
+                COUNT=len(part), PRECISION=dot_precision(), SPLIT=SPLIT, TOUCHED=touched,
+                VECTOR=vector, BLOCK_T=block_t, **tile,
             )  # fmt: skip
         sum_splits(partial, begins, outputs, biases[some])
     return results

@@ -1,4 +1,4 @@
-"""The stratified support in Triton: the same integers as ``slcompile.support``, which states the formula.
+"""Stratified and vector support in Triton: the same integers as ``slcompile.ops.support``, which has the formula.
 
 Prefixes: p_ pointer, o_ offset, i_ program index.
 """
@@ -26,14 +26,14 @@ def mix32(x):
 
 
 @triton.jit
-def stratified_column(mixed_seed, row, group, columns, groups):
-    """Column of the one non-zero of ``group`` in ``row``, int64.
+def stratified_column(mixed_seed, row, group, columns, groups, VECTOR: tl.constexpr):
+    """Column of the one non-zero of ``group`` in ``row``, int64; VECTOR rows share theirs.
 
     ``mixed_seed`` is ``mix32(seed)`` in uint32, made once a program; ``row`` and ``group`` are integer tensors of any
-    width, ``columns`` and ``groups`` integers below 2**31.
+    width, not negative, ``columns`` and ``groups`` integers below 2**31.
     """
     # uint32 arithmetic wraps, which is the "mod 2**32" of the formula.
-    counter = row.to(tl.uint32) * groups + group.to(tl.uint32)
+    counter = (row // VECTOR).to(tl.uint32) * groups + group.to(tl.uint32)
     mixed = mix32(counter ^ mixed_seed)
     # 64-bit: group * columns passes 2**31 long before either of them does.
     group = group.to(tl.int64)
@@ -43,21 +43,25 @@ def stratified_column(mixed_seed, row, group, columns, groups):
 
 
 @triton.jit
-def stratified_columns_kernel(p_seed, p_columns, first_row, size, columns, groups, BLOCK: tl.constexpr):
+def stratified_columns_kernel(
+    p_seed, p_columns, first_row, size, columns, groups, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+):
     """Writes the columns of the non-zeros, one for each element of a block."""
     i_block = tl.program_id(0)
     # 64-bit: a weight may have more than 2**31 non-zeros.
     o_flat = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = o_flat // groups
     mixed_seed = mix32(tl.load(p_seed).to(tl.uint32))
-    column = stratified_column(mixed_seed, first_row + row, o_flat - row * groups, columns, groups)
+    column = stratified_column(mixed_seed, first_row + row, o_flat - row * groups, columns, groups, VECTOR)
     tl.store(p_columns + o_flat, column, mask=o_flat < size)
 
 
-def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0) -> Tensor:
+def stratified_columns(
+    seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0, vector: int = 1
+) -> Tensor:
     """Computes what ``slcompile.ops.support.stratified_columns`` does, for a seed on a GPU."""
     result = torch.empty(rows, groups, dtype=torch.int64, device=seed.device)
     grid = (triton.cdiv(result.numel(), BLOCK),)
     with on_device_of(seed):
-        stratified_columns_kernel[grid](seed, result, first_row, result.numel(), columns, groups, BLOCK)
+        stratified_columns_kernel[grid](seed, result, first_row, result.numel(), columns, groups, vector, BLOCK)
     return result

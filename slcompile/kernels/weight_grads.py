@@ -14,7 +14,7 @@ from slcompile.kernels.entries import read
 
 
 def weight_grads(
-    left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
+    left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of B, A and values, each contiguous, with its parameter's shape and dtype.
 
@@ -23,21 +23,22 @@ def weight_grads(
         right: [T, K], like left.
         B: [N, R]. Where its dtype is not left's, it is rounded to that for its product with G, as autocast does.
         A: [R, K], likewise.
-        values: [N, groups] for the stratified support, [P] for the uniform one; its numbers are not read.
+        values: [N, groups] for the stratified and vector supports, [P] for the uniform one; its numbers are not read.
         support: The seed, one integer, or the sorted flat index [P], int32 or int64.
         scale: Factor of the low-rank part.
+        vector: Rows that share their columns.
     """
     # G is rounded to the dtype of its factors, as it is where autograd makes it.
     G = _dense_grad(left, right)
     columns = A.shape[1]
     grad_B = scaled_product(G, aligned_rows(A.to(G.dtype)).narrow(1, 0, columns).t(), scale)
     grad_A = scaled_product(B.to(G.dtype).t(), G, scale)
-    return grad_B.to(B.dtype), grad_A.to(A.dtype), read(G, values, support)
+    return grad_B.to(B.dtype), grad_A.to(A.dtype), read(G, values, support, vector)
 
 
-def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
+def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:
     """Gradient of values alone, contiguous, with its shape and dtype. Arguments as above."""
-    return read(_dense_grad(left, right), values, support)
+    return read(_dense_grad(left, right), values, support, vector)
 
 
 def _dense_grad(left: Tensor, right: Tensor) -> Tensor:

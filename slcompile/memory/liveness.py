@@ -374,24 +374,32 @@ def _kernel_events(
 
 
 def _kept_positions(graphs: Graphs) -> Iterator[Event]:
-    """Yields what the factored lowering keeps for each support on CPU from the first step on (ops/sparse_cpu.py)."""
-    sparse = {
-        torch.ops.slcompile.sparse_addmm.default: lambda args: (args[2], args[3], args[5]),
-        torch.ops.slcompile.sparse_dots.default: lambda args: (args[2], args[3], False),
-    }
-    seen: set[tuple[str, bool]] = set()
+    """Yields what the factored lowering keeps for each support on CPU from the first step on (ops/*_cpu.py)."""
+    seen: set[tuple[str, str]] = set()
     for graph, place in ((graphs.forward, "forward"), (graphs.backward, "backward")):
         layers = _places(graph, place)
         for node in graph.nodes:
-            if node.target not in sparse:
+            kept = _kept_of(node)
+            if kept is None or kept[:2] in seen:
                 continue
-            values, support, transposed = sparse[node.target](arguments(node))
-            if (support.name, transposed) in seen:
-                continue
-            seen.add((support.name, transposed))
-            # Two int32 for each non-zero, beside the bounds of its rows or columns.
-            size = 8 * values.meta["val"].numel() + 4 * (node.meta["val"].shape[0] + 1)
-            yield Event(START, layers[node][1], "indices", size, of_values=True)
+            seen.add(kept[:2])
+            yield Event(START, layers[node][1], "indices", kept[2], of_values=True)
+
+
+def _kept_of(node: fx.Node) -> tuple[str, str, int] | None:
+    """Of a sparse product on CPU: its support's name, what is kept of it, and bytes."""
+    ops = torch.ops.slcompile
+    if node.target in (ops.vector_addmm.default, ops.vector_dots.default):
+        _, _, values, support, *_, vector = arguments(node)
+        rows, groups = values.meta["val"].shape
+        return support.name, "columns of blocks", 4 * -(-rows // vector) * groups
+    if node.target not in (ops.sparse_addmm.default, ops.sparse_dots.default):
+        return None
+    _, _, values, support, *rest = arguments(node)
+    by_column = node.target is ops.sparse_addmm.default and rest[1]
+    # Two int32 for each non-zero, beside the bounds of its rows or columns.
+    size = 8 * values.meta["val"].numel() + 4 * (node.meta["val"].shape[0] + 1)
+    return support.name, "by column" if by_column else "by row", size
 
 
 def repeated(events: Sequence[Event], layers: int) -> list[Event]:

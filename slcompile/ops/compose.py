@@ -3,7 +3,8 @@
 Backward, with G_NK = dL/dW:  dB = scale * G @ A^T,  dA = scale * B^T @ G,  dvalues = G at the support.
 
 N rows, K columns, R rank, P non-zeros. ``values`` and ``support`` are [N, groups] and the seed (one element) for
-the stratified support, [P] and the flat index [P] for the uniform one. A stack of E matrices (the experts of a mixture)
+the stratified and the vector support, [P] and the flat index [P] for the uniform one. ``vector`` is how many rows
+share their columns: 1 but for the vector support. A stack of E matrices (the experts of a mixture)
 has B [E, N, R], A [E, R, K] and values [E, N, groups]; its support is that of one matrix of E * N rows.
 
 The ops are opaque (``custom_op``, not ``triton_op``) so that they reach the joint graph whole: passes find them
@@ -21,17 +22,23 @@ from torch import Tensor
 from slcompile.ops.support import flat_positions
 
 
-def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:
+def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1) -> Tensor:
     """The formula as the paper writes it, in ops that every transform and mode of autograd can differentiate."""
     shape = (*B.shape[:-1], A.shape[-1])
     sparse = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
-    sparse = sparse.scatter(0, flat_positions(values, support, A.shape[-1]).long(), values.flatten())
+    sparse = sparse.scatter(0, flat_positions(values, support, A.shape[-1], vector).long(), values.flatten())
     return scale * (B @ A) + sparse.view(shape)
 
 
 @torch.library.custom_op("slcompile::compose", mutates_args=())
 def compose(
-    B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype | None = None
+    B: Tensor,
+    A: Tensor,
+    values: Tensor,
+    support: Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    vector: int = 1,
 ) -> Tensor:
     """Composes a weight.
 
@@ -42,6 +49,7 @@ def compose(
         support: The seed or the flat index, an integer tensor (see the file's first lines).
         scale: Factor of the low-rank part.
         dtype: Of the result; None is B's.
+        vector: Rows that share their columns.
 
     Returns:
         [N, K] or [E, N, K], contiguous, whatever autocast says.
@@ -49,12 +57,12 @@ def compose(
     with torch.autocast(B.device.type, enabled=False):
         weight = _scaled_product(B, A, scale)
         # The support has no repetition, so this is exact and deterministic.
-        weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[-1]), values.flatten())
+        weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[-1], vector), values.flatten())
         return weight if dtype is None else weight.to(dtype)
 
 
 @compose.register_fake
-def _(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+def _(B, A, values, support, scale, dtype=None, vector=1):
     return B.new_empty((*B.shape[:-1], A.shape[-1]), dtype=dtype)
 
 
@@ -66,36 +74,34 @@ def _scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("slcompile::compose_backward", mutates_args=())
 def compose_backward(
-    grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
+    grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projects a weight's gradient to those of B, A and values; shapes as for ``compose``, each in its own dtype."""
     with torch.autocast(B.device.type, enabled=False):
         grad = grad.to(B.dtype)
         grad_B = _scaled_product(grad, A.mT, scale)
         grad_A = _scaled_product(B.mT, grad, scale)
-        positions = flat_positions(values, support, A.shape[-1])
+        positions = flat_positions(values, support, A.shape[-1], vector)
         grad_values = grad.reshape(-1).index_select(0, positions).view(values.shape)
     return grad_B, grad_A, grad_values
 
 
 @compose_backward.register_fake
-def _(
-    grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad, B, A, values, support, scale, vector=1):
     return torch.empty_like(B).contiguous(), torch.empty_like(A).contiguous(), torch.empty_like(values).contiguous()
 
 
 def _setup_compose(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    B, A, values, support, ctx.scale, _ = inputs
+    B, A, values, support, ctx.scale, _, ctx.vector = inputs
     ctx.save_for_backward(B, A, values, support)
 
 
 def _compose_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *compose_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
+    return *compose_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.vector), None, None, None, None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad, B, A, _, support, ctx.scale = inputs
+    grad, B, A, _, support, ctx.scale, ctx.vector = inputs
     ctx.save_for_backward(grad, B, A, support)
 
 
@@ -103,10 +109,11 @@ def _backward_vjp(ctx: Any, u: Tensor, v: Tensor, w: Tensor) -> tuple[Any, ...]:
     # compose_backward is linear in each argument, so its own derivative is made of the same two products:
     # dgrad = scale * (u A + B v) + scatter(w), dB = scale * grad v^T, dA = scale * u^T grad.
     grad, B, A, support = ctx.saved_tensors
-    grad_grad = compose(torch.cat([u, B], -1), torch.cat([A, v], -2), w, support, ctx.scale, grad.dtype)
+    factors = torch.cat([u, B], -1), torch.cat([A, v], -2)
+    grad_grad = compose(*factors, w, support, ctx.scale, grad.dtype, ctx.vector)
     with torch.autocast(B.device.type, enabled=False):
         cast = grad.to(B.dtype)
-        return grad_grad, ctx.scale * (cast @ v.mT), ctx.scale * (u.mT @ cast), None, None, None
+        return grad_grad, ctx.scale * (cast @ v.mT), ctx.scale * (u.mT @ cast), None, None, None, None
 
 
 compose.register_autograd(_compose_vjp, setup_context=_setup_compose)

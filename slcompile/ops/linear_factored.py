@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slcompile.ops.sparse_cpu import sparse_addmm, transposed_copy
+from slcompile.ops.vector_cpu import vector_addmm
 
 
 @torch.library.custom_op("slcompile::linear_factored", mutates_args=())
@@ -28,6 +29,7 @@ def linear_factored(
     supports: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     transposed: bool,
+    vector: int = 1,
 ) -> list[Tensor]:
     """Multiplies one input with factorized weights.
 
@@ -39,11 +41,12 @@ def linear_factored(
         supports: The seed or the flat index of each (see ``slcompile.ops.compose``).
         biases: [N] or None for each.
         transposed: Whether to multiply with W rather than with its transpose.
+        vector: Rows that share their columns, of each.
 
     Returns:
         [T, N] each, or [T, K] where ``transposed``. It has no autograd: passes insert it after autograd has run.
     """
-    results = linear_factored_aten(x, hiddens, factors, values, supports, biases, transposed)
+    results = linear_factored_aten(x, hiddens, factors, values, supports, biases, transposed, vector)
     return [result.contiguous() for result in results]
 
 
@@ -56,6 +59,7 @@ def _(
     supports: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     transposed: bool,
+    vector: int = 1,
 ) -> list[Tensor]:
     return [x.new_empty((x.shape[0], factor.shape[1 if transposed else 0])) for factor in factors]
 
@@ -68,8 +72,15 @@ def linear_factored_aten(
     supports: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     transposed: bool,
+    vector: int = 1,
 ) -> list[Tensor]:
-    """The same in ATen, for CPU: the results are transposes of matrices with the tokens in the columns."""
+    """The same for CPU. In ATen, the results are transposes of matrices with the tokens in the columns."""
+    if vector > 1:
+        each_of = zip(factors, hiddens, values, supports, biases, strict=True)
+        return [
+            vector_addmm(factor, hidden, each, support, x, bias, transposed, vector)
+            for factor, hidden, each, support, bias in each_of
+        ]
     x_T = transposed_copy(x)
     results = []
     for hidden, factor, each, support, bias in zip(hiddens, factors, values, supports, biases, strict=True):

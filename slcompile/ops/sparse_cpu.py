@@ -45,10 +45,10 @@ def sparse_addmm(
     rows, columns = (dense.shape[0], result) if transposed else (result, dense.shape[0])
     weights = values.flatten()
     if transposed:
-        bounds, entry, order = _kept(_by_column, values, support, rows, columns)
+        bounds, entry, order = kept(_by_column, values, support, rows, columns)
         weights = weights.index_select(0, order)
     else:
-        bounds, entry, _ = _kept(_by_row, values, support, rows, columns)
+        bounds, entry, _ = kept(_by_row, values, support, rows, columns)
     with torch.autocast(dense.device.type, enabled=False):
         if dense.shape[1] < FEW_TOKENS and torch.backends.mkl.is_available():
             return _few_addmm(factor, hidden, bounds, entry, weights, dense)
@@ -73,7 +73,7 @@ def sparse_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor) ->
     Returns:
         Shape and dtype of ``values``.
     """
-    bounds, column, row = _kept(_by_row, values, support, left.shape[0], right.shape[0])
+    bounds, column, row = kept(_by_row, values, support, left.shape[0], right.shape[0])
     starts = bounds[:1]  # not read: the bag of each entry is given, which is its row
     # The gradient of an embedding bag's weights is this dot product.
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, column, starts, row, 0)
@@ -147,7 +147,7 @@ _memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Support -> what was made from it: 16 bytes for each non-zero, as long as the seed or flat index lives."""
 
 
-def _kept(
+def kept(
     make: Callable[..., tuple[Tensor, ...]], values: Tensor, support: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, ...]:
     """What ``make`` returns, made once for a support: it takes longer than the product."""

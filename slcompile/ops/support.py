@@ -1,9 +1,12 @@
-"""Where the non-zeros of S are: stratified (computed from a seed, stored nowhere) and uniform (the paper's).
+"""Where the non-zeros of S are: stratified and vector (computed from a seed, stored nowhere), uniform (the paper's).
 
 Stratified: each row of ``columns`` entries is cut into ``groups`` consecutive groups whose widths differ by at
 most one, and holds exactly one non-zero in each. Group ``j`` of row ``i`` has its non-zero at
 
     start_j + ((h * width_j) >> 32),    h = mix32(((i * groups + j) mod 2**32) xor mix32(seed))
+
+Vector: the same for blocks of ``vector`` consecutive rows, the last of which may be shorter: in the formula, ``i`` is
+``row // vector``, so that the rows of a block share their columns. With ``vector = 1`` it is the stratified support.
 
 All of it is integer arithmetic, so the same seed gives the same support on every device and in every version;
 ``kernels/support.py`` has the same integers in Triton. ``mix32`` is the public 32-bit finaliser "lowbias32".
@@ -39,7 +42,9 @@ def groups_per_row(columns: int, density: float) -> int:
     return max(1, round(density * columns))
 
 
-def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0) -> Tensor:
+def stratified_columns(
+    seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0, vector: int = 1
+) -> Tensor:
     """Columns of the non-zeros of rows ``first_row`` up to ``first_row + rows``, ascending in each row.
 
     Args:
@@ -48,12 +53,13 @@ def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, fi
         columns: Columns of the whole weight, below 2**31.
         groups: Non-zeros in each row, from ``groups_per_row``.
         first_row: Where to begin: a shard or a tile of the weight has the support of those rows of the whole.
+        vector: Rows that share their columns.
 
     Returns:
         int64 of shape [rows, groups].
     """
     device = seed.device
-    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
+    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1) // vector
     group = torch.arange(groups, device=device)
     start = group * columns // groups
     width = (group + 1) * columns // groups - start
@@ -61,6 +67,23 @@ def stratified_columns(seed: Tensor, rows: int, columns: int, groups: int, *, fi
     counter = ((row & _MASK32) * groups + group) & _MASK32
     mixed = mix32(counter ^ mix32(seed.reshape(()).to(torch.int64)))
     return start + ((mixed * width) >> 32)
+
+
+def block_columns(seed: Tensor, rows: int, columns: int, groups: int, vector: int, *, first_row: int = 0) -> Tensor:
+    """Columns of the non-zeros of each block of ``vector`` rows; arguments as for ``stratified_columns``.
+
+    Returns:
+        int64 of shape [ceil(rows / vector), groups].
+
+    Raises:
+        ValueError: The rows begin within a block: what starts there has no blocks of its own.
+    """
+    if first_row % vector:
+        raise ValueError(
+            f"first_row={first_row} cuts a block of vector={vector} rows that share their columns: a shard has to "
+            f"begin at a multiple of {vector}"
+        )
+    return stratified_columns(seed, -(-rows // vector), columns, groups, first_row=first_row // vector)
 
 
 def uniform_count(rows: int, columns: int, density: float) -> int:
@@ -85,14 +108,15 @@ def uniform_dtype(rows: int, columns: int) -> torch.dtype:
     return torch.int32 if rows * columns < 2**31 else torch.int64
 
 
-def flat_positions(values: Tensor, support: Tensor, columns: int) -> Tensor:
+def flat_positions(values: Tensor, support: Tensor, columns: int, vector: int = 1) -> Tensor:
     """Flat positions of ``values`` in a row-major weight.
 
     Args:
-        values: [rows, groups] for the stratified support, [non-zeros] for the uniform one. The rows of a stack of
-            matrices, [matrices, rows, groups], follow one another.
-        support: The seed, one element, for stratified; the flat index, shaped like ``values``, for uniform.
+        values: [rows, groups] for the stratified and vector support, [non-zeros] for the uniform one. The rows of a
+            stack of matrices, [matrices, rows, groups], follow one another.
+        support: The seed, one element, for stratified and vector; the flat index, like ``values``, for uniform.
         columns: Columns of the weight.
+        vector: Rows that share their columns; 1 for stratified.
 
     Returns:
         int32 or int64 of shape [values.numel()], without repetition, ascending.
@@ -102,7 +126,7 @@ def flat_positions(values: Tensor, support: Tensor, columns: int) -> Tensor:
     groups = values.shape[-1]
     rows = values.numel() // groups
     row_start = torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
-    return (row_start + stratified_columns(support, rows, columns, groups)).flatten()
+    return (row_start + stratified_columns(support, rows, columns, groups, vector=vector)).flatten()
 
 
 def draw_seed(seed: int | None, name: str) -> int:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from slcompile.ops.sparse_cpu import sparse_dots, transposed_copy
+from slcompile.ops.vector_cpu import vector_dots
 
 
 @torch.library.custom_op("slcompile::values_grad", mutates_args=())
-def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
+def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:
     """Gradient of ``values`` from the two matrices whose product is the weight's gradient.
 
     Args:
@@ -21,18 +22,21 @@ def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor) ->
         right: [T, K]: the other of the two, of the same dtype.
         values: [N, groups] or [P]; its numbers are not read.
         support: The seed or the flat index (see ``slcompile.ops.compose``).
+        vector: Rows that share their columns.
 
     Returns:
         Shape and dtype of ``values``. It has no autograd: passes insert it after autograd has run.
     """
-    return values_grad_aten(left, right, values, support)
+    return values_grad_aten(left, right, values, support, vector)
 
 
 @values_grad.register_fake
-def _(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
+def _(left, right, values, support, vector=1):
     return torch.empty_like(values).contiguous()
 
 
-def values_grad_aten(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
-    """The same in ATen, for CPU."""
+def values_grad_aten(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:
+    """The same for CPU."""
+    if vector > 1:
+        return vector_dots(left, right, values, support, vector)
     return sparse_dots(transposed_copy(left), transposed_copy(right), values, support)

@@ -15,30 +15,28 @@ from slcompile.ops.compose import compose_backward
 
 @torch.library.custom_op("slcompile::weight_grads", mutates_args=())
 def weight_grads(
-    left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
+    left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of B, A and values, each with its parameter's shape and dtype.
 
     Args:
         left: [T, N]: the output's gradient for a weight [out, in], the input for a weight [in, out].
         right: [T, K]: the other of the two, of the same dtype.
-        B, A, values, support, scale: As for ``compose``.
+        B, A, values, support, scale, vector: As for ``compose``.
 
     It has no autograd: passes insert it after autograd has run.
     """
     with torch.autocast(left.device.type, enabled=False):
-        return weight_grads_aten(left, right, B, A, values, support, scale)
+        return weight_grads_aten(left, right, B, A, values, support, scale, vector)
 
 
 @weight_grads.register_fake
-def _(
-    left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(left, right, B, A, values, support, scale, vector=1):
     return torch.empty_like(B).contiguous(), torch.empty_like(A).contiguous(), torch.empty_like(values).contiguous()
 
 
 def weight_grads_aten(
-    left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
+    left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in ATen, for CPU: the dense gradient, and its projections."""
-    return compose_backward(left.t() @ right, B, A, values, support, scale)
+    return compose_backward(left.t() @ right, B, A, values, support, scale, vector)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,11 @@ class Factors:
     Attributes:
         B: [rows, rank], or a stack [experts, rows, rank].
         A: [rank, columns], or a stack.
-        values: [rows, groups] of the stratified support, [non-zeros] of the uniform one.
+        values: [rows, groups] of the stratified and the vector support, [non-zeros] of the uniform one.
         seed: Of the support.
-        index: Flat positions of the uniform support, ascending; None for the stratified one.
+        index: Flat positions of the uniform support, ascending; None for the others.
         scale: Of the low-rank part.
+        vector: Rows that share their columns: 1 but for the vector support.
     """
 
     B: Tensor
@@ -41,15 +42,17 @@ class Factors:
     seed: int
     index: Tensor | None
     scale: float
+    vector: int = 1
 
 
 @register
 class SLWeight(FactorizedWeight):
     """A weight ``W = scale * B @ A + S`` of shape [rows, columns] whose forward is one op, ``compose``.
 
-    Parameters ``B`` [rows, rank], ``A`` [rank, columns], ``values`` ([rows, groups] stratified, [non-zeros]
-    uniform); buffers ``seed`` (one int64) and, for the uniform support, ``index`` (int32, sorted). A stack of matrices
-    [experts, rows, columns] has stacks of factors; its support is that of one matrix of ``experts * rows`` rows.
+    Parameters ``B`` [rows, rank], ``A`` [rank, columns], ``values`` ([rows, groups] stratified and vector, [non-zeros]
+    uniform); buffers ``seed`` (one int64), of the uniform support ``index`` (int32, sorted), of the vector support
+    ``rows_of_block`` (one int64), so that a state dict says it. A stack of matrices [experts, rows, columns] has stacks
+    of factors; its support is that of one matrix of ``experts * rows`` rows.
 
     ``config`` gives rank, density, alpha and support; ``config.seed`` and ``name`` give the seed. The factor at the
     side of ``input_dim`` is the one that starts random. For the other arguments see ``FactorizedWeight``.
@@ -64,6 +67,8 @@ class SLWeight(FactorizedWeight):
     values: nn.Parameter
     seed: Tensor
     index: Tensor  # of the uniform support only
+    rows_of_block: Tensor  # of the vector support only
+    vector = 1  # of weights that were pickled before there was another
 
     def __init__(
         self,
@@ -77,6 +82,7 @@ class SLWeight(FactorizedWeight):
     ) -> None:
         super().__init__(shape, config, input_dim=input_dim)
         self.density, self.support = config.density, config.support
+        self.vector = config.vector if config.support == "vector" else 1
         *stack, rows, columns = self.shape
         self.rank = config.rank_for(rows, columns)
         self._scale_ratio = config.scale_for(self.rank, self.shape[-2:][input_dim]).as_integer_ratio()
@@ -90,6 +96,8 @@ class SLWeight(FactorizedWeight):
         if self.support == "uniform":
             index_dtype = uniform_dtype(*self.as_matrix)
             self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
+        if self.vector > 1:
+            self.register_buffer("rows_of_block", torch.empty(1, dtype=torch.int64, device=device))
         self._restore_support()
 
     @classmethod
@@ -126,7 +134,7 @@ class SLWeight(FactorizedWeight):
 
     @property
     def _matmul(self) -> Matmul:
-        return Matmul(*self.as_matrix, self.rank, self.nonzeros, self.dtype)
+        return Matmul(*self.as_matrix, self.rank, self.nonzeros, self.dtype, self.vector)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -134,17 +142,18 @@ class SLWeight(FactorizedWeight):
 
     @override
     def operands(self) -> dict[str, Tensor]:
-        where = "seed" if self.support == "stratified" else "index"
+        where = "index" if self.support == "uniform" else "seed"
         return {name: getattr(self, name) for name in ("B", "A", "values", where)}
 
     @override
     def op_args(self) -> tuple[Any, ...]:
-        return (self.scale,)
+        return (self.scale, None, self.vector) if self.vector > 1 else (self.scale,)
 
     @override
     def parts(self) -> dict[str, list[Tensor]]:
         indices = [self.index] if self.support == "uniform" else []
-        return {"factors": [self.B, self.A], "values": [self.values], "indices": indices, "buffers": [self.seed]}
+        buffers = [self.seed, self.rows_of_block] if self.vector > 1 else [self.seed]
+        return {"factors": [self.B, self.A], "values": [self.values], "indices": indices, "buffers": buffers}
 
     @override
     def describe(self) -> dict[str, Any]:
@@ -153,22 +162,23 @@ class SLWeight(FactorizedWeight):
             "alpha": self.scale * self.rank,
             "density": self.density,
             "support": self.support,
+            **({"vector": self.vector} if self.support == "vector" else {}),
             "input_dim": self.input_dim,
         }
 
     @override
     def forward(self) -> Tensor:
         # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent.
-        return self._composed(compose_reference if torch_private.is_transforming() else compose)
+        return self.reference() if torch_private.is_transforming() else self._composed(compose, self.op_args())
 
     @override
     def reference(self) -> Tensor:
-        return self._composed(compose_reference)
+        return self._composed(compose_reference, (self.scale, self.vector))
 
-    def _composed(self, op: Callable[..., Tensor]) -> Tensor:
+    def _composed(self, op: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         B, A, values = self.B, self.A, self.values
-        return op(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
+        return op(B, A, values, self.index if self.support == "uniform" else self.seed, *arguments)
 
     @torch.no_grad()
     @override
@@ -189,7 +199,7 @@ class SLWeight(FactorizedWeight):
     def approximate(self, dense: Tensor) -> None:
         """Sets the factors to the truncated SVD of ``dense``, and the values to the residual at the support."""
         support = list(self.operands().values())[-1]
-        self.set_factors(*spectral_factors(dense, self.rank, self.scale, self.values, support))
+        self.set_factors(*spectral_factors(dense, self.rank, self.scale, self.values, support, self.vector))
 
     @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor, values: Tensor) -> None:
@@ -202,7 +212,8 @@ class SLWeight(FactorizedWeight):
         """Returns the parameters, detached, sharing memory. Raises as ``check_support``."""
         self.check_support()
         index = self.index if self.support == "uniform" else None
-        return Factors(self.B.detach(), self.A.detach(), self.values.detach(), self.drawn_seed, index, self.scale)
+        B, A, values = self.B.detach(), self.A.detach(), self.values.detach()
+        return Factors(B, A, values, self.drawn_seed, index, self.scale, self.vector)
 
     @override
     def check_support(self) -> None:
@@ -211,27 +222,46 @@ class SLWeight(FactorizedWeight):
         ``to_empty`` leaves garbage in it and averaging buffers in low precision changes it; either would silently
         move every non-zero.
         """
-        if self.seed.device.type != "meta" and int(self.seed) != self.drawn_seed:
+        if self.seed.device.type == "meta":
+            return
+        if int(self.seed) != self.drawn_seed:
             raise RuntimeError(
                 f"the seed buffer holds {int(self.seed)} but this weight was drawn with {self.drawn_seed}: something "
                 "overwrote it (to_empty without reset_parameters, or arithmetic over buffers). Load a state dict, or "
                 "call reset_parameters()."
             )
+        if self.vector > 1 and int(self.rows_of_block) != self.vector:
+            raise RuntimeError(
+                f"the buffer rows_of_block holds {int(self.rows_of_block)} but this weight has vector={self.vector}: "
+                "something overwrote it. Load a state dict, or call reset_parameters()."
+            )
 
     def _restore_support(self) -> None:
         self.seed.fill_(self.drawn_seed)
+        if self.vector > 1:
+            self.rows_of_block.fill_(self.vector)
         if self.support == "uniform" and not self.index.is_meta and self.drawn_seed != IMPORTED:
             self.index.copy_(uniform_index(self.drawn_seed, *self.as_matrix, self.density))
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        held, values = state_dict.get(f"{prefix}rows_of_block"), state_dict.get(f"{prefix}values")
+        has_blocks = values is not None and values.dim() > 1 and not (held is not None and held.is_meta)
+        vector = 1 if held is None else int(held)
+        if has_blocks and self.support != "uniform" and vector != self.vector:
+            errors = args[-1]  # which load_state_dict raises, all of them together
+            errors.append(
+                f"{prefix}values are of blocks of vector={vector} rows, those of this weight of vector={self.vector}: "
+                f"its non-zeros would move. Factorize with support='vector', vector={vector}"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         mark_values(self.values)  # load_state_dict(assign=True) brings another parameter
         if not self.seed.is_meta:
             self.drawn_seed = int(self.seed)
 
 
 def values_shape(shape: Sequence[int], config: SLConfig) -> tuple[int, ...]:
-    """Returns the shape of ``values``: [..., rows, groups] of the stratified support, [non-zeros] of the uniform."""
-    if config.support == "stratified":
+    """Returns the shape of ``values``: [non-zeros] of the uniform support, [..., rows, groups] of the others."""
+    if config.support != "uniform":
         return (*shape[:-1], groups_per_row(shape[-1], config.density))
     return (uniform_count(math.prod(shape[:-1]), shape[-1], config.density),)

@@ -45,14 +45,14 @@ def looks_trained(weight: Tensor, iterations: int = 8) -> bool:
 
 @torch.no_grad()
 def spectral_factors(
-    weight: Tensor, rank: int, scale: float, values: Tensor, support: Tensor
+    weight: Tensor, rank: int, scale: float, values: Tensor, support: Tensor, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the truncated SVD ``U sqrt(s) . sqrt(s) V^T / scale``, and the residual at the support.
 
     Args:
         weight: [rows, columns], or a stack of such.
         rank, scale: Of the low-rank part.
-        values, support: Operands of ``compose``; of ``values`` only the shape is used.
+        values, support, vector: Of ``compose``; of ``values`` only the shape is used.
 
     Returns:
         B [..., rows, rank], A [..., rank, columns] and values, float32.
@@ -62,6 +62,6 @@ def spectral_factors(
     U, s, V = torch.svd_lowrank(weight, q=oversampled, niter=4)
     root = (s[..., :rank] / scale).sqrt().unsqueeze(-2)
     B, A = U[..., :rank] * root, (V[..., :rank] * root).mT
-    positions = flat_positions(values, support, weight.shape[-1])
+    positions = flat_positions(values, support, weight.shape[-1], vector)
     residual = (B @ A).mul_(-scale).add_(weight)
     return B, A, residual.view(-1).index_select(0, positions).view(values.shape)

@@ -14,7 +14,7 @@ from tests.testing import OPTIONS
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_every_backend_gives_the_loss_and_gradients_of_eager(checkpointed_block, batch, support, autocast, monkeypatch):
     monkeypatch.setattr(torch, "relu", torch.tanh)  # at a kink, another rounding is another gradient
     model = checkpointed_block
@@ -68,7 +68,7 @@ def test_dynamic_shapes_do_not_recompile_per_size(block, counting, lowering, cal
     assert counting.calls == calls
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize("lowering", ["composed", "factored", "auto"])
 def test_every_lowering_trains_as_eager_does(block, batch, lowering, support):
     config = {**OPTIONS, "support": support}

@@ -43,7 +43,7 @@ def test_parameter_counts_are_the_papers(size):
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_forward_and_all_gradients_equal_a_float64_reference(support):
     """W = alpha/r B A + V at the support; y = x W^T + b; gradients by the chain rule, written out."""
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_forward_and_all_gradients_equal_a_float64_reference(support):
     torch.testing.assert_close(layer.bias.grad, g.sum(0), **close)
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_initial_distribution(support):
     """B zero, A Kaiming-uniform(a=sqrt 5), which is U(+-1/sqrt(in)) as the values are; scale alpha / rank."""
     layer = nn.Linear(1024, 512)

@@ -117,7 +117,7 @@ options = st.fixed_dictionaries(
     {
         "rank": st.integers(1, 12),
         "density": st.sampled_from((0.02, 0.1)),
-        "support": st.sampled_from(("stratified", "uniform")),
+        "support": st.sampled_from(("stratified", "vector", "uniform")),
         "lowering": st.sampled_from(("composed", "factored", "auto")),
         "keep_weights": st.booleans(),
     }

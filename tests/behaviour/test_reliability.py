@@ -29,7 +29,7 @@ VALID = {
     "rank": st.one_of(st.integers(1, 24), st.floats(0.05, 0.3)),
     "density": st.floats(0.001, 0.3),
     "alpha": st.one_of(st.integers(1, 64), st.floats(0.1, 100)),
-    "support": st.sampled_from(("stratified", "uniform")),
+    "support": st.sampled_from(("stratified", "vector", "uniform")),
     "init": st.sampled_from(("auto", "kaiming", "spectral")),
     "seed": st.one_of(st.none(), st.integers(0, 2**63 - 1)),
     "include": st.sampled_from(("*", ["up*", "mix"], ("*.weight",))),

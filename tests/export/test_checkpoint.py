@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.export.checkpoint import load_factorized, save_factorized
-from tests.testing import randomize
+from tests.testing import SUPPORTS, randomize
 from tests.zoo import tiny, tiny_config
 
 IDS = torch.arange(34).reshape(2, 17)
@@ -34,7 +34,7 @@ def factorized(model: nn.Module, **options: Any) -> nn.Module:
     return randomize(slcompile.factorize_(model, config)).eval()
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip(name, support, tmp_path):
     kind, changes = MODELS[name]

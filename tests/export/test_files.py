@@ -281,7 +281,7 @@ def test_the_file_describes_itself(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_compact(support, dtype, tmp_path):
     config = slcompile.SLConfig(rank=8, density=0.02, support=support)
     model = slcompile.factorize_(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)), config)

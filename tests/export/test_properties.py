@@ -26,7 +26,7 @@ import slcompile
     columns=st.integers(32, 130),
     rank=st.integers(1, 6),
     density=st.floats(0.001, 0.3),
-    support=st.sampled_from(["stratified", "uniform"]),
+    support=st.sampled_from(["stratified", "vector", "uniform"]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     bias=st.booleans(),
     seed=st.integers(0, 2**32 - 1),

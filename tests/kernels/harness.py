@@ -17,7 +17,8 @@ from slcompile.cost.devices import GPU_CLASSES
 from slcompile.ops.support import groups_per_row, uniform_index
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SUPPORTS = ("stratified", "uniform")
+SUPPORTS = ("stratified", "vector", "uniform")
+VECTOR = {"stratified": 1, "vector": 8, "uniform": 1}
 SCALE = 0.75
 TARGETS = [each.name for each in GPU_CLASSES]
 

@@ -16,6 +16,7 @@ from tests.kernels.harness import (
     DTYPES,
     SCALE,
     SUPPORTS,
+    VECTOR,
     Random,
     assert_within_error,
     launches_in,
@@ -89,23 +90,23 @@ def run(case: Case, operands: list[Tensor]) -> list[Tensor]:
     from slcompile.kernels.compose import compose
 
     B, *others = operands
-    return [compose(each, *others, SCALE, case.result) for each in (B, torch.zeros_like(B))]
+    return [compose(each, *others, SCALE, case.result, VECTOR[case.support]) for each in (B, torch.zeros_like(B))]
 
 
-def reference(operands: list[Tensor]) -> list[Tensor]:
+def reference(case: Case, operands: list[Tensor]) -> list[Tensor]:
     """The same in plain torch, in the operands' dtype."""
     B, A, values, support = operands
     if values.dim() > 1:
         values = values.flatten(end_dim=-2)
     low_rank = SCALE * (B @ A)
-    positions = flat_positions(values, support, A.shape[-1]).long()
+    positions = flat_positions(values, support, A.shape[-1], VECTOR[case.support]).long()
     sparse = values.new_zeros(low_rank.numel()).scatter(0, positions, values.flatten()).view(low_rank.shape)
     return [low_rank + sparse, sparse]
 
 
 def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     operands = make_operands(case)
-    (exact, _), (eager, sparse) = reference(moved(operands, torch.float64)), reference(operands)
+    (exact, _), (eager, sparse) = (reference(case, each) for each in (moved(operands, torch.float64), operands))
     weight, without_B = found
     dtype = case.result or case.dtype
     for each in found:

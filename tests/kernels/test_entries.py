@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from slcompile.ops.support import groups_per_row
-from tests.kernels.harness import PAPER, SUPPORTS, TARGETS, empty, empty_sparse, require_compiler, usages, written_to
+from tests.kernels.harness import (
+    PAPER,
+    SUPPORTS,
+    TARGETS,
+    VECTOR,
+    empty,
+    empty_sparse,
+    require_compiler,
+    usages,
+    written_to,
+)
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
@@ -26,9 +36,9 @@ def launched(target: str, support: str, dtype: torch.dtype, shapes: Any) -> list
         for rows, columns, rank, density in shapes:
             B, A = empty(rows, rank, dtype=dtype), empty(rank, columns, dtype=dtype)
             values, where = empty_sparse(support, rows, groups_per_row(columns, density), dtype)
-            compose(B, A, values, where, 0.5)
+            compose(B, A, values, where, 0.5, vector=VECTOR[support])
             left, right = empty(64, rows, dtype=dtype), empty(64, columns, dtype=dtype)
-            weight_grads(left, right, B, A, values, where, 0.5)
+            weight_grads(left, right, B, A, values, where, 0.5, VECTOR[support])
     return launches
 
 

@@ -18,6 +18,7 @@ from tests.kernels.harness import (
     PAPER,
     SCALE,
     TARGETS,
+    VECTOR,
     Random,
     assert_autotuning_spills_nothing,
     assert_within_error,
@@ -70,7 +71,7 @@ class Operands(NamedTuple):
     biases: list[Tensor | None]
 
 
-WAYS = [("stratified", False), ("uniform", False), ("stratified", True)]
+WAYS = [("stratified", False), ("vector", False), ("uniform", False), ("stratified", True), ("vector", True)]
 CASES = list(
     dict.fromkeys(
         [Case(tokens, "two", torch.bfloat16, *way) for tokens in TOKENS for way in WAYS]
@@ -119,7 +120,7 @@ def run(case: Case, operands: Operands, autotune: bool = False) -> list[list[Ten
 
     def complete(hiddens: Sequence[Tensor]) -> list[Tensor]:
         return linear_factored(
-            x, hiddens, factors, values, supports, biases, case.transposed,
+            x, hiddens, factors, values, supports, biases, case.transposed, VECTOR[case.support],
             autotune=autotune,
         )  # fmt: skip
 
@@ -142,7 +143,9 @@ def reference(case: Case, operands: Operands) -> list[list[Tensor]]:
             outputs, terms = second.shape[0], x.shape[1]
             rows, columns = (terms, outputs) if case.transposed else (outputs, terms)
             S = value.new_zeros(rows * columns)
-            S = S.scatter(0, flat_positions(value, support, columns).long(), value.flatten()).view(rows, columns)
+            S = S.scatter(
+                0, flat_positions(value, support, columns, VECTOR[case.support]).long(), value.flatten()
+            ).view(rows, columns)
             y = hidden @ second.t() + x @ (S if case.transposed else S.t())
             results.append(y if bias is None else y + bias)
         return results
@@ -220,6 +223,7 @@ TRACED = [
     Case(19, "three", torch.bfloat16, "stratified"),
     Case(19, "five", torch.bfloat16, "uniform"),
     Case(1, "one", torch.float32, "stratified", transposed=True),
+    Case(19, "three", torch.bfloat16, "vector", transposed=True),
 ]
 
 

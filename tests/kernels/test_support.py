@@ -16,18 +16,21 @@ from tests.kernels.harness import TARGETS
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-# rows, columns, groups, first_row: sizes that divide nothing, blocks that are not full, and each 64-bit step.
+# rows, columns, groups, first_row, vector: sizes that divide nothing, blocks that are not full, and each 64-bit step.
 SHAPES = {
-    "one_element": (1, 1, 1, 0),
-    "one_group": (9, 17, 1, 0),
-    "odd": (7, 63, 5, 3),
-    "every_column": (5, 31, 31, 0),
-    "many_blocks": (33, 1001, 30, 0),
-    "row_beyond_2**31": (3, 257, 9, 2**31 + 5),
-    "counter_wraps_at_2**32": (4, 257, 9, 2**32 // 9 - 2),
-    "row_beyond_2**40": (3, 127, 11, 2**40 + 1),
-    "group_times_columns_beyond_2**31": (2, 2**31 - 1, 301, 0),
-    "no_rows": (0, 5, 2, 0),
+    "one_element": (1, 1, 1, 0, 1),
+    "one_group": (9, 17, 1, 0, 1),
+    "odd": (7, 63, 5, 3, 1),
+    "every_column": (5, 31, 31, 0, 1),
+    "many_blocks": (33, 1001, 30, 0, 1),
+    "row_beyond_2**31": (3, 257, 9, 2**31 + 5, 1),
+    "counter_wraps_at_2**32": (4, 257, 9, 2**32 // 9 - 2, 1),
+    "row_beyond_2**40": (3, 127, 11, 2**40 + 1, 1),
+    "group_times_columns_beyond_2**31": (2, 2**31 - 1, 301, 0, 1),
+    "no_rows": (0, 5, 2, 0, 1),
+    "blocks": (37, 63, 5, 0, 16),
+    "blocks_cut": (35, 63, 5, 13, 8),
+    "blocks_beyond_2**40": (130, 127, 11, 2**40 + 1, 64),
 }
 SEEDS = (0, 1, SEED_LIMIT - 1)
 CASES = [(seed, *shape) for shape in SHAPES.values() for seed in SEEDS]
@@ -36,8 +39,8 @@ INTERPRETED = """
 import sys
 import torch
 from slcompile.kernels.support import stratified_columns
-torch.save([stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row)
-            for seed, rows, columns, groups, first_row in eval(sys.argv[1])], sys.argv[2])
+torch.save([stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row, vector=vector)
+            for seed, rows, columns, groups, first_row, vector in eval(sys.argv[1])], sys.argv[2])
 """
 
 
@@ -53,11 +56,13 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_interpreted_kernel_equals_torch_bit_for_bit(interpreted: list[Tensor], shape: str, seed: int) -> None:
-    rows, columns, groups, first_row = SHAPES[shape]
+    rows, columns, groups, first_row, vector = SHAPES[shape]
     found = interpreted[CASES.index((seed, *SHAPES[shape]))]
     assert found.dtype == torch.int64
     assert found.shape == (rows, groups)
-    assert torch.equal(found, stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row))
+    assert torch.equal(
+        found, stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row, vector=vector)
+    )
 
 
 def test_the_package_is_imported_without_triton() -> None:
@@ -89,8 +94,8 @@ def test_compiles_without_spills(target: str, signature: str) -> None:
     from slcompile.kernels.support import BLOCK, stratified_columns_kernel
 
     types, constants = SIGNATURES[signature]
-    types = {"p_seed": "*i64", "p_columns": "*i64", **types, "BLOCK": "constexpr"}
-    compiled = compile_for(stratified_columns_kernel, types, {**constants, "BLOCK": BLOCK}, target)
+    types = {"p_seed": "*i64", "p_columns": "*i64", **types, "VECTOR": "constexpr", "BLOCK": "constexpr"}
+    compiled = compile_for(stratified_columns_kernel, types, {**constants, "VECTOR": 16, "BLOCK": BLOCK}, target)
     if not target.startswith("gfx"):
         assert f".target {target}" in compiled.asm["ptx"]
     usage = resources(compiled)
@@ -106,7 +111,7 @@ def test_compiles_without_spills(target: str, signature: str) -> None:
 def test_kernel_on_cuda_equals_torch_on_cpu_bit_for_bit(shape: str, seed: int) -> None:
     from slcompile.kernels.support import stratified_columns as launched
 
-    rows, columns, groups, first_row = SHAPES[shape]
-    found = launched(torch.tensor([seed], device="cuda"), rows, columns, groups, first_row=first_row)
-    expected = stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row)
+    rows, columns, groups, first_row, vector = SHAPES[shape]
+    found = launched(torch.tensor([seed], device="cuda"), rows, columns, groups, first_row=first_row, vector=vector)
+    expected = stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row, vector=vector)
     assert torch.equal(found.cpu(), expected)

@@ -16,6 +16,7 @@ from tests.kernels.harness import (
     DTYPES,
     SCALE,
     SUPPORTS,
+    VECTOR,
     Random,
     assert_within_error,
     launches_in,
@@ -75,19 +76,21 @@ def make_operands(case: Case) -> list[Tensor]:
     return [left, right, random(rows, rank, dtype=parameters), random(rank, columns, dtype=parameters), values, support]
 
 
-def run(operands: list[Tensor]) -> list[Tensor]:
+def run(case: Case, operands: list[Tensor]) -> list[Tensor]:
     """The gradients of B, A and values, and the last by itself."""
     from slcompile.kernels.weight_grads import values_grad, weight_grads
 
     left, right, _, _, values, support = operands
-    return [*weight_grads(*operands, SCALE), values_grad(left, right, values, support)]
+    vector = VECTOR[case.support]
+    return [*weight_grads(*operands, SCALE, vector), values_grad(left, right, values, support, vector)]
 
 
-def reference(operands: list[Tensor]) -> list[Tensor]:
+def reference(case: Case, operands: list[Tensor]) -> list[Tensor]:
     """The same in plain torch, in the operands' dtype."""
     left, right, B, A, values, support = operands
     G = left.t() @ right
-    grad_values = G.flatten()[flat_positions(values, support, A.shape[1]).long()].view(values.shape)
+    positions = flat_positions(values, support, A.shape[1], VECTOR[case.support]).long()
+    grad_values = G.flatten()[positions].view(values.shape)
     rounded = G.to(B.dtype)
     return [SCALE * (rounded @ A.t()), SCALE * (B.t() @ rounded), grad_values, grad_values]
 
@@ -95,9 +98,8 @@ def reference(operands: list[Tensor]) -> list[Tensor]:
 def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     operands = make_operands(case)
     parameters = [*operands[2:5], operands[4]]
-    for parameter, exact, eager, ours in zip(
-        parameters, reference(moved(operands, torch.float64)), reference(operands), found, strict=True
-    ):
+    expected = (reference(case, each) for each in (moved(operands, torch.float64), operands))
+    for parameter, exact, eager, ours in zip(parameters, *expected, found, strict=True):
         assert ours.dtype == parameter.dtype
         assert ours.shape == exact.shape == parameter.shape
         assert ours.is_contiguous()
@@ -114,24 +116,26 @@ def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_one_kernel_is_launched(support: str, mode: str) -> None:
     require_compiler()
-    assert launches_in(run, make_operands(Case("odd", support, torch.bfloat16)), mode) == ["read_kernel"] * 2
+    case = Case("odd", support, torch.bfloat16)
+    assert launches_in(lambda operands: run(case, operands), make_operands(case), mode) == ["read_kernel"] * 2
 
 
 @pytest.mark.gpu
 class TestOnCuda:
     @pytest.mark.parametrize("case", CASES, ids=name_of)
     def test_error_is_within_the_references(self, case: Case) -> None:
-        found = run(moved(make_operands(case), torch.device("cuda")))
+        found = run(case, moved(make_operands(case), torch.device("cuda")))
         assert_within_the_references_error(case, [each.cpu() for each in found])
 
     @pytest.mark.parametrize("support", SUPPORTS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_two_runs_are_bit_equal(self, dtype: torch.dtype, support: str) -> None:
-        operands = moved(make_operands(Case("blocks", support, dtype)), torch.device("cuda"))
-        assert all(map(torch.equal, run(operands), run(operands)))
+        case = Case("blocks", support, dtype)
+        operands = moved(make_operands(case), torch.device("cuda"))
+        assert all(map(torch.equal, run(case, operands), run(case, operands)))
 
 
 if __name__ == "__main__":
     from tests.kernels.interpreter import save_results
 
-    save_results(lambda: {name_of(case): run(make_operands(case)) for case in CASES})
+    save_results(lambda: {name_of(case): run(case, make_operands(case)) for case in CASES})

@@ -283,6 +283,42 @@ class TestAutocast:
             assert torch.equal(parameter.grad, gradient)
 
 
+class TestVector:
+    """Blocks of rows that share their columns: the same as the uniform support whose index has their positions."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
+    def test_opcheck(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        operands = make_operands("stratified", shape, dtype).trained()
+        torch.library.opcheck(compose, (*operands, SCALE, None, 4))
+        torch.library.opcheck(compose_backward, (make_grad(operands).requires_grad_(), *operands, SCALE, 4))
+
+    @pytest.mark.parametrize("vector", [1, 2, 8, 128])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_equals_the_uniform_support_of_its_positions(self, shape: tuple[int, ...], vector: int) -> None:
+        operands = make_operands("stratified", shape, torch.float32)
+        B, A, values, seed = operands
+        index = flat_positions(values, seed, A.shape[-1], vector)
+        other = Operands(B, A, values.flatten(), index)
+        assert torch.equal(compose(*operands, SCALE, vector=vector), compose(*other, SCALE))
+        assert torch.equal(compose(*operands, SCALE, torch.bfloat16, vector), compose(*other, SCALE, torch.bfloat16))
+        assert torch.equal(compose_reference(*operands, SCALE, vector), compose_reference(*other, SCALE))
+        G = make_grad(operands)
+        found, expected = compose_backward(G, *operands, SCALE, vector), compose_backward(G, *other, SCALE)
+        assert all(torch.equal(ours, theirs.view_as(ours)) for ours, theirs in zip(found, expected, strict=True))
+        assert torch.equal(index, flat_positions(values, seed, A.shape[-1])) or vector > 1
+
+    @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
+    def test_gradcheck_and_gradgradcheck(self, shape: tuple[int, ...]) -> None:
+        operands = make_operands("stratified", shape).trained()
+
+        def function(B: Tensor, A: Tensor, values: Tensor) -> Tensor:
+            return compose(B, A, values, operands.support, SCALE, vector=4)
+
+        assert torch.autograd.gradcheck(function, operands.parameters())
+        assert torch.autograd.gradgradcheck(function, operands.parameters())
+
+
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW_PRECISION])
 @pytest.mark.parametrize("support", SUPPORTS)

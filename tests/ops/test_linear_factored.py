@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slcompile.ops import compose_reference, linear_factored
 from slcompile.ops.linear_factored import linear_factored_aten
-from tests.testing import SUPPORTS, drawn, support_of
+from tests.testing import SUPPORTS, VECTOR, drawn, support_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DENSITY = 0.1
@@ -64,12 +64,12 @@ def with_gaps(tensor: Tensor) -> Tensor:
     return torch.stack([tensor.t(), tensor.t()], -1)[..., 0].t()
 
 
-def dense(operands: Operands, transposed: bool) -> list[Tensor]:
+def dense(operands: Operands, transposed: bool, vector: int) -> list[Tensor]:
     """The formula with a dense S, in the operands' dtype."""
     results = []
     for hidden, factor, values, support, bias in zip(*operands[1:], strict=True):
         B, A = (values.new_zeros(TERMS, 1), factor[:1]) if transposed else (factor[:, :1], values.new_zeros(1, TERMS))
-        S = compose_reference(B, A, values, support, 0.0)
+        S = compose_reference(B, A, values, support, 0.0, vector)
         y = hidden @ (factor if transposed else factor.t()) + operands.x @ (S if transposed else S.t())
         results.append(y if bias is None else y + bias)
     return results
@@ -84,7 +84,9 @@ def flat(tensors: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_opcheck(support: str, dtype: torch.dtype, strided: bool, transposed: bool) -> None:
-    torch.library.opcheck(linear_factored, (*make_operands(support, transposed, dtype, 5, strided), transposed))
+    torch.library.opcheck(
+        linear_factored, (*make_operands(support, transposed, dtype, 5, strided), transposed, VECTOR[support])
+    )
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
@@ -96,11 +98,12 @@ def test_error_is_within_the_references(
 ) -> None:
     operands = make_operands(support, transposed, dtype, tokens, strided)
     assert operands.x.is_contiguous() != strided
-    exact, eager = dense(operands.each(Tensor.double), transposed), dense(operands, transposed)
-    found = linear_factored(*operands, transposed)
+    last = transposed, VECTOR[support]
+    exact, eager = dense(operands.each(Tensor.double), *last), dense(operands, *last)
+    found = linear_factored(*operands, transposed, VECTOR[support])
     assert [(each.shape, each.dtype) for each in found] == [((tokens, outputs), dtype) for outputs, _ in SIBLINGS]
     assert all(each.is_contiguous() for each in found)
-    assert all(map(torch.equal, found, linear_factored_aten(*operands, transposed)))
+    assert all(map(torch.equal, found, linear_factored_aten(*operands, *last)))
     truth = flat(exact)
     # Half a unit in the last place: what rounding the result once may cost. In float64 the truth is rounded itself.
     slack = torch.finfo(dtype).eps * float(truth.norm()) * (TERMS if dtype == torch.float64 else 0.5)
@@ -114,12 +117,14 @@ def test_equals_the_product_with_the_composed_weight(support: str, transposed: b
         torch.randn(TERMS, rank).double() if transposed else torch.randn(rank, TERMS).double() for _, rank in SIBLINGS
     ]
     hiddens = [SCALE * operands.x @ (each if transposed else each.t()) for each in others]
-    found = linear_factored(*operands._replace(hiddens=hiddens, biases=[None] * len(SIBLINGS)), transposed)
+    found = linear_factored(
+        *operands._replace(hiddens=hiddens, biases=[None] * len(SIBLINGS)), transposed, VECTOR[support]
+    )
     for y, other, factor, values, where in zip(
         found, others, operands.factors, operands.values, operands.supports, strict=True
     ):
         B, A = (other, factor) if transposed else (factor, other)
-        W = compose_reference(B, A, values, where, SCALE)
+        W = compose_reference(B, A, values, where, SCALE, VECTOR[support])
         expected = operands.x @ (W if transposed else W.t())
         # Sums of at most TERMS * rank products in float64.
         assert float((y - expected).norm()) <= TERMS * 2**-52 * float(expected.norm())
@@ -128,15 +133,15 @@ def test_equals_the_product_with_the_composed_weight(support: str, transposed: b
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_siblings_do_not_touch_each_other(support: str, transposed: bool) -> None:
     operands = make_operands(support, transposed, torch.float32)
-    together = linear_factored(*operands, transposed)
+    together = linear_factored(*operands, transposed, VECTOR[support])
     for index, result in enumerate(together):
-        (alone,) = linear_factored(operands.x, *([each[index]] for each in operands[1:]), transposed)
+        (alone,) = linear_factored(operands.x, *([each[index]] for each in operands[1:]), transposed, VECTOR[support])
         assert torch.equal(alone, result)
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_zero_tokens(support: str, transposed: bool) -> None:
-    found = linear_factored(*make_operands(support, transposed, torch.float32, tokens=0), transposed)
+    found = linear_factored(*make_operands(support, transposed, torch.float32, tokens=0), transposed, VECTOR[support])
     assert [tuple(each.shape) for each in found] == [(0, outputs) for outputs, _ in SIBLINGS]
 
 
@@ -145,9 +150,9 @@ def test_zero_tokens(support: str, transposed: bool) -> None:
 def test_autocast_changes_nothing_and_inputs_stay(support: str, tokens: int, transposed: bool) -> None:
     operands = make_operands(support, transposed, torch.float32, tokens)
     before = operands.each(Tensor.clone)
-    expected = linear_factored(*operands, transposed)
+    expected = linear_factored(*operands, transposed, VECTOR[support])
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_factored(*operands, transposed)
+        found = linear_factored(*operands, transposed, VECTOR[support])
     assert all(each.dtype == torch.float32 for each in found)
     assert all(map(torch.equal, found, expected))
     assert torch.equal(operands.x, before.x)
@@ -162,7 +167,7 @@ def test_autocast_changes_nothing_and_inputs_stay(support: str, tokens: int, tra
 def test_uninitialised_memory_does_not_leak(support: str, dtype: torch.dtype, tokens: int, transposed: bool) -> None:
     # With a density of 0.1 some columns of S, and with the uniform support some rows, are empty.
     assert bool(torch.empty(3).isnan().all())
-    found = linear_factored(*make_operands(support, transposed, dtype, tokens), transposed)
+    found = linear_factored(*make_operands(support, transposed, dtype, tokens), transposed, VECTOR[support])
     assert all(bool(each.isfinite().all()) for each in found)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slcompile.ops.support import (
     SEED_LIMIT,
+    block_columns,
     draw_seed,
     flat_positions,
     groups_per_row,
@@ -85,6 +86,31 @@ class TestStratified:
     )
     def test_golden(self, arguments: tuple[int, int, int, int, int], expected: list[list[int]]) -> None:
         assert columns_of(*arguments).tolist() == expected
+
+    # The blocks have the columns of the rows 0 to 3 of the stratified support; the last block is shorter.
+    def test_golden_of_blocks_of_rows(self) -> None:
+        blocks = [[1, 7, 12, 16], [1, 6, 10, 16], [4, 7, 12, 16], [4, 6, 14, 16]]
+        found = stratified_columns(torch.tensor([7]), 7, 20, 4, vector=2)
+        assert found.tolist() == [blocks[row // 2] for row in range(7)]
+        assert block_columns(torch.tensor([7]), 7, 20, 4, 2).tolist() == blocks
+
+    @any_size
+    @given(
+        seeds, st.integers(1, 40), st.integers(1, 60), densities, st.sampled_from((1, 2, 16, 128)), st.integers(0, 70)
+    )
+    def test_rows_of_a_block_share_their_columns(
+        self, seed: int, rows: int, columns: int, density: float, vector: int, first_row: int
+    ) -> None:
+        groups, where = groups_per_row(columns, density), torch.tensor([seed])
+        found = stratified_columns(where, rows, columns, groups, first_row=first_row, vector=vector)
+        of_blocks = columns_of(seed, (first_row + rows) // vector + 1, columns, groups)
+        assert torch.equal(found, of_blocks[torch.arange(first_row, first_row + rows) // vector])
+        whole = block_columns(where, rows, columns, groups, vector, first_row=first_row // vector * vector)
+        assert torch.equal(whole, of_blocks[first_row // vector :][: -(-rows // vector)]) or len(whole) > len(of_blocks)
+
+    def test_a_shard_that_cuts_a_block_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"first_row=24 cuts a block of vector=16 rows .* a multiple of 16"):
+            block_columns(torch.tensor([3]), 8, 20, 4, 16, first_row=24)
 
     @any_size
     @given(seeds, st.integers(1, 9), st.integers(1, 300), densities)

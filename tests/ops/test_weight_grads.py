@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slcompile.ops import compose_reference, weight_grads
 from slcompile.ops.weight_grads import weight_grads_aten
-from tests.testing import SUPPORTS, drawn, support_of
+from tests.testing import SUPPORTS, VECTOR, drawn, support_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # tokens, rows, columns, rank: nothing divides anything, and the smallest there is.
@@ -18,12 +18,16 @@ SCALE = 0.75
 
 
 class Operands(NamedTuple):
+    """The arguments of weight_grads."""
+
     left: Tensor
     right: Tensor
     B: Tensor
     A: Tensor
     values: Tensor
     support: Tensor
+    scale: float
+    vector: int
 
 
 def make_operands(
@@ -42,19 +46,19 @@ def make_operands(
         # Transposes of contiguous matrices, and every second element of wider ones.
         tensors = [each.t().contiguous().t() if index % 2 == 0 and each.dim() == 2 else
                    torch.stack([each, each], -1)[..., 0] for index, each in enumerate(tensors)]  # fmt: skip
-    return Operands(*tensors, where)
+    return Operands(*tensors, where, SCALE, VECTOR[support])
 
 
-def reference(left: Tensor, right: Tensor, *parameters: Tensor) -> list[Tensor]:
+def reference(operands: Operands) -> list[Tensor]:
     """Autograd's gradients of B, A and values through the formula."""
-    *trained, where = parameters
-    trained = [each.detach().clone().requires_grad_() for each in trained]
-    compose_reference(*trained, where, SCALE).backward((left.t() @ right).to(trained[0].dtype))
+    left, right, *parameters = operands[:5]
+    trained = [each.detach().clone().requires_grad_() for each in parameters]
+    compose_reference(*trained, *operands[5:]).backward((left.t() @ right).to(trained[0].dtype))
     return [each.grad for each in trained]
 
 
 def doubled(operands: Operands) -> Operands:
-    return Operands(*(each.double() for each in operands[:5]), operands.support)
+    return Operands(*(each.double() for each in operands[:5]), *operands[5:])
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
@@ -62,7 +66,7 @@ def doubled(operands: Operands) -> Operands:
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_opcheck(support: str, dtype: torch.dtype, strided: bool) -> None:
     operands = make_operands(support, (5, 7, 9, 3), dtype, strided=strided)
-    torch.library.opcheck(weight_grads, (*operands, SCALE))
+    torch.library.opcheck(weight_grads, operands)
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
@@ -78,10 +82,10 @@ def test_error_is_within_the_references(
     strided: bool,
 ) -> None:
     operands = make_operands(support, shape, dtype, parameters, strided)
-    found = weight_grads(*operands, SCALE)
-    assert all(map(torch.equal, found, weight_grads_aten(*operands, SCALE)))
+    found = weight_grads(*operands)
+    assert all(map(torch.equal, found, weight_grads_aten(*operands)))
     for ours, eager, exact, parameter in zip(
-        found, reference(*operands), reference(*doubled(operands)), operands[2:5], strict=True
+        found, reference(operands), reference(doubled(operands)), operands[2:5], strict=True
     ):
         assert (ours.shape, ours.dtype) == (parameter.shape, parameter.dtype)
         assert ours.is_contiguous()
@@ -94,16 +98,16 @@ def test_error_is_within_the_references(
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_no_tokens_give_zeros(support: str) -> None:
     operands = make_operands(support, (0, 33, 65, 17), torch.float32)
-    for found, parameter in zip(weight_grads(*operands, SCALE), operands[2:5], strict=True):
+    for found, parameter in zip(weight_grads(*operands), operands[2:5], strict=True):
         assert torch.equal(found, torch.zeros_like(parameter))
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_autocast_changes_nothing(support: str) -> None:
     operands = make_operands(support, dtype=torch.float32)
-    expected = weight_grads(*operands, SCALE)
+    expected = weight_grads(*operands)
     with torch.autocast("cpu", torch.bfloat16):
-        found = weight_grads(*operands, SCALE)
+        found = weight_grads(*operands)
     assert all(each.dtype == torch.float32 for each in found)
     assert all(map(torch.equal, found, expected))
 
@@ -114,13 +118,13 @@ def test_autocast_changes_nothing(support: str) -> None:
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_uninitialised_memory_does_not_leak(support: str, dtype: torch.dtype, tokens: int) -> None:
     assert bool(torch.empty(3).isnan().all())
-    found = weight_grads(*make_operands(support, (tokens, 33, 65, 17), dtype), SCALE)
+    found = weight_grads(*make_operands(support, (tokens, 33, 65, 17), dtype))
     assert all(bool(each.isfinite().all()) for each in found)
 
 
 def test_meta_tensors_give_shapes() -> None:
     operands = make_operands("stratified", dtype=torch.bfloat16, parameters=torch.float32)
-    found = weight_grads(*(each.to("meta") for each in operands), SCALE)
+    found = weight_grads(*(each.to("meta") for each in operands[:6]), SCALE)
     assert [(each.shape, each.dtype, each.device.type) for each in found] == [
         (each.shape, torch.float32, "meta") for each in operands[2:5]
     ]

@@ -26,6 +26,7 @@ class Joint:
 
     def __init__(self, support: str = "stratified", dtype: torch.dtype = torch.float32) -> None:
         where, shape = support_of(support, N, K, 0.1, seed=7)
+        self.support, self.vector = support, 16 if support == "vector" else 1
         self.factors = [*drawn([(N, R), (R, K), shape], dtype, seed=0), where]
         self.dtype = dtype
 
@@ -44,7 +45,7 @@ class Joint:
 
         def joint(x, tangents, B, A, values, support):
             leaves = [each.detach().requires_grad_() for each in (x, B, A, values)]
-            weight = compose(*leaves[1:], support, SCALE)
+            weight = compose(*leaves[1:], support, SCALE, vector=self.vector)
             y = function(leaves[0], weight if cast is None else weight.to(cast))
             return (y.detach(), *torch.autograd.grad(y, leaves, tangents))
 
@@ -80,7 +81,7 @@ class Joint:
             assert float((ours.double() - theirs.double()).norm()) <= eps * float(theirs.double().norm())
 
 
-@pytest.fixture(params=["stratified", "uniform"])
+@pytest.fixture(params=["stratified", "vector", "uniform"])
 def joint(request: pytest.FixtureRequest) -> Joint:
     return Joint(request.param)
 

@@ -31,15 +31,18 @@ def factored(
     random = torch.Generator().manual_seed(0)
     x, inputs = torch.randn(tokens, K, generator=random), []
     for index, ((rows, columns, rank), support) in enumerate(zip(shapes, supports, strict=False)):
-        where = torch.tensor([index]) if support == "stratified" else uniform_index(index, rows, columns, 0.1)
-        size = (rows, groups_per_row(columns, 0.1)) if support == "stratified" else tuple(where.shape)
+        where = uniform_index(index, rows, columns, 0.1) if support == "uniform" else torch.tensor([index])
+        size = tuple(where.shape) if support == "uniform" else (rows, groups_per_row(columns, 0.1))
         inputs += [*(torch.randn(each, generator=random) for each in ((rows, rank), (rank, columns), size)), where]
     y = function(x, *(torch.zeros(rows, columns) for rows, columns, _ in shapes))
     inputs = [x, torch.randn(y.shape, generator=random), *inputs]
 
     def joint(x, tangents, *factors):
         leaves = [each.detach().requires_grad_(each.is_floating_point()) for each in (x, *factors)]
-        weights = [compose(*leaves[at : at + 4], SCALE) for at in range(1, len(leaves), 4)]
+        weights = [
+            compose(*leaves[4 * index + 1 : 4 * index + 5], SCALE, vector=16 if support == "vector" else 1)
+            for index, support in enumerate(supports[: len(shapes)])
+        ]
         y = function(leaves[0], *weights)
         return (y.detach(), *torch.autograd.grad(y, [each for each in leaves if each.requires_grad], tangents))
 
@@ -107,7 +110,7 @@ def test_graph(stratified_joint):
 
 @pytest.mark.parametrize("lowered", [False, True], ids=["ops", "lowered"])
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_siblings_become_one_with_the_same_numbers(stratified_joint, support, mode, lowered):
     gm, inputs = factored(qkv, supports=[support] * 3, mode=mode)
     expected = gm(*inputs)
@@ -139,6 +142,7 @@ NOT_SIBLINGS = {
     "another input": (lambda x, q, k: torch.cat([x @ q.t(), x.tanh() @ k.t()], 1), PAIR, ("stratified",) * 2),
     "another direction": (lambda x, q, k: x @ q.t() + x @ k, ((40, K, 8), (K, 40, 4)), ("stratified",) * 2),
     "another kind of support": (lambda x, q, k: torch.cat([x @ q.t(), x @ k.t()], 1), PAIR, ("stratified", "uniform")),
+    "other blocks of rows": (lambda x, q, k: torch.cat([x @ q.t(), x @ k.t()], 1), PAIR, ("stratified", "vector")),
 }
 
 

@@ -78,7 +78,7 @@ def test_composed_ops_on_cpu(stratified_joint):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_same_numbers_and_twice_changes_nothing(joint, dtype):
-    joint = type(joint)("stratified" if joint.factors[2].dim() == 2 else "uniform", dtype)
+    joint = type(joint)(joint.support, dtype)
     gm, inputs = joint.graph(lambda x, w: torch.addmm(x[0, :40], x, w.t()))
     fuse_weight_grads(gm)
     choose_lowering(gm, "factored")
@@ -118,7 +118,7 @@ def lowered_on_gpu(joint, lowering, function=lambda x, w: x @ w.t(), **kwargs):
 @pytest.mark.usefixtures("target", "gpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_every_op_becomes_launches_on_a_gpu(stratified_joint, support, lowering, dtype):
     joint = type(stratified_joint)(support, dtype)
     gm, report = lowered_on_gpu(joint, lowering)

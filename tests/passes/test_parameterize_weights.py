@@ -84,7 +84,7 @@ class TestPlaceholders:
         assert report.replaced == [Decision("fc.weight", shape=(8, 6))]
         assert report.left == []
 
-    @pytest.mark.parametrize("support", ["stratified", "uniform"])
+    @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
     def test_numbers_are_the_same(self, support: str) -> None:
         weight = make_weight(support)
         gm = self.traced(weight)
@@ -169,7 +169,7 @@ class TestAttributes:
         assert len(names) == len(report.replaced) == 2
         assert all(map(torch.equal, gm(x), expected))
 
-    @pytest.mark.parametrize("support", ["stratified", "uniform"])
+    @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
     def test_numbers_are_the_same(self, support: str) -> None:
         weight, x = make_weight(support), torch.randn(5, 6)
         expected = self.traced(weight)(x)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -106,18 +107,19 @@ class TestLooksTrained:
 
 class TestSpectralFactors:
     RANK, SCALE, DENSITY = 16, 0.5, 0.05
+    VECTOR: ClassVar = {"stratified": 1, "vector": 16, "uniform": 1}
 
     def factors(
         self, weight: Tensor, support: str, rank: int = RANK, scale: float = SCALE
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         rows, columns = weight.shape
-        if support == "stratified":
-            where, values = torch.tensor([3]), torch.empty(rows, groups_per_row(columns, self.DENSITY))
-        else:
+        if support == "uniform":
             where = uniform_index(3, rows, columns, self.DENSITY)
             values = torch.empty(where.shape)
+        else:
+            where, values = torch.tensor([3]), torch.empty(rows, groups_per_row(columns, self.DENSITY))
         torch.manual_seed(0)  # the SVD is a randomised one
-        return spectral_factors(weight, rank, scale, values, where), where
+        return spectral_factors(weight, rank, scale, values, where, self.VECTOR[support]), where
 
     @staticmethod
     def weights() -> dict[str, Tensor]:
@@ -130,7 +132,7 @@ class TestSpectralFactors:
             "learned direction": with_a_learned_direction((128, 96), 3.0, 2),
         }
 
-    @pytest.mark.parametrize("support", ["stratified", "uniform"])
+    @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
     @pytest.mark.parametrize("name", ["random", "wide", "decaying spectrum", "learned direction"])
     def test_error_is_near_the_optimum_and_the_residual_lowers_it(self, name: str, support: str) -> None:
         weight = self.weights()[name]
@@ -139,29 +141,32 @@ class TestSpectralFactors:
         low_rank_error = float((weight - self.SCALE * B @ A).norm())
         # A randomised SVD of four power iterations, 8 columns oversampled: within 2 % even of a flat spectrum.
         assert optimum * (1 - 1e-5) <= low_rank_error <= 1.02 * optimum
-        error = float((weight - compose(B, A, values, where, self.SCALE)).norm())
+        error = float((weight - compose(B, A, values, where, self.SCALE, vector=self.VECTOR[support])).norm())
         # The residual is removed at a random 5 % of the entries: that share of its square, here at least half of it.
         share = values.numel() / weight.numel()
         assert error**2 <= (1 - share / 2) * low_rank_error**2
 
-    @pytest.mark.parametrize("support", ["stratified", "uniform"])
+    @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
     def test_entries_at_the_support_are_the_weights(self, support: str) -> None:
         weight = random_weight((128, 96), 0)
         (B, A, values), where = self.factors(weight, support)
-        at = flat_positions(values, where, 96).long()
-        found, expected = compose(B, A, values, where, self.SCALE).flatten()[at], weight.flatten()[at]
+        at = flat_positions(values, where, 96, self.VECTOR[support]).long()
+        found, expected = (
+            compose(B, A, values, where, self.SCALE, vector=self.VECTOR[support]).flatten()[at],
+            weight.flatten()[at],
+        )
         # The low-rank part, a sum of RANK products, is subtracted once and added once.
         magnitude = (self.SCALE * B.abs() @ A.abs() + weight.abs()).flatten()[at]
         bound = 2 * (self.RANK + 2) * torch.finfo(torch.float32).eps * magnitude
         assert bool(((found - expected).abs() <= bound).all())
 
-    @pytest.mark.parametrize("support", ["stratified", "uniform"])
+    @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
     def test_shapes_and_dtype(self, dtype: torch.dtype, support: str) -> None:
         (B, A, values), where = self.factors(random_weight((63, 257), 1).to(dtype), support, rank=7)
         assert B.shape == (63, 7)
         assert A.shape == (7, 257)
-        assert values.shape == ((63, 13) if support == "stratified" else where.shape)
+        assert values.shape == (where.shape if support == "uniform" else (63, 13))
         assert B.dtype == A.dtype == values.dtype == torch.float32
 
     def test_scale_is_divided_out_evenly(self) -> None:

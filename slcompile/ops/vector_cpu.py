@@ -1,0 +1,134 @@
+"""What the factored lowering runs on CPU for the vector support: S times matrices with a row a token, in C++.
+
+The rows of a block share their columns, so S times a tile of tokens is a product of small dense matrices, one of whose
+operands is read through the columns: ``kernels/vector.cpp``. It takes and makes matrices as other matmuls do, and no
+transposed copy is needed. Inductor's compiler compiles it, once for each dtype and length of blocks, when a model first
+runs it; it lies in Inductor's cache. The columns of the blocks are kept: 4 bytes for ``vector`` non-zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slcompile import torch_private
+from slcompile.ops.sparse_cpu import kept
+from slcompile.ops.support import block_columns
+
+_TAGS = (torch.Tag.needs_contiguous_strides,)
+_SOURCE = Path(__file__).parents[1] / "kernels" / "vector.cpp"
+_STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+@torch.library.custom_op("slcompile::vector_addmm", mutates_args=(), tags=_TAGS)
+def vector_addmm(
+    factor: Tensor,
+    hidden: Tensor,
+    values: Tensor,
+    support: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    vector: int,
+) -> Tensor:
+    """``hidden @ factor^T + x @ S^T + bias``, or ``hidden @ factor + x @ S`` where ``transposed``.
+
+    Args:
+        factor: B [N, R], or A [R, K] where ``transposed``.
+        hidden: [T, R], like x.
+        values: [N, groups] of S [N, K], like x.
+        support: The seed.
+        x: [T, K], or [T, N] where ``transposed``; float32, bfloat16, float16 or float64.
+        bias: [N], or [K] where ``transposed``; added to each row.
+        transposed: Whether S and not its transpose multiplies x.
+        vector: Rows of S that share their columns.
+
+    Returns:
+        [T, N], or [T, K] where ``transposed``, contiguous.
+    """
+    if x.dtype not in _STORED:
+        factor, hidden, values, wide = (each.float() for each in (factor, hidden, values, x))
+        bias = None if bias is None else bias.float()
+        return vector_addmm(factor, hidden, values, support, wide, bias, transposed, vector).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        writing = factor if transposed else factor.t()
+        result = torch.mm(hidden, writing) if bias is None else torch.addmm(bias, hidden, writing)
+    rows, groups = values.shape
+    columns = result.shape[1] if transposed else x.shape[1]
+    if x.numel() == 0:
+        return result
+    x, values = _with_rows(x), values.contiguous()
+    run = _library(x.dtype, vector).add_transposed if transposed else _library(x.dtype, vector).add_product
+    blocks = _columns(values, support, columns, vector)
+    _call(run, (x, x.stride(0), values, blocks, result, result.stride(0)), (len(x), rows, columns, groups))
+    return result
+
+
+@vector_addmm.register_fake
+def _(factor, hidden, values, support, x, bias, transposed, vector):
+    return x.new_empty((x.shape[0], factor.shape[1 if transposed else 0]))
+
+
+@torch.library.custom_op("slcompile::vector_dots", mutates_args=(), tags=_TAGS)
+def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int) -> Tensor:
+    """``left^T @ right`` at the support.
+
+    Args:
+        left: [T, N].
+        right: [T, K], of the same dtype.
+        values, support, vector: As for ``vector_addmm``; the numbers of ``values`` are not read.
+
+    Returns:
+        Shape and dtype of ``values``.
+    """
+    if left.dtype not in _STORED:
+        return vector_dots(left.float(), right.float(), values, support, vector)
+    if left.numel() == 0:
+        return torch.zeros_like(values, memory_format=torch.contiguous_format)
+    left, right = _with_rows(left), _with_rows(right)
+    result = left.new_empty(values.shape, dtype=torch.promote_types(left.dtype, torch.float32))
+    (tokens, rows), (_, columns) = left.shape, right.shape
+    blocks = _columns(values, support, columns, vector)
+    operands = (left, left.stride(0), right, right.stride(0), blocks, result)
+    _call(_library(left.dtype, vector).dots, operands, (tokens, rows, columns, values.shape[1]))
+    return result.to(values.dtype)
+
+
+@vector_dots.register_fake
+def _(left, right, values, support, vector):
+    return torch.empty_like(values).contiguous()
+
+
+def _with_rows(matrix: Tensor) -> Tensor:
+    """The matrix, with the elements of each row side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _columns(values: Tensor, support: Tensor, columns: int, vector: int) -> Tensor:
+    return kept(_making(vector), values, support, values.shape[0], columns)[0]
+
+
+@functools.cache
+def _making(vector: int) -> Callable[[Tensor, Tensor, int, int], tuple[Tensor]]:
+    def columns_of_blocks(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor]:
+        return (block_columns(support, rows, columns, values.shape[1], vector).int(),)
+
+    return columns_of_blocks
+
+
+@functools.cache
+def _library(dtype: torch.dtype, vector: int) -> Any:
+    """The compiled functions."""
+    defined = f"#define VECTOR {vector}\n#define STORED {_STORED[dtype]}\n"
+    return torch_private.cpp_library(defined + _SOURCE.read_text())
+
+
+def _call(function: Any, operands: tuple[Tensor | int, ...], sizes: tuple[int, ...]) -> None:
+    given = (c_void_p(each.data_ptr()) if isinstance(each, Tensor) else c_int64(each) for each in operands)
+    function(*given, *map(c_int64, (*sizes, torch.get_num_threads())))

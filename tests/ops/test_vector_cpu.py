@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from slcompile.ops import compose_reference, sparse_cpu
+from slcompile.ops.sparse_cpu import kept_bytes
+from slcompile.ops.support import groups_per_row
+from slcompile.ops.vector_cpu import vector_addmm, vector_dots
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+VECTORS = (2, 4, 8, 16, 32, 64, 128)
+# rows, columns: blocks that are whole and not, nothing divides anything, and the smallest there is.
+SHAPES = [(128, 64), (131, 150), (33, 65), (1, 9), (9, 1)]
+# Of few tokens values are read as they lie; tiles have 8 or 16.
+TOKENS = (1, 4, 5, 16, 63)
+RANK = 3
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests' seeds may be alive."""
+    monkeypatch.setattr(sparse_cpu, "_memory", type(sparse_cpu._memory)())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def scattered(values: Tensor, seed: Tensor, columns: int, vector: int) -> Tensor:
+    """S, dense."""
+    B, A = values.new_zeros(values.shape[0], 1), values.new_zeros(1, columns)
+    return compose_reference(B, A, values, seed, 0.0, vector)
+
+
+def assert_close(found: Tensor, exact: Tensor, eager: Tensor, magnitude: Tensor) -> None:
+    """As exact as the same in plain torch, in the operands' dtype, up to half a unit in the last place of the sums of
+    the terms' absolute values, ``magnitude``. BLAS sums in several pieces: one long sum loses more."""
+    assert (found.shape, found.dtype) == (eager.shape, eager.dtype)
+    slack = torch.finfo(eager.dtype).eps / 2 * float(magnitude.norm()) * (8 if eager.dtype == torch.float64 else 1)
+    assert float((found.double() - exact).norm()) <= float((eager.double() - exact).norm()) + slack
+
+
+def addmm_operands(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype, transposed: bool, density: float = 0.1, bias: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    rows, columns = shape
+    terms, outputs = (rows, columns) if transposed else (columns, rows)
+    return (
+        random(RANK, outputs, dtype=dtype) if transposed else random(outputs, RANK, dtype=dtype),
+        random(tokens, RANK, dtype=dtype, seed=1),
+        random(rows, groups_per_row(columns, density), dtype=dtype, seed=2),
+        torch.tensor([5]),
+        random(tokens, terms, dtype=dtype, seed=4),
+        random(outputs, dtype=dtype, seed=6) if bias else None,
+    )
+
+
+def dense_addmm(
+    factor: Tensor, hidden: Tensor, values: Tensor, seed: Tensor, x: Tensor, bias: Tensor | None, transposed: bool,
+    vector: int,
+) -> Tensor:  # fmt: skip
+    S = scattered(values, seed, factor.shape[1] if transposed else x.shape[1], vector)
+    y = hidden @ (factor if transposed else factor.t()) + x @ (S if transposed else S.t())
+    return y if bias is None else y + bias
+
+
+def wide(operands: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [each.double() if each is not None and each.is_floating_point() else each for each in operands]
+
+
+def absolute(operands: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [each.abs() if each is not None and each.is_floating_point() else each for each in wide(operands)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vector", VECTORS)
+def test_addmm_is_its_formula(vector: int, dtype: torch.dtype, transposed: bool) -> None:
+    for shape in SHAPES:
+        for tokens in TOKENS:
+            for density in (0.1, 1.0):
+                operands = addmm_operands(shape, tokens, dtype, transposed, density, bias=density < 1)
+                found = vector_addmm(*operands, transposed, vector)
+                assert found.is_contiguous()
+                exact, eager, magnitude = (
+                    dense_addmm(*each, transposed, vector) for each in (wide(operands), operands, absolute(operands))
+                )
+                assert_close(found, exact, eager, magnitude)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vector", VECTORS)
+def test_dots_are_the_products_entries(vector: int, dtype: torch.dtype) -> None:
+    for rows, columns in SHAPES:
+        for tokens in TOKENS:
+            for density in (0.1, 1.0):
+                left, right = random(tokens, rows, dtype=dtype), random(tokens, columns, dtype=dtype, seed=1)
+                # Its numbers may not be read.
+                values, seed = left.new_full((rows, groups_per_row(columns, density)), float("nan")), torch.tensor([5])
+                found = vector_dots(left, right, values, seed, vector)
+                where = scattered(torch.ones_like(values), seed, columns, vector) != 0
+                exact, eager, magnitude = (
+                    (a.t() @ b)[where].view_as(values)
+                    for a, b in (wide((left, right)), (left, right), absolute((left, right)))
+                )
+                assert_close(found, exact, eager, magnitude)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for transposed in (False, True):
+            for tokens in (1, 5, 200):
+                operands = addmm_operands((131, 150), tokens, torch.float64, transposed)
+                found, exact = (f(*operands, transposed, 16) for f in (vector_addmm, dense_addmm))
+                assert_close(found, exact, exact, dense_addmm(*absolute(operands), transposed, 16))
+        left, right, values = random(200, 131), random(200, 150, seed=1), random(131, 15)
+        found = vector_dots(left, right, values, torch.tensor([5]), 16)
+        where = scattered(torch.ones_like(values), torch.tensor([5]), 150, 16) != 0
+        exact, magnitude = ((a.t() @ b)[where].view_as(values) for a, b in ((left, right), absolute((left, right))))
+        assert_close(found, exact, exact, magnitude)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 63])
+def test_rows_of_a_wider_matrix_and_columns_of_a_transposed_one(tokens: int, dtype: torch.dtype) -> None:
+    factor, hidden, values, seed, x, _ = addmm_operands((33, 65), tokens, dtype, False)
+    expected = vector_addmm(factor, hidden, values, seed, x, None, False, 8)
+    for strided in (torch.cat([x, x], 1)[:, :65], x.t().contiguous().t()):
+        assert torch.equal(vector_addmm(factor, hidden, values, seed, strided, None, False, 8), expected)
+        left = torch.cat([hidden, random(tokens, 30, dtype=dtype)], 1)
+        every = left, torch.cat([left, left], 1)[:, :33], left.t().contiguous().t()
+        first, *others = (vector_dots(each, strided, values, seed, 8) for each in every)
+        assert all(torch.equal(first, each) for each in others)
+
+
+@pytest.mark.parametrize("tokens", [1, 63])
+def test_infinities_stay_with_their_tokens_rows_and_columns(tokens: int) -> None:
+    """What is not there, a block's missing rows and a tile's missing tokens, is never multiplied with what is."""
+    factor, hidden, values, seed, x, _ = addmm_operands((33, 65), tokens, torch.float32, False)
+    S = scattered(torch.ones_like(values), seed, 65, 8)
+    x[-1, 7] = float("inf")
+    found = vector_addmm(factor, hidden, values, seed, x, None, False, 8)
+    assert bool(found[:-1].isfinite().all())
+    assert torch.equal(found[-1].isfinite(), S[:, 7] == 0)
+    values[4, 2] = float("nan")
+    g = random(tokens, 33, dtype=torch.float32)
+    found = vector_addmm(random(RANK, 65, dtype=torch.float32), hidden, values, seed, g, None, True, 8)
+    assert bool(found.isnan().any(0).sum() == 1)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_opcheck(tokens: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for transposed in (False, True):
+            operands = addmm_operands((7, 9), tokens, dtype, transposed, bias=True)
+            torch.library.opcheck(vector_addmm, (*operands, transposed, 4))
+        left, right, values = random(tokens, 7, dtype=dtype), random(tokens, 9, dtype=dtype), random(7, 2, dtype=dtype)
+        torch.library.opcheck(vector_dots, (left, right, values, torch.tensor([5]), 4))
+
+
+def test_values_may_have_another_dtype_than_what_is_multiplied() -> None:
+    left, right, values = random(63, 33).bfloat16(), random(63, 65).bfloat16(), random(33, 7).float()
+    found = vector_dots(left, right, values, torch.tensor([5]), 8)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, vector_dots(left.float(), right.float(), values, torch.tensor([5]), 8))
+
+
+def test_columns_are_kept_once_for_a_seed_and_are_small() -> None:
+    *operands, seed, x, bias = addmm_operands((128, 64), 5, torch.float32, False)
+    for _ in range(2):
+        first = vector_addmm(*operands, seed, x, bias, False, 16)
+        vector_dots(random(5, 128).float(), x, operands[2], seed, 16)
+    assert kept_bytes() == 4 * operands[2].numel() // 16
+    seed.fill_(6)
+    found = vector_addmm(*operands, seed, x, bias, False, 16)
+    assert torch.equal(found, vector_addmm(*operands, torch.tensor([6]), x, bias, False, 16))
+    assert not torch.equal(found, first)
+    assert kept_bytes() == 4 * operands[2].numel() // 16
+
+
+def test_the_source_is_part_of_the_package() -> None:
+    code = "import importlib.resources as r; print(r.files('slcompile.kernels').joinpath('vector.cpp').read_text())"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "add_transposed" in found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slcompile.ops import compose_reference
+
 
 class Mlp(nn.Module):
     """The MLP of a LLaMA layer."""
@@ -48,3 +50,10 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.bmm(x.expand(self.up.shape[0], -1, -1), self.up.mT)
         return torch.bmm(torch.tanh(hidden), self.down.mT).sum(0)
+
+
+class Reference(nn.Module):
+    """A weight composed by plain ops, as in compiled transforms of torch.func."""
+
+    def forward(self, B: Tensor, A: Tensor, values: Tensor, support: Tensor) -> Tensor:
+        return compose_reference(B, A, values, support, 0.5)

@@ -6,6 +6,7 @@ read before it was written; see ``launches``. What the kernels take is read from
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from tests.codegen.generate import generate
 from tests.codegen.launches import Call, compiled_kernels, counted, large_writes, launches
-from tests.codegen.models import Experts, Mlp, PackedConv1D
+from tests.codegen.models import Experts, Mlp, PackedConv1D, Reference
 from tests.kernels.harness import WIDE, require_compiler
 
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -134,6 +135,19 @@ def test_experts() -> None:
     found = counted(forward + backward)
     # Each stack at once: composed forward and backward, multiplied; then its gradients, which are sums, in ATen.
     assert found["add_kernel"] == 4
+
+
+def test_plain_ops_compute_the_support_in_64_bits() -> None:
+    """A group times the columns passes 2**31; Inductor computes what it knows of indices in 32 bits."""
+    rows, columns, groups = 8, 262144, 13107  # such as a vocabulary's
+    assert groups * columns > 2**31
+    arguments = [(rows, 64), (64, columns), (rows, groups)]
+    args = [*((shape, torch.bfloat16) for shape in arguments), ((1,), torch.int64)]
+    # Folding constants would make tensors on the GPU.
+    options = {"inductor": {"joint_graph_constant_folding": False}}
+    (module,) = generate(Reference(), args, options, backend="inductor", training=False)
+    assert f"{columns}*" not in module.code
+    assert re.search(rf"tl\.full\(\[1\], {columns}, tl\.int64\)", module.code)
 
 
 MAX_AUTOTUNE = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +22,25 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The step is traced on the CPU and moved to the GPU afterwards.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+        with torch.autocast("cpu", dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext():
             hidden = self.norm(x)
             return x + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
+class Layer(nn.Module):
+    """The linear layers of a LLaMA layer and what is pointwise; a product stands for attention."""
+
+    def __init__(self, hidden: int, inner: int, autocast: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden)
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.mlp = Mlp(hidden, inner)
+        self.autocast = autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            hidden = self.norm(x)
+            return self.mlp(x + self.o(self.q(hidden) * self.k(hidden) + self.v(hidden)))
 
 
 class PackedConv1D(nn.Module):

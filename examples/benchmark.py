@@ -205,32 +205,56 @@ def matmul(args: argparse.Namespace) -> None:
     rows = {}
     for dtype in args.dtype:
         for rows_, columns in ((args.hidden, args.hidden), (args.intermediate, args.hidden)):
-            weight = slcompile.SLWeight((rows_, columns), slcompile.SLConfig(**options(args)), device=args.device)
-            weight.reset_parameters()
-            weight.to(DTYPES[dtype])
-            B, A, values, support = (each.detach() for each in weight.operands().values())
-            dense = weight.merged()
-
-            def composed(x: Tensor, B=B, A=A, values=values, support=support, scale=weight.scale) -> Tensor:
-                return x @ compose(B, A, values, support, scale).t()
-
-            def factored(x: Tensor, B=B, A=A, values=values, support=support, scale=weight.scale) -> Tensor:
-                return linear_factored(x, project(x, [A], [scale]), [B], [values], [support], [None], False)[0]
-
+            linear = nn.Linear(columns, rows_, bias=False, device=args.device, dtype=DTYPES[dtype])
+            factorized = slcompile.factorize_(nn.Sequential(linear), slcompile.SLConfig(**options(args)))
+            dense = copy.deepcopy(factorized)
+            slcompile.merge_(dense)
             for tokens in (1, 16, 256, 2048, 8192):
                 x = torch.randn(tokens, columns, device=args.device, dtype=DTYPES[dtype])
-                runs = {
-                    "dense": lambda x=x, dense=dense: x @ dense.t(),
-                    "composed": lambda x=x, composed=composed: composed(x),
-                    "factored": lambda x=x, factored=factored: factored(x),
-                }
+                runs = products_of(args.device)(dense, factorized, x)
                 check(runs, dtype)
                 label = f"{dtype} {rows_}x{columns}, {tokens} tokens"
                 rows[label] = interleaved(runs, args.runs, args.device)
-    show(f"One matmul, forward, eager (rank {args.rank}, density {args.density})", rows, "ms", "dense")
+                torch._dynamo.reset()
+    how = "eager" if args.device == "cpu" else "compiled"
+    show(f"One matmul, forward, {how} (rank {args.rank}, density {args.density})", rows, "ms", "dense")
 
 
-def check(runs: Mapping[str, Callable[[], Tensor]], dtype: str) -> None:
+Runs = Mapping[str, Callable[[], Tensor]]
+
+
+def products_of(device: str) -> Callable[[nn.Module, nn.Module, Tensor], Runs]:
+    """What is timed on a device. On CPUs the ops are what compiled code calls; on GPUs it launches kernels instead."""
+    return eager_products if device == "cpu" else compiled_products
+
+
+def eager_products(dense: nn.Module, factorized: nn.Module, x: Tensor) -> Runs:
+    """The ops that compiled code calls on CPUs."""
+    (weight,) = (each for each in factorized.modules() if isinstance(each, slcompile.SLWeight))
+    B, A, values, support = (each.detach() for each in weight.operands().values())
+    matrix, scale = dense[0].weight.detach(), weight.scale
+    return {
+        "dense": lambda: x @ matrix.t(),
+        "composed": lambda: x @ compose(B, A, values, support, scale).t(),
+        "factored": lambda: linear_factored(x, project(x, [A], [scale]), [B], [values], [support], [None], False)[0],
+    }
+
+
+def compiled_products(dense: nn.Module, factorized: nn.Module, x: Tensor) -> Runs:
+    """Compiled code; more tokens than the kernels are for are composed, whatever was asked for."""
+
+    def without_gradients(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return torch.no_grad()(lambda: run(x))
+
+    lowered = {
+        name: torch.compile(factorized, backend="sltrain", options={"lowering": name}, dynamic=False)
+        for name in ("composed", "factored")
+    }
+    runs = {"dense": torch.compile(dense, dynamic=False), **lowered}
+    return {name: without_gradients(run) for name, run in runs.items()}
+
+
+def check(runs: Runs, dtype: str) -> None:
     """A variant that computes something else is not timed."""
     results = {name: run() for name, run in runs.items()}
     limit = 8 * torch.finfo(DTYPES[dtype]).eps * float(results["dense"].float().norm())

@@ -27,7 +27,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 OPTIONS: dict[str, Any] = {"rank": 8, "density": 0.05}
 CONFIG = slcompile.SLConfig(**OPTIONS)
 SPECTRAL = {**OPTIONS, "init": "spectral"}
-SUPPORTS = ("stratified", "uniform")
+SUPPORTS = ("stratified", "vector", "uniform")
 LITE = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(REQUIRED_SETTINGS, True)}}
 """Options with which our passes run and Inductor calls ATen instead of compiling C++, which takes most time."""
 
@@ -111,8 +111,6 @@ def drawn(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float64, s
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(tuple(each), generator=generator, dtype=torch.float64).to(dtype) for each in shapes]
 
-
-SUPPORTS = tuple(slcompile.config.SUPPORTS)
 
 VECTOR = {"stratified": 1, "vector": 8, "uniform": 1}
 """Rows that share their columns, for each support."""

@@ -103,7 +103,7 @@ _SM_90_TILES: Mapping[str, Tile] = {
 def _gpu(matmul: dict[str, float], sparse: float, memory: float) -> Rates:
     # Gathers of 128 bytes from the L2 cache; in float64 nothing is factored.
     by_dtype = _by_dtype(sparse, sparse, sparse)
-    return Rates(matmul, by_dtype, memory, narrow=0.65, launch=2e-6, sector=32, tiled=0.15)
+    return Rates(matmul, by_dtype, memory, narrow=0.7, launch=1.5e-6, sector=32, tiled=0.15)
 
 
 # Rates of GPUs are estimates, none was measured: dense ones 0.7 of the data sheets', bandwidths 0.85, float32 without

@@ -42,6 +42,14 @@ def groups_per_row(columns: int, density: float) -> int:
     return max(1, round(density * columns))
 
 
+def _zero(seed: Tensor) -> Tensor:
+    """Makes an int64 zero that only the seed's value tells.
+
+    Inductor takes sums and products of ``arange`` and numbers for indices, and computes those in 32 bits on GPUs.
+    """
+    return seed.reshape(()).to(torch.int64) & 0
+
+
 def stratified_columns(
     seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0, vector: int = 1
 ) -> Tensor:
@@ -59,8 +67,8 @@ def stratified_columns(
         int64 of shape [rows, groups].
     """
     device = seed.device
-    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1) // vector
-    group = torch.arange(groups, device=device)
+    row = (torch.arange(first_row, first_row + rows, device=device).unsqueeze(1) + _zero(seed)) // vector
+    group = torch.arange(groups, device=device) + _zero(seed)
     start = group * columns // groups
     width = (group + 1) * columns // groups - start
     # The remainders first: row * groups alone may pass 2**63.
@@ -125,7 +133,7 @@ def flat_positions(values: Tensor, support: Tensor, columns: int, vector: int = 
         return support
     groups = values.shape[-1]
     rows = values.numel() // groups
-    row_start = torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
+    row_start = (torch.arange(rows, device=values.device).unsqueeze(1) + _zero(support)) * columns
     return (row_start + stratified_columns(support, rows, columns, groups, vector=vector)).flatten()
 
 

@@ -51,7 +51,7 @@ class Call:
     def _writes(self, name: str) -> bool:
         if self.ours:
             return bool(re.match(WRITTEN[self.name], name))
-        return name == "out" or name.startswith(("out_ptr", "in_out_ptr"))
+        return name == "out" or name.startswith(("out_ptr", "in_out_ptr", "ws_ptr"))
 
 
 WRITTEN = {
@@ -90,8 +90,8 @@ def launches(generated: Generated) -> list[Call]:
         "inf": math.inf,
         "nan": math.nan,
         "extern_kernels": _Library(recorder),
-        "empty_strided_cuda": _empty,
-        "empty_strided_cpu": _empty,
+        "empty_strided_cuda": recorder.allocate,
+        "empty_strided_cpu": recorder.allocate,
         "reinterpret_tensor": lambda tensor, size, stride, offset=0: torch.as_strided(tensor, size, stride, offset),
         "assert_size_stride": _assert_size_stride,
         "assert_alignment": lambda *args: None,
@@ -104,7 +104,6 @@ def launches(generated: Generated) -> list[Call]:
     }
     exec(body, space)
     inputs = [_empty(*each) if isinstance(each, tuple) else each for each in generated.inputs]
-    recorder.make_written(inputs)
     space["call"](inputs)
     return recorder.calls
 
@@ -119,21 +118,23 @@ def _assert_size_stride(tensor: Tensor, size: Sequence[int], stride: Sequence[in
 
 @dataclass
 class _Recorder:
-    """The calls so far, and the storages that something has written."""
+    """The calls so far, and the storages that the module allocated and nothing has written yet."""
 
     calls: list[Call] = field(default_factory=list)
-    storages: dict[int, Any] = field(default_factory=dict)  # held, so that no two have the same address
+    unwritten: dict[int, Any] = field(default_factory=dict)  # by address, which is theirs while they are held
 
-    def make_written(self, values: Sequence[Any]) -> None:
-        for each in values:
-            if isinstance(each, Tensor):
-                storage = each.untyped_storage()
-                self.storages[storage._cdata] = storage
+    def allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        made = _empty(size, stride, dtype)
+        if made.numel():
+            storage = made.untyped_storage()
+            self.unwritten[storage._cdata] = storage
+        return made
 
     def add(self, call: Call) -> None:
         for each in call.read:
-            assert each.numel() == 0 or each.untyped_storage()._cdata in self.storages, f"{call.name} reads no number"
-        self.make_written(call.written)
+            assert each.untyped_storage()._cdata not in self.unwritten, f"{call.name} reads no number"
+        for each in call.written:
+            self.unwritten.pop(each.untyped_storage()._cdata, None)
         self.calls.append(call)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
+
+from slcompile.ops import compose_reference
 
 
 class Mlp(nn.Module):
@@ -18,9 +22,25 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The step is traced on the CPU and moved to the GPU afterwards.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+        with torch.autocast("cpu", dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext():
             hidden = self.norm(x)
             return x + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
+class Layer(nn.Module):
+    """The linear layers of a LLaMA layer and what is pointwise; a product stands for attention."""
+
+    def __init__(self, hidden: int, inner: int, autocast: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden)
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.mlp = Mlp(hidden, inner)
+        self.autocast = autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            hidden = self.norm(x)
+            return self.mlp(x + self.o(self.q(hidden) * self.k(hidden) + self.v(hidden)))
 
 
 class PackedConv1D(nn.Module):
@@ -48,3 +68,10 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.bmm(x.expand(self.up.shape[0], -1, -1), self.up.mT)
         return torch.bmm(torch.tanh(hidden), self.down.mT).sum(0)
+
+
+class Reference(nn.Module):
+    """A weight composed by plain ops, as in compiled transforms of torch.func."""
+
+    def forward(self, B: Tensor, A: Tensor, values: Tensor, support: Tensor) -> Tensor:
+        return compose_reference(B, A, values, support, 0.5)

@@ -6,6 +6,7 @@ read before it was written; see ``launches``. What the kernels take is read from
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.codegen.__main__ import ratio
+from tests.codegen.estimate import SIZES, is_unaligned, product_operands
 from tests.codegen.generate import generate
 from tests.codegen.launches import Call, compiled_kernels, counted, large_writes, launches
-from tests.codegen.models import Experts, Mlp, PackedConv1D
+from tests.codegen.models import Experts, Mlp, PackedConv1D, Reference
 from tests.kernels.harness import WIDE, require_compiler
 
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -58,10 +61,9 @@ def products_dtypes(calls: list[Call]) -> set[torch.dtype]:
     return {operand.dtype for each in products for operand in each.read}
 
 
-def is_unaligned(call: Call) -> bool:
+def reads_unaligned(call: Call) -> bool:
     """Whether it is a product of the vendor's that reads a matrix with neither rows nor columns aligned."""
-    operands = list(call.arguments.values())[-3:-1] if call.name.startswith("extern_kernels") else []
-    return any(max(each.stride()) * each.itemsize % 16 for each in operands)
+    return any(map(is_unaligned, product_operands(call)[:2]))
 
 
 @pytest.mark.parametrize("support", ["stratified", "uniform"])
@@ -77,8 +79,8 @@ def test_composed(inner: int, support: str) -> None:
     for ours, dense in ((forward, dense_forward), (backward, dense_backward)):
         assert large_writes(ours, TOKENS * HIDDEN) <= large_writes(dense, TOKENS * HIDDEN)
     # The vendor's products read rows or columns that begin at multiples of 16 bytes, where dense ones cannot all.
-    assert not [each for each in forward + backward if is_unaligned(each)]
-    assert any(map(is_unaligned, dense_forward + dense_backward)) == (inner == ODD)
+    assert not [each for each in forward + backward if reads_unaligned(each)]
+    assert any(map(reads_unaligned, dense_forward + dense_backward)) == (inner == ODD)
 
 
 def test_autocast_multiplies_in_low_precision() -> None:
@@ -136,6 +138,19 @@ def test_experts() -> None:
     assert found["add_kernel"] == 4
 
 
+def test_plain_ops_compute_the_support_in_64_bits() -> None:
+    """A group times the columns passes 2**31; Inductor computes what it knows of indices in 32 bits."""
+    rows, columns, groups = 8, 262144, 13107  # such as a vocabulary's
+    assert groups * columns > 2**31
+    arguments = [(rows, 64), (64, columns), (rows, groups)]
+    args = [*((shape, torch.bfloat16) for shape in arguments), ((1,), torch.int64)]
+    # Folding constants would make tensors on the GPU.
+    options = {"inductor": {"joint_graph_constant_folding": False}}
+    (module,) = generate(Reference(), args, options, backend="inductor", training=False)
+    assert f"{columns}*" not in module.code
+    assert re.search(rf"tl\.full\(\[1\], {columns}, tl\.int64\)", module.code)
+
+
 MAX_AUTOTUNE = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
 
 
@@ -153,6 +168,14 @@ def test_cudagraphs_take_all_of_it() -> None:
     assert [counted(each) for each in calls(modules)] == [counted(each) for each in calls(step())]
     for each in modules:
         assert each.code.count("def partition_") <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "most"), [("1B", 0.97), pytest.param("7B", 1.12, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_estimated_steps(size: str, most: float) -> None:
+    """An estimate by the rules of ``estimate``: it says that nothing is called that need not be, no more."""
+    assert ratio(SIZES[size], 16384) <= most
 
 
 def assert_kernels_fit(modules: Any, folder: Path, only_ours: bool = False) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import slcompile
 from tests.testing import example
 
 pytestmark = pytest.mark.slow
@@ -54,6 +56,34 @@ def test_peak_memory_is_that_of_what_is_alive_at_once(benchmark):
         del kept
 
     assert 4 * 5000 <= benchmark.peak_above(run, "cpu") < 4 * 5100
+
+
+def test_on_a_gpu_products_are_timed_as_they_are_compiled(benchmark, monkeypatch):
+    """Called by themselves, the ops would run the CPU's algorithms there."""
+    assert benchmark.products_of("cuda") is benchmark.compiled_products
+    assert benchmark.products_of("cpu") is benchmark.eager_products
+    factorized = slcompile.factorize_(
+        torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False)), slcompile.SLConfig(rank=8, density=0.05)
+    )
+    dense = slcompile.merge_(copy.deepcopy(factorized))
+    x = torch.randn(16, 64)
+    eager = benchmark.eager_products(dense, factorized, x)
+    benchmark.check(eager, "float32")
+    lowerings = []
+    compiler = torch.compile
+
+    def recorded(*args, **kwargs):
+        lowerings.append(kwargs.get("options", {}).get("lowering"))
+        return compiler(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    monkeypatch.delattr(benchmark, "compose")
+    monkeypatch.delattr(benchmark, "linear_factored")
+    runs = benchmark.compiled_products(dense, factorized, x)
+    assert lowerings == ["composed", "factored", None]
+    assert runs.keys() == eager.keys()
+    benchmark.check(runs, "float32")
+    assert not any(run().requires_grad for run in runs.values())
 
 
 def test_variants_take_turns(benchmark):

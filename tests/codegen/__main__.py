@@ -1,0 +1,162 @@
+"""Writes docs/codegen.md: what Inductor generates for an H100, what its kernels take, and estimated times.
+
+    python -m tests.codegen
+
+Needs Triton, no GPU; some minutes on one core.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from slcompile.ops.support import groups_per_row
+from tests.codegen import estimate
+from tests.codegen.estimate import SIZES, Size
+from tests.codegen.generate import Generated, generate
+from tests.codegen.launches import Call, compiled_kernels, large_writes, launches
+from tests.codegen.models import Layer
+
+PAGE = Path(__file__).parents[2] / "docs" / "codegen.md"
+TOKENS = (4096, 16384, 65536)
+FEW = 16
+
+
+@functools.cache
+def generated(size: Size, tokens: int, lowering: str, dtype: str = "bfloat16") -> list[Generated]:
+    """The modules of a layer's training step; ``lowering`` may be ``"dense"``, ``dtype`` ``"autocast"``."""
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    with torch.device("meta"):
+        model = Layer(size.hidden, size.inner, autocast=dtype == "autocast").to(kind)
+    options: dict[str, Any] = {"rank": size.rank, "density": size.density, "lowering": lowering}
+    args = [((tokens, size.hidden), kind)]
+    if lowering == "dense":
+        return generate(model, args, {}, backend="inductor")
+    return generate(model, args, options)
+
+
+def calls_of(modules: list[Generated]) -> list[Call]:
+    return [call for each in modules for call in launches(each)]
+
+
+def trained(size: Size, dense: bool) -> int:
+    """Parameters of a layer's linear layers."""
+    shapes = [(size.hidden, size.hidden)] * 4 + [(size.inner, size.hidden)] * 2 + [(size.hidden, size.inner)]
+    if dense:
+        return sum(rows * columns for rows, columns in shapes)
+    return sum(size.rank * (n + k) + n * groups_per_row(k, size.density) for n, k in shapes)
+
+
+def ratio(size: Size, tokens: int) -> float:
+    """Estimated seconds of a composed step over those of a dense one."""
+    ours, dense = (
+        estimate.step(size, tokens, calls_of(generated(size, tokens, lowering)), trained(size, lowering == "dense"))
+        for lowering in ("composed", "dense")
+    )
+    return ours / dense
+
+
+def layer_rows() -> Iterator[str]:
+    """What a layer's forward and backward call."""
+    cases = [("dense", TOKENS[1]), ("composed", TOKENS[1]), ("factored", FEW)]
+    for name, size in SIZES.items():
+        for dtype in ("bfloat16", "autocast"):
+            written = 0
+            for lowering, tokens in cases:
+                calls = calls_of(generated(size, tokens, lowering, dtype))
+                ours = sum(each.ours for each in calls)
+                products = sum(each.name.startswith("extern") for each in calls)
+                large = large_writes(calls, tokens * size.hidden)
+                written = large if lowering == "dense" else written
+                copies = "" if lowering == "factored" else str(large - written)
+                times = [1e6 * sum(map(each, calls)) for each in (estimate.seconds, estimate.roofline)]
+                rest = len(calls) - ours - products
+                yield f"| {name} | {lowering} | {dtype} | {tokens} | {products} | {ours} | {rest} | {copies} | " + (
+                    f"{times[0]:.0f} | {times[1]:.0f} |"
+                )
+
+
+def kernel_rows() -> Iterator[str]:
+    """What our kernels take as Inductor compiles them."""
+    for name, size in SIZES.items():
+        for lowering, tokens in (("composed", TOKENS[1]), ("factored", FEW)):
+            found: dict[str, list[Any]] = {}
+            others: list[Any] = []
+            with tempfile.TemporaryDirectory() as folder:
+                for index, each in enumerate(generated(size, tokens, lowering)):
+                    place = Path(folder, str(index))
+                    place.mkdir()
+                    for kernel, ours, usage, _ in compiled_kernels(each, place):
+                        kind = kernel.rsplit("_kernel", 1)[0]
+                        (found.setdefault(kind, []) if ours else others).append(usage)
+            for kind, usages in [*found.items(), ("Inductor's own", others)]:
+                registers, spilled, shared = (
+                    max(getattr(each, field) for each in usages) for field in ("registers", "spilled", "shared")
+                )
+                matrix = "yes" if any(each.has_mma for each in usages) else "no"
+                yield f"| {name} | {lowering} | {kind} | {registers} | {spilled} | {shared} | {matrix} |"
+
+
+def step_rows() -> Iterator[str]:
+    """Estimated composed step over dense step."""
+    for name, size in SIZES.items():
+        yield f"| {name} | " + " | ".join(f"{ratio(size, tokens):.2f}" for tokens in TOKENS) + " |"
+
+
+def main() -> None:
+    """Writes the page."""
+    logging.getLogger("slcompile").setLevel(logging.ERROR)
+    steps, layers, kernels = ("\n".join(rows()) for rows in (step_rows, layer_rows, kernel_rows))
+    numbers = " | ".join(f"{tokens // 1024}k" for tokens in TOKENS)
+    PAGE.write_text(f"""# What is generated for a GPU
+
+Inductor's code for an H100, generated on a machine without a GPU, with torch {torch.__version__} and
+Triton {triton.__version__}:
+
+```bash
+python -m tests.codegen
+```
+
+**Every time on this page is estimated, none was measured.** Times follow from the shapes of what the generated code
+calls, at the rates of `slcompile/cost/devices.py` (`sm_90`), by the rules in `tests/codegen/estimate.py`. Aligned
+matrices may be off by 5 %, odd widths by 20 %. Registers, spills and shared memory are ptxas's own figures for sm_90.
+
+## A training step, composed ÷ dense (estimated)
+
+bfloat16 parameters, fused AdamW, head and embedding dense; tokens of one microbatch.
+
+| | {numbers} |
+|---|{"---|" * len(TOKENS)}
+{steps}
+
+The paper's 1B has the odd width 5461. A dense weight of that width is read with rows that begin anywhere; a composed
+one is written with aligned rows, which is why it is estimated to be faster there. At even widths composing costs time.
+
+## A layer, forward and backward
+
+Calls of the vendor's products, of our kernels, of Inductor's own; `copies` are matrices of all tokens that are written
+and that the dense layer does not write. Times are estimated µs, and the least that the vendor's peak figures allow.
+
+| | lowering | dtype | tokens | products | ours | Inductor's | copies | estimated µs | roofline µs |
+|---|---|---|---|---|---|---|---|---|---|
+{layers}
+
+## Kernels
+
+The most of any kernel of that name, as ptxas compiles what Inductor generates.
+
+| | lowering | kernel | registers | spilled B | shared B | matrix instructions |
+|---|---|---|---|---|---|---|
+{kernels}
+""")
+
+
+if __name__ == "__main__":
+    main()

@@ -126,8 +126,10 @@ class SLWeight(nn.Module):
         """The composed weight, of ``shape``."""
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         B, A, values = self.B, self.A, self.values
-        # Of an opaque op, torch.func's transforms have no gradient and forward-mode AD loses the tangent in silence.
-        op = compose_reference if torch_private.is_transforming() else compose
+        # Of an opaque op, torch.func's transforms have no gradient and forward-mode AD loses the tangent in silence;
+        # exporters translate none, and a program that was exported may run where slcompile is not installed.
+        is_opaque = not (torch_private.is_transforming() or torch.compiler.is_exporting())
+        op = compose if is_opaque else compose_reference
         return op(B, A, values, self.seed if self.support == "stratified" else self.index, self.scale)
 
     @torch.no_grad()

@@ -30,8 +30,11 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
     Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused,
     and for float64. The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
-    every op but higher-order ones: attention in a checkpointed region is run by one, which saves the state of the
-    random numbers, and would misread it. In a graph with such an op, it stays a call.
+    every op but higher-order ones, which take operands, and whose graphs return results, in the layout that was traced:
+    attention in a checkpointed region is run by one, which saves the state of the random numbers, and would misread
+    it; the branches of ``torch.cond`` must agree on it. In a graph with such an op, and in such an op's graph, it
+    stays a call: its result is contiguous. So nothing reads a transposed result but what Inductor itself compiles, or
+    calls with the layout that the op asks for.
 
     Args:
         gm: A graph with ``meta["val"]``; changed in place.
@@ -39,7 +42,11 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     """
     report = PassReport()
     insert = Inserter(gm.graph)
-    has_fixed_layouts = torch_private.calls_aten() or any(map(torch_private.is_higher_order, gm.graph.nodes))
+    has_fixed_layouts = (
+        torch_private.calls_aten()
+        or torch_private.is_subgraph(gm)
+        or any(map(torch_private.is_higher_order, gm.graph.nodes))
+    )
     for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)

@@ -253,6 +253,9 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        for each in gm.modules():
+            if each is not gm and isinstance(each, fx.GraphModule):
+                each.meta[_SUBGRAPH] = True
         return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
 
     _mend_inductor()
@@ -462,6 +465,14 @@ def calls_aten() -> bool:
 def is_higher_order(node: fx.Node) -> bool:
     """Whether a node calls a higher-order op: one that takes other ops or graphs."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+_SUBGRAPH = "slcompile_subgraph"
+
+
+def is_subgraph(gm: fx.GraphModule) -> bool:
+    """Whether Inductor compiles this graph, in ``inductor``, as the operand of a higher-order op of another graph."""
+    return _SUBGRAPH in gm.meta
 
 
 def post_accumulate_hooks(parameter: Tensor) -> list[Any]:

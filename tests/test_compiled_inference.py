@@ -93,3 +93,40 @@ def test_a_mixture_of_experts_after_a_training_step(name, lowering):
     with torch.no_grad():
         found, eager, exact = (each(**inputs).logits for each in (run, model, wide))
     assert_no_further(found, eager, exact)
+
+
+class Branches(nn.Module):
+    """One branch is a product, which may lie transposed, the other one is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cond(x.sum() > 0, self.linear, lambda x: x.sin(), (x,))
+        return torch.softmax(y, -1) @ y.t()
+
+
+class Region(nn.Module):
+    """A region that is compiled once and called twice, the second time with its own result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        region = torch.compiler.nested_compile_region(lambda x: self.linear(x))
+        y = region(region(x))
+        return torch.softmax(y, -1) @ y.t()
+
+
+@pytest.mark.parametrize("model_class", [Branches, Region])
+def test_results_that_leave_a_subgraph_lie_as_they_were_traced(model_class):
+    config = slcompile.SLConfig(rank=8, density=0.05)
+    model = filled(slcompile.factorize_(model_class(), config)).eval()
+    wide = copy.deepcopy(model).double()
+    run = torch.compile(model, backend="sltrain", options={"lowering": "factored"})
+    x = torch.randn(40, 64)
+    with torch.no_grad():
+        for each in (x - x.mean() + 0.1, x - x.mean() - 0.1):
+            assert_no_further(run(each), model(each), wide(each.double()))

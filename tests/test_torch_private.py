@@ -272,6 +272,20 @@ def test_higher_order_ops_are_known():
     assert [torch_private.is_higher_order(node) for node in (x, plain, wrapped)] == [False, False, True]
 
 
+def test_graphs_of_higher_order_ops_are_known():
+    def branching(x):
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    seen = []
+    settings = {
+        "post_grad_custom_pre_pass": lambda graph: seen.append(torch_private.is_subgraph(graph.owning_module)),
+        "fx_graph_cache": False,
+    }
+    gm = capture(branching, torch.ones(4))
+    torch_private.inductor(gm, [torch.ones(4)], settings)(torch.ones(4))
+    assert sorted(seen) == [False, True, True]
+
+
 def test_a_scatter_of_transposed_tiles_goes_where_it_should():
     """Inductor's own tiled kernel writes beyond the result, see _mend_inductor."""
 

@@ -177,7 +177,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suffix for an error message: the nearest of ``known``, and all of them where they are few."""
     known = list(known)
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    allowed = f"; allowed: {', '.join(known)}" if len(known) <= 16 else ""
+    allowed = f"; allowed: {', '.join(known)}" if len(known) <= 20 else ""
     return (f", did you mean {near[0]!r}?" if near else "") + allowed
 
 

@@ -1,5 +1,6 @@
-"""weight_grads and values_grad on GPUs: G_NK = left_TN^T @ right_TK and its projections by the vendor's matmuls, and
-its entries at the support by a kernel; the twin of the ops of these names.
+"""weight_grads, compose_backward and values_grad on GPUs; the twin of the ops of these names.
+
+G_NK = left_TN^T @ right_TK and its projections are the vendor's matmuls, its entries at the support are a kernel's.
 
 T tokens, N rows, K columns, R rank.
 """
@@ -28,11 +29,19 @@ def weight_grads(
         scale: Factor of the low-rank part.
     """
     # G is rounded to the dtype of its factors, as it is where autograd makes it.
-    G = _dense_grad(left, right)
-    columns = A.shape[1]
-    grad_B = scaled_product(G, aligned_rows(A.to(G.dtype)).narrow(1, 0, columns).t(), scale)
-    grad_A = scaled_product(B.to(G.dtype).t(), G, scale)
-    return grad_B.to(B.dtype), grad_A.to(A.dtype), read(G, values, support)
+    return compose_backward(_dense_grad(left, right), B, A, values, support, scale)
+
+
+def compose_backward(
+    G: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from a dense gradient, [N, K], or [E, N, K] of E experts, whose B, A and values begin with E, too."""
+    columns = A.shape[-1]
+    grad_B = scaled_product(G, aligned_rows(A.to(G.dtype)).narrow(-1, 0, columns).mT, scale)
+    grad_A = scaled_product(B.to(G.dtype).mT, G, scale)
+    rows = values if values.dim() == 1 else values.flatten(end_dim=-2)
+    grad_values = read(G.reshape(-1, columns) if G.dim() == 3 else G, rows, support).view(values.shape)
+    return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_values
 
 
 def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:

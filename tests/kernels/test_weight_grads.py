@@ -83,6 +83,20 @@ def run(operands: list[Tensor]) -> list[Tensor]:
     return [*weight_grads(*operands, SCALE), values_grad(left, right, values, support)]
 
 
+def run_experts(operands: list[Tensor]) -> list[Tensor]:
+    """The gradients of B, A and values of one weight, and of a stack of it and of one whose B and G are negated."""
+    from slcompile.kernels.weight_grads import compose_backward
+
+    left, right, B, A, values, support = operands
+    G = left.t() @ right
+    single = compose_backward(G, B, A, values, support, SCALE)
+    # The second expert's rows have a support of their own.
+    stacked = compose_backward(
+        torch.stack([G, -G]), torch.stack([B, -B]), torch.stack([A, A]), torch.stack([values, values]), support, SCALE
+    )
+    return [*single, *stacked]
+
+
 def reference(operands: list[Tensor]) -> list[Tensor]:
     """The same in plain torch, in the operands' dtype."""
     left, right, B, A, values, support = operands
@@ -110,6 +124,18 @@ def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[
     assert_within_the_references_error(case, interpreted[name_of(case)])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_stacks(interpreted: dict[str, list[Tensor]], shape: str) -> None:
+    grad_B, grad_A, grad_values, *stacked = interpreted[f"experts-{shape}"]
+    for each, first, second in zip(stacked[:2], (grad_B, grad_A), (-grad_B, grad_A), strict=True):
+        torch.testing.assert_close(each, torch.stack([first, second]))
+    left, right, _, A, values, support = make_operands(Case(shape, "stratified", torch.float32))
+    assert torch.equal(stacked[2][0], grad_values)
+    G = torch.cat([left.t() @ right, -(left.t() @ right)])
+    positions = flat_positions(torch.cat([values, values]), support, A.shape[1])
+    torch.testing.assert_close(stacked[2].flatten(), G.flatten()[positions])
+
+
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_one_kernel_is_launched(support: str, mode: str) -> None:
@@ -134,4 +160,12 @@ class TestOnCuda:
 if __name__ == "__main__":
     from tests.kernels.interpreter import save_results
 
-    save_results(lambda: {name_of(case): run(make_operands(case)) for case in CASES})
+    save_results(
+        lambda: (
+            {name_of(case): run(make_operands(case)) for case in CASES}
+            | {
+                f"experts-{shape}": run_experts(make_operands(Case(shape, "stratified", torch.float32)))
+                for shape in SHAPES
+            }
+        )
+    )

@@ -28,8 +28,9 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     The last pass: it runs on the forward and the backward graph after they were partitioned, so that a composed weight
     is recomputed as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written.
     On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
-    Inductor would lower that to slow scatters. On GPUs the same holds for a ``compose_backward`` that was not fused,
-    and for float64. The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
+    Inductor would lower that to slow scatters. So they do on GPUs for float64, and where no kernel runs.
+
+    The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
     every op but higher-order ones, which take operands, and whose graphs return results, in the layout that was traced:
     attention in a checkpointed region is run by one, which saves the state of the random numbers, and would misread
     it; the branches of ``torch.cond`` must agree on it. In a graph with such an op, and in such an op's graph, it
@@ -96,6 +97,7 @@ def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
 
     launchers: dict[Any, Callable[..., Any]] = {
         _OPS.compose.default: compose.compose,
+        _OPS.compose_backward.default: weight_grads.compose_backward,
         _OPS.linear_factored.default: functools.partial(linear_factored.linear_factored, autotune=autotune),
         _OPS.project.default: functools.partial(project.project, autotune=autotune),
         _OPS.values_grad.default: weight_grads.values_grad,

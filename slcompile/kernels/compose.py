@@ -48,11 +48,13 @@ def compose(
 
 
 def scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
-    """``scale * first @ second``, of one or of several matrices, scaled before it is rounded."""
+    """``scale * first @ second``, of one or of several matrices."""
+    if first.dim() == 3:
+        # Inductor would scale the result in a pass of its own; scaling the smaller operand is exact for powers of two.
+        return first * scale @ second if first.numel() <= second.numel() else first @ (second * scale)
     # beta=0: the first argument counts for nothing, but Inductor's own matmuls read it, so that it has to be a number.
-    # A number that is there saves the launch that would make one.
-    number = first.narrow(-2, 0, 1).narrow(-1, 0, 1)
-    return (torch.addmm if first.dim() == 2 else torch.baddbmm)(number, first, second, beta=0, alpha=scale)
+    # A number that is there saves the launch that would make one. The product is scaled before it is rounded.
+    return torch.addmm(first.narrow(0, 0, 1).narrow(1, 0, 1), first, second, beta=0, alpha=scale)
 
 
 def aligned_rows(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""weight_grads and values_grad on GPUs, the twins of the ops of these names.
+"""weight_grads, compose_backward and values_grad on GPUs, the twins of the ops of these names.
 
 G_NK = left_TN^T @ right_TK and its projections are the vendor's matmuls, its entries at the support a kernel's.
 T tokens, N rows, K columns, R rank.
@@ -29,11 +29,19 @@ def weight_grads(
         vector: Rows that share their columns.
     """
     # G is rounded to the dtype of its factors, as it is where autograd makes it.
-    G = _dense_grad(left, right)
-    columns = A.shape[1]
-    grad_B = scaled_product(G, aligned_rows(A.to(G.dtype)).narrow(1, 0, columns).t(), scale)
-    grad_A = scaled_product(B.to(G.dtype).t(), G, scale)
-    return grad_B.to(B.dtype), grad_A.to(A.dtype), read(G, values, support, vector)
+    return compose_backward(_dense_grad(left, right), B, A, values, support, scale, vector)
+
+
+def compose_backward(
+    G: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the same from a dense gradient, [N, K], or [E, N, K] of E experts, whose B, A and values begin with E."""
+    columns = A.shape[-1]
+    grad_B = scaled_product(G, aligned_rows(A.to(G.dtype)).narrow(-1, 0, columns).mT, scale)
+    grad_A = scaled_product(B.to(G.dtype).mT, G, scale)
+    rows = values if values.dim() == 1 else values.flatten(end_dim=-2)
+    grad_values = read(G.reshape(-1, columns) if G.dim() == 3 else G, rows, support, vector).view(values.shape)
+    return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_values
 
 
 def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:

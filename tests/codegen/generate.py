@@ -71,6 +71,7 @@ def generate(
         return gm.forward  # what is generated is not run
 
     _trace_patterns()
+    torch._dynamo.reset()  # else it would count the earlier models' classes as recompiles of this one's
     with mode:
         _give_memory(model)
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in args]

@@ -132,10 +132,14 @@ def test_conv1d_with_a_packed_weight() -> None:
 
 
 def test_experts() -> None:
-    forward, backward = calls(step(Experts))
-    found = counted(forward + backward)
-    # Each stack at once: composed forward and backward, multiplied; then its gradients, which are sums, in ATen.
-    assert found["add_kernel"] == 4
+    """Each stack at once; their weights' gradients are dense, and read from where they are."""
+    ours = [call for each in calls(step(Experts)) for call in each]
+    found = counted(ours)
+    assert (found["add_kernel"], found["read_kernel"]) == (4, 2)
+    dense = [call for each in calls(step(Experts, backend="inductor")) for call in each]
+    assert found["product"] == counted(dense)["product"] + 4 + 4
+    stack = 4 * EVEN * HIDDEN
+    assert large_writes(ours, stack) <= large_writes(dense, stack)
 
 
 def test_plain_ops_compute_the_support_in_64_bits() -> None:

@@ -85,6 +85,20 @@ def run(case: Case, operands: list[Tensor]) -> list[Tensor]:
     return [*weight_grads(*operands, SCALE, vector), values_grad(left, right, values, support, vector)]
 
 
+def run_experts(operands: list[Tensor]) -> list[Tensor]:
+    """The gradients of B, A and values of one weight, and of a stack of it and of one whose B and G are negated."""
+    from slcompile.kernels.weight_grads import compose_backward
+
+    left, right, B, A, values, support = operands
+    G = left.t() @ right
+    single = compose_backward(G, B, A, values, support, SCALE)
+    # The second expert's rows have a support of their own.
+    stacked = compose_backward(
+        torch.stack([G, -G]), torch.stack([B, -B]), torch.stack([A, A]), torch.stack([values, values]), support, SCALE
+    )
+    return [*single, *stacked]
+
+
 def reference(case: Case, operands: list[Tensor]) -> list[Tensor]:
     """The same in plain torch, in the operands' dtype."""
     left, right, B, A, values, support = operands
@@ -110,6 +124,18 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[Tensor]], case: Case) -> None:
     assert_within_the_references_error(case, interpreted[name_of(case)])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_stacks(interpreted: dict[str, list[Tensor]], shape: str) -> None:
+    grad_B, grad_A, grad_values, *stacked = interpreted[f"experts-{shape}"]
+    for each, first, second in zip(stacked[:2], (grad_B, grad_A), (-grad_B, grad_A), strict=True):
+        torch.testing.assert_close(each, torch.stack([first, second]))
+    left, right, _, A, values, support = make_operands(Case(shape, "stratified", torch.float32))
+    assert torch.equal(stacked[2][0], grad_values)
+    G = torch.cat([left.t() @ right, -(left.t() @ right)])
+    positions = flat_positions(torch.cat([values, values]), support, A.shape[1])
+    torch.testing.assert_close(stacked[2].flatten(), G.flatten()[positions])
 
 
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
@@ -138,4 +164,12 @@ class TestOnCuda:
 if __name__ == "__main__":
     from tests.kernels.interpreter import save_results
 
-    save_results(lambda: {name_of(case): run(case, make_operands(case)) for case in CASES})
+    save_results(
+        lambda: (
+            {name_of(case): run(case, make_operands(case)) for case in CASES}
+            | {
+                f"experts-{shape}": run_experts(make_operands(Case(shape, "stratified", torch.float32)))
+                for shape in SHAPES
+            }
+        )
+    )

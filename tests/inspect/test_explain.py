@@ -329,6 +329,7 @@ def logged(tmp_path_factory) -> tuple[str, Path]:
     return done.stderr, trace
 
 
+@pytest.mark.slow
 def test_torch_logs_prints_decisions(logged):
     printed, _ = logged
     assert "+ 0.weight 64x64" in printed

@@ -19,6 +19,9 @@ from tests.testing import LITE, OPTIONS, saved_for_backward
 WEIGHTS = {"up.weight", "down.weight", "mix"}
 
 
+without_code = pytest.mark.usefixtures("aten_kernels")
+
+
 def train(model, batch, optimizer, steps: int) -> list[float]:
     losses = []
     for _ in range(steps):
@@ -72,6 +75,7 @@ def test_first_run_converts_with_one_additional_compile_and_frees_the_dense_weig
     assert [(each.name, each.reason) for each in report.left] == [("head.weight", "too_small")]
 
 
+@without_code
 def test_the_first_step_saves_no_more_for_backward_than_later_ones(block, batch):
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
     sizes = []
@@ -82,6 +86,7 @@ def test_the_first_step_saves_no_more_for_backward_than_later_ones(block, batch)
     assert sizes[0] <= sizes[1] == sizes[2]
 
 
+@without_code
 def test_a_second_instance_converts_through_the_same_compiled_graph(block_class, batch, counting):
     first, second = block_class(), block_class()
     for model in (first, second):
@@ -100,6 +105,7 @@ def test_nothing_is_converted_without_gradients(block, batch, mode):
     assert not is_converted(block)
 
 
+@without_code
 def test_eval_mode_and_frozen_weights_stay_dense_and_training_converts_later(block, batch, counting):
     block.down.weight.requires_grad_(False)
     block.eval()
@@ -120,6 +126,7 @@ def test_eval_mode_and_frozen_weights_stay_dense_and_training_converts_later(blo
     assert set(slcompile.factors(block)) == {"up.weight", "mix"}
 
 
+@without_code
 def test_an_instance_in_eval_mode_runs_dense_through_a_graph_that_converts(block_class, batch, counting):
     trained, other = block_class(), block_class().eval()
     torch.compile(trained, backend=counting, options=OPTIONS)(batch[0])
@@ -129,6 +136,7 @@ def test_an_instance_in_eval_mode_runs_dense_through_a_graph_that_converts(block
     assert counting.calls == 1
 
 
+@without_code
 def test_converting_is_announced_once_per_model(block, batch, caplog):
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
     with caplog.at_level(logging.WARNING, "slcompile"):
@@ -139,6 +147,7 @@ def test_converting_is_announced_once_per_model(block, batch, caplog):
     assert "init kaiming, which replaces the weights" in record.getMessage()
 
 
+@without_code
 def test_a_model_without_eligible_weights_is_warned_about_once(caplog):
     model = nn.Linear(8, 8)
     compiled = torch.compile(model, backend="sltrain")
@@ -212,6 +221,7 @@ def test_the_first_call_already_computes_with_the_factors(block, batch):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@without_code
 def test_weights_shared_by_two_modules_become_one_factorization(batch):
     class Shared(nn.Module):
         def __init__(self):
@@ -230,6 +240,7 @@ def test_weights_shared_by_two_modules_become_one_factorization(batch):
     assert model.first.weight is model.second.weight
 
 
+@without_code
 def test_tied_embedding_is_left_dense():
     class Tied(nn.Module):
         def __init__(self):
@@ -248,6 +259,7 @@ def test_tied_embedding_is_left_dense():
     assert {each.name: each.reason for each in slcompile.last_report().left} == {"table.weight": "tied"}
 
 
+@without_code
 def test_a_weight_that_no_module_owns_is_left_dense(batch):
     weights = [nn.Parameter(torch.randn(64, 64))]
 
@@ -267,6 +279,7 @@ def test_a_weight_that_no_module_owns_is_left_dense(batch):
     assert weights[0].grad is not None
 
 
+@without_code
 def test_graph_breaks_convert_each_fragment(batch):
     class Broken(nn.Module):
         def __init__(self):
@@ -294,6 +307,7 @@ def test_graph_breaks_convert_each_fragment(batch):
     assert reasons == {"into.weight": "too_small", "out.weight": "too_small"}
 
 
+@without_code
 def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):
     slcompile.factorize_(block, slcompile.SLConfig(rank=4, include=("up*",)))
     torch.compile(block, backend="sltrain")(batch[0]).sum().backward()
@@ -301,6 +315,7 @@ def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):
     assert slcompile.factors(block)["up.weight"].B.shape == (96, 4)
 
 
+@without_code
 def test_patterns_are_matched_with_the_names_of_dense_weights_also_after_conversion(block, batch, counting):
     compiled = torch.compile(block, backend=counting, options={**OPTIONS, "include": ("up.weight",)})
     for _ in range(2):
@@ -361,14 +376,11 @@ def test_attention_reads_factored_products_right_in_lite_mode():
 
     model = slcompile.factorize_(Attention(), slcompile.SLConfig(init="spectral"))
     x = torch.randn(1, 16, 64)
-    inductor = {
-        **torch._inductor.list_mode_options()["lite"],
-        **dict.fromkeys(slcompile.captured.REQUIRED_SETTINGS, True),
-    }
-    compiled = torch.compile(model, backend="sltrain", options={"lowering": "factored", "inductor": inductor})
+    compiled = torch.compile(model, backend="sltrain", options={"lowering": "factored", **LITE})
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@without_code
 def test_no_step_leaks_memory_or_compiles(block, batch, counting):
     compiled = torch.compile(block, backend=counting, options=OPTIONS)
     optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)
@@ -381,6 +393,7 @@ def test_no_step_leaks_memory_or_compiles(block, batch, counting):
     assert counting.calls == 2
 
 
+@without_code
 def test_a_dry_run_reports_and_trains_dense(block, batch, caplog):
     compiled = torch.compile(block, backend="sltrain", options={**OPTIONS, "dryrun": True})
     with caplog.at_level(logging.WARNING, "slcompile"):
@@ -397,6 +410,7 @@ def test_a_dry_run_reports_and_trains_dense(block, batch, caplog):
     assert is_converted(block)
 
 
+@without_code
 def test_who_owns_the_weights_is_looked_up_once_not_once_for_each(batch, monkeypatch):
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     find, calls = slcompile.weight.owners.LiveObjects.find, []

@@ -58,7 +58,7 @@ def assert_same_state(model: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "factorized", "adopted"])
 @pytest.mark.parametrize("maker", MAKERS)
-def test_the_trajectory_is_bit_equal_to_the_plain_optimizers(block_class, batch, maker, kind):
+def test_the_trajectory_is_bit_equal_to_the_plain_optimizers(block_class, batch, maker, kind, aten_kernels):
     """With two groups, a schedule of the rate, and weights that the first step turns into factors ("adopted")."""
     cls, kwargs = MAKERS[maker]
     done = []
@@ -86,7 +86,7 @@ def test_the_trajectory_is_bit_equal_to_the_plain_optimizers(block_class, batch,
     torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=0)
 
 
-def test_the_first_gradients_of_adopted_factors_are_applied(block, batch):
+def test_the_first_gradients_of_adopted_factors_are_applied(block, batch, aten_kernels):
     optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
     dense = [p for p in block.parameters() if p.shape in {(96, 64), (64, 96), (64, 64)}]
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)

@@ -35,7 +35,7 @@ def weight_grads(
 def compose_backward(
     G: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the same from a dense gradient, [N, K], or [E, N, K] of E experts, whose B, A and values begin with E."""
+    """Computes the same from a dense gradient, [N, K], or [E, N, K] of E experts, whose factors begin with E."""
     columns = A.shape[-1]
     grad_B = scaled_product(G, aligned_rows(A.to(G.dtype)).narrow(-1, 0, columns).mT, scale)
     grad_A = scaled_product(B.to(G.dtype).mT, G, scale)

@@ -13,6 +13,8 @@ import slcompile
 import slcompile.captured
 from tests.testing import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("aten_kernels")
+
 
 def is_converted(model: nn.Module) -> bool:
     return bool(slcompile.factors(model))
@@ -187,7 +189,7 @@ def test_a_list_of_parameters_made_before_is_warned_about(block, batch, caplog):
     del stale  # alive until here: it is what was warned about
 
 
-def test_two_threads_that_take_the_first_step_at_once_convert_once(block, batch, aten_kernels):
+def test_two_threads_that_take_the_first_step_at_once_convert_once(block, batch):
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     barrier, errors = threading.Barrier(2), []

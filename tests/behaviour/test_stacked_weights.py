@@ -138,7 +138,7 @@ def test_a_learned_stack_starts_from_its_best_approximation():
     assert (found - stack).norm() <= 1e-5 * stack.norm()  # its rank is below 8: what is left are roundings
 
 
-def test_a_stack_that_is_read_otherwise_stays_dense(caplog):
+def test_a_stack_that_is_read_otherwise_stays_dense(aten_kernels):
     class Heads(nn.Module):
         """One matrix [width, heads * size] that is stored in three dimensions."""
 

@@ -11,6 +11,8 @@ import slcompile
 import slcompile.convert.transaction
 from tests.testing import CONFIG, OPTIONS
 
+pytestmark = pytest.mark.usefixtures("aten_kernels")
+
 
 def compiled_step(block, batch):
     """A compiled model and one call of it: the call converts."""
@@ -169,7 +171,7 @@ def hooked(register) -> None:
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["factorize_", "compiled"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_converted_is_refused_and_the_model_left_as_it_was(block, batch, kind, explicit, aten_kernels):
+def test_what_cannot_be_converted_is_refused_and_the_model_left_as_it_was(block, batch, kind, explicit):
     prepare, message = REFUSED[kind]
     optimizer = prepare(block, batch)
     before = {name: (id(p), p.detach().clone()) for name, p in block.named_parameters()}

@@ -103,7 +103,13 @@ def initializers(path: Any) -> dict[str, np.ndarray]:
     return {each.name: numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+QUICK = ("llama", "cnn")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES],
+)
 def architecture(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module]]:
     torch.manual_seed(0)
     make, inputs, _, _ = ARCHITECTURES[request.param]

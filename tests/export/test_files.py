@@ -189,6 +189,7 @@ def faults(request, tmp_path_factory):
     return directories, json.loads(child.stdout.splitlines()[-1]), old, (run(never / "model.onnx"), names(never))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLED)
 def test_a_kill_leaves_the_old_model_or_the_new_one(faults, moment):
     directories, statuses, (old, _), (new, _) = faults

@@ -52,7 +52,7 @@ def test_caches_have_the_names_of_hugging_face(tmp_path, name):
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["layers wrapped", "compiled in place"])
-def test_a_compiled_model_is_exported_under_its_names_and_really_compared(tmp_path, wrapped):
+def test_a_compiled_model_is_exported_under_its_names_and_really_compared(tmp_path, wrapped, aten_kernels):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()

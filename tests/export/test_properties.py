@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from torch import nn
 import slcompile
 
 
+@pytest.mark.slow
 @settings(
     max_examples=15,
     deadline=None,

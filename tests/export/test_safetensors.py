@@ -19,18 +19,18 @@ from tests.zoo import tiny
 IDS = torch.arange(34).reshape(2, 17)
 
 
-def factorized(kind: str, **changes: Any) -> nn.Module:
+def factorized(model: nn.Module) -> nn.Module:
     """With every factor random."""
-    return randomize(slcompile.factorize_(tiny(kind, **changes), CONFIG)).eval()
+    return randomize(slcompile.factorize_(model, CONFIG)).eval()
 
 
 def llama(**changes: Any) -> nn.Module:
-    return factorized("llama", num_hidden_layers=2, **changes)
+    return factorized(tiny("llama", num_hidden_layers=2, **changes))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_ordinary_class_loads_it(kind, tmp_path):
-    model = factorized(kind)
+    model = factorized(tiny(kind))
     assert slcompile.save_merged(model, tmp_path / "merged") == tmp_path / "merged"
     assert [each.name for each in tmp_path.iterdir()] == ["merged"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -329,6 +329,7 @@ def logged(tmp_path_factory) -> tuple[str, Path]:
     return done.stderr, trace
 
 
+@pytest.mark.slow
 def test_torch_logs_prints_decisions(logged):
     printed, _ = logged
     assert "+ 0.weight 64x64" in printed
@@ -337,6 +338,7 @@ def test_torch_logs_prints_decisions(logged):
     assert "must_recompute" in printed
 
 
+@pytest.mark.slow
 def test_the_structured_trace_holds_graphs_and_decisions(logged):
     lines = logged[1].read_text().splitlines()
     found: dict[str, str] = {}
@@ -361,6 +363,7 @@ TLPARSE = shutil.which("tlparse", path=f"{Path(sys.executable).parent}{os.pathse
 
 
 @pytest.mark.skipif(TLPARSE is None, reason="needs tlparse (pip install 'slcompile[test]')")
+@pytest.mark.slow
 def test_tlparse_shows_graphs_and_decisions(logged, tmp_path):
     out = tmp_path / "out"
     subprocess.run([TLPARSE, logged[1], "-o", out, "--no-browser"], capture_output=True, check=True)

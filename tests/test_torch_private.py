@@ -245,7 +245,7 @@ def test_strides_that_are_numbers_of_one_call_follow_from_symbolic_sizes(block):
             stale = torch.empty_strided(x.shape, (1, 5))
             gaps = torch.empty_strided(x.shape, (1, 8))
             rows = torch.empty_strided(x.shape, (64, 1))
-        seen.extend(torch_private._with_symbolic_strides(each) for each in (stale, gaps, rows, 3))
+        seen.extend(torch_private.codegen._with_symbolic_strides(each) for each in (stale, gaps, rows, 3))
         assert str(seen[0].stride()) == f"(1, {x.shape[0]})"
 
     capture(block, torch.randn(5, 64), dynamic=True, within=within)

@@ -8,10 +8,10 @@ import sys
 import onnxruntime
 import pytest
 import torch
-from tests.helpers import Plain
 from torch import Tensor, nn
 
 import slcompile
+from tests.testing import Plain
 
 
 @pytest.fixture(params=["stratified", "uniform"])

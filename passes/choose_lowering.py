@@ -110,7 +110,7 @@ class Site:
 
 
 def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
-    """The products that read a weight and can be factored, and a decision for whatever else reads it."""
+    """Returns the products that read a weight and can be factored, and a decision for whatever else reads it."""
     sites: list[Site] = []
     others: list[Decision] = []
     if weight.target is not _COMPOSE:
@@ -139,7 +139,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
 
 
 def _matrix(x: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:
-    """A matrix or its transpose, as a node and whether that is to be transposed: the same for the same numbers."""
+    """Returns a matrix or its transpose as a node, and whether that is to be transposed: the same for equal ones."""
     return (x.all_input_nodes[0], not transposed) if transposes(x) else (x, transposed)
 
 
@@ -182,7 +182,7 @@ def _grads_factored(insert: Inserter, node: fx.Node) -> None:
 
 
 def _vector(node: fx.Node) -> tuple[Any, ...]:
-    """How many rows share their columns, as the last argument of ops; none where each row has its own."""
+    """Returns how many rows share their columns, as the last argument of ops; none where each row has its own."""
     return arguments(node)[6 if node.target is _COMPOSE else 7 :]
 
 
@@ -210,7 +210,7 @@ class Costs:
 
 
 def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
-    """Of a product; ``composes`` products share one composition."""
+    """Predicts the costs of a product; ``composes`` products share one composition."""
     B, A, values, *_ = arguments(site.weight)
     x, at = site.x.meta["val"], rates(device or site.x.meta["val"].device)
     matmul = _matmul(B, A, values, x.dtype, *_vector(site.weight))
@@ -223,7 +223,7 @@ def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
 
 
 def _grads_costs(node: fx.Node, missing: int, device: torch.device | None) -> Costs:
-    """Of a weight_grads; ``missing`` hidden matrices are made for it alone."""
+    """Predicts the costs of a weight_grads; ``missing`` hidden matrices are made for it alone."""
     left, _, B, A, values, *_ = arguments(node)
     at = rates(device or left.meta["val"].device)
     matmul = _matmul(B, A, values, left.meta["val"].dtype, *_vector(node))
@@ -261,7 +261,7 @@ def _why_not(
     device: torch.device | None,
     lowering: str,
 ) -> tuple[str, str] | None:
-    """A reason and a sentence, where a product has no factored lowering on its device; tokens are None for gradients.
+    """Says why a product has no factored lowering on its device, if it has none; tokens are None for gradients.
 
     A symbolic number of tokens is guarded to one side of the most that kernels are for, unless nothing is factored.
     """
@@ -282,7 +282,7 @@ def _why_not(
 
 
 def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | None = None) -> Decision:
-    """The decision on one matmul, with both predicted costs, and with a reason where it stays composed."""
+    """Returns the decision on one matmul, with both predicted costs, and with a reason where it stays composed."""
     tokens = torch_private.size_hint(cost.tokens)
     costs = {"composed": cost.composed(tokens), "factored": cost.factored(tokens)}
     reason, detail = "asked_for", "asked for by lowering='composed'"
@@ -306,7 +306,7 @@ def _matmul(B: fx.Node, A: fx.Node, values: fx.Node, dtype: torch.dtype, vector:
 
 
 def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of the backward pass: AOTAutograd calls its inputs tangents."""
+    """Returns the nodes of the backward pass: AOTAutograd calls its inputs tangents."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
@@ -316,7 +316,7 @@ def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _name(node: fx.Node) -> str:
-    """Where the model calls for this weight, as far as the graph knows; else the node's name."""
+    """Returns where the model calls for this weight, as far as the graph knows; else the node's name."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else node.name
 

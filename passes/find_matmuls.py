@@ -153,12 +153,12 @@ def _read(user: fx.Node, node: fx.Node) -> MatmulRead:
 
 
 def _called(user: fx.Node) -> str:
-    """What a node calls; the attribute's name for ``weight.T``."""
+    """Returns what a node calls; the attribute's name for ``weight.T``."""
     return str(user.args[1]) if user.op == "call_function" and user.target is getattr else op_name(user)
 
 
 def _swaps(user: fx.Node, name: str) -> bool:
-    """Whether a view exchanges rows and columns."""
+    """Returns whether a view exchanges rows and columns."""
     if name != "permute":
         return name in _SWAPS
     dims = user.args[1] if isinstance(user.args[1], (list, tuple)) else user.args[1:]
@@ -176,7 +176,7 @@ def _is_matrix_operand(user: fx.Node, node: fx.Node, slots: tuple[int | str, ...
 
 
 def _contracted_dim(weight: fx.Node, user: fx.Node, node: fx.Node, swapped: bool) -> int:
-    """Which dimension of the stored weight the matmul sums over.
+    """Returns which dimension of the stored weight the matmul sums over.
 
     With shapes at hand (ATen) the stride of the contracted dimension tells; else transposes are counted.
     """
@@ -193,7 +193,7 @@ def _contracted_dim(weight: fx.Node, user: fx.Node, node: fx.Node, swapped: bool
 
 
 def _is_stack(weight: fx.Node, node: fx.Node) -> bool:
-    """Whether a three-dimensional weight reaches a matmul as whole matrices ``weight[i]`` or their transposes."""
+    """Says whether a 3-D weight reaches a matmul as whole matrices ``weight[i]`` or their transposes."""
     stored, used = weight.meta.get("val"), node.meta.get("val")
     if not isinstance(stored, Tensor) or not isinstance(used, Tensor) or stored.dim() != 3 or used.dim() < 2:
         return False  # without shapes nobody knows
@@ -204,7 +204,7 @@ def _is_stack(weight: fx.Node, node: fx.Node) -> bool:
 
 
 def _gathers_matrices(weight: fx.Node, user: fx.Node, node: fx.Node, name: str) -> bool:
-    """Whether an indexing takes matrices from a three-dimensional weight, by its first dimension alone."""
+    """Returns whether an indexing takes matrices from a three-dimensional weight, by its first dimension alone."""
     stored, seen = weight.meta.get("val"), node.meta.get("val")
     if not (isinstance(stored, Tensor) and isinstance(seen, Tensor) and stored.dim() == seen.dim() == 3):
         return False
@@ -214,13 +214,13 @@ def _gathers_matrices(weight: fx.Node, user: fx.Node, node: fx.Node, name: str) 
 
 
 def _is_left(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a matrix is the first one of a product."""
+    """Returns whether a matrix is the first one of a product."""
     name = op_name(user)
     return name in ("mv", "addmv") or _operand(user, name) is node
 
 
 def _operand(user: fx.Node, name: str) -> object:
-    """The first matrix of a product, whether it is given by position or by name."""
+    """Returns the first matrix of a product, whether it is given by position or by name."""
     position = 1 if name in ("addmm", "baddbmm") else 0
     if position < len(user.args):
         return user.args[position]
@@ -231,7 +231,7 @@ def _operand(user: fx.Node, name: str) -> object:
 
 
 def _einsum_dim(user: fx.Node, node: fx.Node) -> int:
-    """The dimension of the operand whose letter the result does not have; 1 where the equation does not say."""
+    """Returns the dimension of the operand whose letter the result does not have; 1 where the equation does not say."""
     equation, *operands = user.args
     operands = list(operands[0]) if isinstance(operands[0], (list, tuple)) else operands
     inputs, arrow, output = str(equation).replace(" ", "").partition("->")
@@ -240,7 +240,7 @@ def _einsum_dim(user: fx.Node, node: fx.Node) -> int:
 
 
 def _relaid(node: fx.Node) -> bool:
-    """Whether a copy with other strides than its source lies between the weight and this node."""
+    """Returns whether a copy with other strides than its source lies between the weight and this node."""
     while node.op == "call_function" and node.all_input_nodes:
         source = node.all_input_nodes[0]
         before, after = source.meta.get("val"), node.meta["val"]
@@ -251,5 +251,5 @@ def _relaid(node: fx.Node) -> bool:
 
 
 def is_weight(value: object) -> bool:
-    """Whether a value is a parameter that a matmul could read: the report lists these and no biases or norms."""
+    """Says whether a value is a parameter that a matmul could read: the report lists no biases or norms."""
     return isinstance(value, torch.nn.Parameter) and value.dim() >= 2

@@ -68,7 +68,7 @@ class PassReport:
         (self.replaced if is_replaced else self.left).append(decision)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: the pass's name, and a list of decisions."""
+        """Returns it as JSON holds it: the pass's name, and a list of decisions."""
         marked = [("replaced", each) for each in self.replaced] + [("left", each) for each in self.left]
         decisions = [
             {"name": each.name, "decision": decision, "reason": each.reason, "detail": each.detail}
@@ -124,12 +124,12 @@ def run(passes: Iterable[GraphPass], gm: fx.GraphModule, watch: Watch | None = N
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """The positional arguments of a node, whose type depends on its op."""
+    """Returns the positional arguments of a node, whose type depends on its op."""
     return node.args
 
 
 def op_name(node: fx.Node) -> str:
-    """The bare name of what a node calls: ``aten.mm.default``, ``torch.mm`` and ``.mm()`` are all ``mm``."""
+    """Returns the bare name of what a node calls: ``aten.mm.default``, ``torch.mm`` and ``.mm()`` are all ``mm``."""
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
@@ -161,7 +161,7 @@ def trunk(node: fx.Node) -> tuple[fx.Node, bool, bool]:
 
 
 def transposes(node: fx.Node) -> bool:
-    """Whether a node is the transpose of a matrix."""
+    """Returns whether a node is the transpose of a matrix."""
     is_identity = arguments(node)[1:] in (([0, 1],), (0, 0))
     return op_name(node) in _TRANSPOSES and node.meta["val"].dim() == 2 and not is_identity
 
@@ -179,12 +179,12 @@ class Inserter:
         self._traced: dict[Any, fx.GraphModule] = {}
 
     def call(self, before: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """A call of an op."""
+        """Returns a call of an op."""
         values = map_arg(args, lambda node: node.meta["val"])
         return self._insert(before, target, args, {}, torch_private.run_fake(target, values))
 
     def inline(self, before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
-        """The ops of a function, traced: nodes in the structure of its result, for nodes in that of its arguments."""
+        """Inserts the ops of a function, traced; takes nodes as it takes tensors, and returns them likewise."""
         inputs = list(dict.fromkeys(_nodes(args)))
         key = (function, map_aggregate(args, lambda arg: _description(arg, inputs)))
         if str(key) not in self._traced:
@@ -208,7 +208,7 @@ class Inserter:
         raise AssertionError("a graph without an output")
 
     def transpose(self, before: fx.Node, matrix: fx.Node) -> fx.Node:
-        """The transpose of a matrix; of a transpose, the matrix itself."""
+        """Returns the transpose of a matrix; of a transpose, the matrix itself."""
         if transposes(matrix):
             return matrix.all_input_nodes[0]
         return self.call(before, torch.ops.aten.permute.default, matrix, [1, 0])
@@ -231,7 +231,7 @@ def _nodes(args: Any) -> list[fx.Node]:
 
 
 def _description(arg: Any, inputs: list[fx.Node]) -> Any:
-    """What tracing depends on: a tensor's position among the inputs and its description, or a constant."""
+    """Returns what tracing depends on: a tensor's position among the inputs and its description, or a constant."""
     if not isinstance(arg, fx.Node):
         return repr(arg)
     value = arg.meta["val"]

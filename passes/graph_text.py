@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 
 def lines(graph: fx.Graph) -> dict[str, str]:
-    """Name of each node, in order -> what it computes, as a line of text."""
+    """Returns name of each node, in order -> what it computes, as a line of text."""
     return {node.name: _line(node) for node in graph.nodes}
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str], context: int = 2) -> str:
-    """What changed between two ``lines`` of a graph, as in a unified diff; empty where nothing did.
+    """Returns what changed between two ``lines`` of a graph, as in a unified diff; empty where nothing did.
 
     Lines that keep their name, text and order are unchanged. Takes n log n time, unlike difflib.
     """
@@ -48,7 +48,7 @@ def diff(before: Mapping[str, str], after: Mapping[str, str], context: int = 2) 
 
 
 def _kept(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
-    """The longest run of lines that stand in both in the same order (an increasing subsequence of positions)."""
+    """Finds the longest run of lines that stand in both in the same order (an increasing subsequence)."""
     position = {name: index for index, name in enumerate(before)}
     lasts: list[int] = []  # of the runs of each length: the smallest position that one ends with
     ends: list[str] = []  # the same by name
@@ -76,7 +76,7 @@ def _line(node: fx.Node) -> str:
 
 
 def target_name(node: fx.Node) -> str:
-    """What a node calls or stands for, as one would write it."""
+    """Returns what a node calls or stands for, as one would write it."""
     if node.op != "call_function":
         return node.op if node.op in ("placeholder", "output") else str(node.target)
     if isinstance(node.target, torch._ops.OpOverload):
@@ -88,7 +88,7 @@ def target_name(node: fx.Node) -> str:
 
 
 def arguments_text(node: fx.Node, name: Callable[[fx.Node], str] = str) -> str:
-    """A node's arguments, other nodes by their names or by what ``name`` says: ``(x, weight, dim=1)``."""
+    """Returns a node's arguments, other nodes by their names or by what ``name`` says: ``(x, weight, dim=1)``."""
 
     def text(arg: Any) -> str:
         if isinstance(arg, fx.Node):

@@ -53,7 +53,7 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
 
 
 def _needed_after(first: fx.Node, node: fx.Node) -> list[fx.Node]:
-    """What ``node`` depends on, of ``first`` and the nodes behind it, in the graph's order."""
+    """Returns what ``node`` depends on, of ``first`` and the nodes behind it, in the graph's order."""
     wanted, behind = set(node.all_input_nodes), []
     each = node.prev
     while each is not first.prev:
@@ -78,7 +78,7 @@ def _merge(insert: Inserter, group: list[fx.Node]) -> None:
 
 
 def _projected(insert: Inserter, before: fx.Node, x: fx.Node, hiddens: list[fx.Node]) -> list[fx.Node]:
-    """The hidden matrices, in one op where that is faster and each is ``scale * x @ factor^T``, as an addmm."""
+    """Returns the hidden matrices, in one op where that is faster and each is ``scale * x @ factor^T``, as an addmm."""
     tokens, device = x.meta["val"].shape[0], x.meta["val"].device
     few = torch_private.size_hint(tokens) <= FEW_TOKENS and isinstance(tokens, int)
     if why_no_kernels(device) or not few:

@@ -92,7 +92,7 @@ def _aten() -> Mapping[Any, Callable[..., Any]]:
 
 @functools.cache
 def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
-    """The launchers; functional, since Inductor's graphs are: it decides what is written in place."""
+    """Returns the launchers; functional, since Inductor's graphs are: it decides what is written in place."""
     from slcompile.kernels import compose, linear_factored, project, weight_grads
 
     launchers: dict[Any, Callable[..., Any]] = {
@@ -107,7 +107,7 @@ def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
 
 
 def _fold_cast(insert: Inserter, compose: fx.Node) -> fx.Node:
-    """A compose that writes its weight in the dtype that everything casts it to; the same one, where there is none."""
+    """Lets a compose write its weight in the dtype that everything casts it to, if there is one; returns it."""
     dtypes = {user.args[1] if op_name(user) == "convert_element_type" else None for user in compose.users}
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
     if not isinstance(dtype, torch.dtype) or compose.args[5:6] not in ((), (None,)):

@@ -122,7 +122,7 @@ def _copy_rate(device: torch.device, size: int, time: Timer) -> float:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Of the runs that fit into the given time, after one that warms up; at least three."""
+    """Times the fastest of the runs that fit into the given time, at least three, after one that warms up."""
     times: list[float] = []
     run()
     while len(times) < 3 or sum(times) < seconds:

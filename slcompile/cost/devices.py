@@ -177,7 +177,7 @@ GPU_CLASSES = tuple(each for each in DEVICE_CLASSES if each.target is not None)
 
 
 def device_class(device: torch.device) -> DeviceClass:
-    """The class of a device.
+    """Returns the class of a device.
 
     Models on the meta device are taken for ones on this machine's accelerator, on its CPU where it has none.
     """
@@ -187,13 +187,13 @@ def device_class(device: torch.device) -> DeviceClass:
 
 
 def gpu_class(device: torch.device) -> DeviceClass:
-    """The class whose tiles a kernel takes: the device's, and sm_80 where none is compiled for it (interpreted)."""
+    """Returns the class whose tiles a kernel takes: the device's, or sm_80 where it is interpreted."""
     found = device_class(device)
     return found if found.target is not None else GPU_CLASSES[-1]
 
 
 def why_no_kernels(device: torch.device) -> str:
-    """Why ATen computes on a device what Triton's kernels compute on others; empty where they run."""
+    """Says why ATen computes on a device what Triton's kernels compute on others; empty where they run."""
     found = device_class(device)
     if found.per_thread:
         return "CPUs run ATen"
@@ -206,7 +206,7 @@ def why_no_kernels(device: torch.device) -> str:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Returns whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -52,7 +52,7 @@ class Rates:
     vector: Mapping[str, float] = field(default_factory=dict)
 
     def times(self, threads: int) -> Rates:
-        """The rates of so many threads, where these are one's."""
+        """Returns the rates of so many threads, where these are one's."""
         by_dtype = (self.matmul, self.sparse, self.vector)
         matmul, sparse, vector = ({name: rate * threads for name, rate in each.items()} for each in by_dtype)
         memory, entries = self.memory * threads, self.entries * threads
@@ -95,27 +95,27 @@ class Matmul:
         return max(operations, read / rates.memory) + copied / rates.memory + rates.launch
 
     def _tiled(self, tokens: int, rates: Rates) -> float:
-        """Seconds of x @ S in dense tiles, and of its partial sums in float32, written and read."""
+        """Returns seconds of x @ S in dense tiles, and of its partial sums in float32, written and read."""
         operations = 2 * tokens * self.rows * self.columns / (rates.tiled * rates.matmul[self._name])
         sums = 2 * 4 * tokens * self.columns * math.ceil(self.rows / SPLIT)
         return operations + sums / rates.memory + 2 * rates.launch
 
     def _at_support(self, sectors: int, rates: Rates) -> float:
-        """Seconds to go through a dense matrix at the support; ``sectors`` are moved for each entry."""
+        """Returns seconds to go through a dense matrix at the support; ``sectors`` are moved for each entry."""
         moved = self.nonzeros * (sectors * rates.sector + self.dtype.itemsize) if rates.sector else 0
         return self.nonzeros / rates.entries + moved / rates.memory + rates.launch
 
     def compose(self, rates: Rates) -> float:
-        """Seconds to write W once: the product of its factors, to which the values are added."""
+        """Returns seconds to write W once: the product of its factors, to which the values are added."""
         product = self._product(self.rows, self.columns, self.rank, rates, rates.narrow)
         return product + self._at_support(2, rates)
 
     def composed(self, tokens: int, rates: Rates, composes: float = 1.0) -> float:
-        """Seconds of a product with W, and of its share of the compositions."""
+        """Returns seconds of a product with W, and of its share of the compositions."""
         return self._product(tokens, self.rows, self.columns, rates) + composes * self.compose(rates)
 
     def factored(self, tokens: int, rates: Rates, transposed: bool = False) -> float:
-        """Seconds of the products through the rank and with S; ``transposed`` of x W, else of x W^T."""
+        """Returns seconds of the products through the rank and with S; ``transposed`` of x W, else of x W^T."""
         through = self._product(tokens, self.rank, self.columns, rates) + self._product(
             tokens, self.rows, self.rank, rates
         )
@@ -132,18 +132,18 @@ class Matmul:
         return 4 * self.rows * self.columns * self.rank
 
     def factored_flops(self, tokens: int) -> int:
-        """Operations of one product through the rank and with S; of the factors' gradients made likewise, too."""
+        """Counts the operations of one product through the rank and with S, or of the factors' gradients."""
         return 2 * tokens * (self.rank * (self.rows + self.columns) + self.nonzeros)
 
     def grads_composed(self, tokens: int, rates: Rates) -> float:
-        """Seconds to make the dense gradient G, to project it on the factors and to read it at the support."""
+        """Returns seconds to make the dense gradient G, to project it on the factors and to read it at the support."""
         projections = self._product(self.rows, self.rank, self.columns, rates, rates.narrow) + self._product(
             self.rank, self.columns, self.rows, rates, rates.narrow
         )
         return self._product(self.rows, self.columns, tokens, rates) + projections + self._at_support(1, rates)
 
     def grads_factored(self, tokens: int, rates: Rates, hiddens: int = 2) -> float:
-        """Seconds to go through the rank; ``hiddens`` of its two hidden matrices are not at hand from the matmuls."""
+        """Returns the seconds through the rank; ``hiddens`` of the two hidden matrices are still to be made."""
         through = self._product(self.rows, self.rank, tokens, rates) + self._product(
             self.rank, self.columns, tokens, rates
         )
@@ -152,7 +152,7 @@ class Matmul:
 
 
 def crossover(first: Callable[[int], float], second: Callable[[int], float], limit: int = 2**31) -> int | None:
-    """The smallest number of tokens from which the other one of two costs is lower than at one token.
+    """Returns the smallest number of tokens from which the other one of two costs is lower than at one token.
 
     Args:
         first, second: Seconds by the number of tokens; they cross at most once.

@@ -16,7 +16,7 @@ from slcompile.cost.matmul import Rates
 
 
 def rates(device: torch.device) -> Rates:
-    """The rates of a device: those that ``measure_rates`` stored on this machine, else defaults of its class.
+    """Returns the rates of a device: those that ``measure_rates`` stored on this machine, else defaults of its class.
 
     Both are fixed, so that a model is lowered alike in every run and on every rank.
     """
@@ -24,7 +24,7 @@ def rates(device: torch.device) -> Rates:
 
 
 def fingerprint() -> str:
-    """What the choices of this process depend on: the rates of its CPU and of its GPU."""
+    """Returns what the choices of this process depend on: the rates of its CPU and of its GPU."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return repr([rates(torch.device(device)) for device in devices])
 
@@ -39,7 +39,7 @@ def _rates(key: tuple[str, ...]) -> Rates:
 
 
 def default_rates(device: torch.device) -> Rates:
-    """What is assumed of a device of this class."""
+    """Returns what is assumed of a device of this class."""
     return _defaults(_key(device))
 
 
@@ -49,7 +49,7 @@ def _defaults(key: tuple[str, ...]) -> Rates:
 
 
 def stored_rates(device: torch.device) -> Path | None:
-    """The file that ``measure_rates`` stored for this device on this machine, if there is one."""
+    """Returns the file that ``measure_rates`` stored for this device on this machine, if there is one."""
     path = _path(_key(device))
     return path if path.exists() else None
 

@@ -48,7 +48,7 @@ def compose(
 
 
 def scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
-    """``scale * first @ second``, of one or of several matrices."""
+    """Computes ``scale * first @ second``, of one or of several matrices."""
     if first.dim() == 3:
         # Inductor would scale the result in a pass of its own; scaling the smaller operand is exact for powers of two.
         return first * scale @ second if first.numel() <= second.numel() else first @ (second * scale)
@@ -58,7 +58,7 @@ def scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
 
 
 def aligned_rows(matrix: Tensor) -> Tensor:
-    """The matrix with zeros after each row, where its rows are contiguous and the vendor's matmuls need that.
+    """Returns the matrix with zeros after each row, where its rows are contiguous and the vendor's matmuls need that.
 
     It is a factor, small beside the matrix that it makes: the copy costs less than a product with odd rows.
     """

@@ -17,7 +17,7 @@ from slcompile.cost.devices import Tile, gpu_class
 
 
 def dot_precision() -> str:
-    """Of float32 dots: what torch's own matmuls do."""
+    """Returns the precision of float32 dots that torch's own matmuls have."""
     # It says what the older setting says too; reading that one raises where this one was set.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -31,7 +31,7 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def launchable(kernel: Any) -> Any:
-    """A kernel that make_fx can trace.
+    """Returns a kernel that make_fx can trace.
 
     ``torch.library.wrap_triton``, which in torch 2.11 raises on the kernels of Triton's interpreter, alone or inside
     an autotuner; these are returned as they are.
@@ -66,7 +66,7 @@ class Tiled:
         return triton.autotune(configs, key=list(self.key), cache_results=True)(self.kernel)
 
     def to_launch(self, x: Tensor, autotune: bool) -> tuple[Any, Tile]:
-        """What to launch for this input, and its tile; autotuning adds the tile itself."""
+        """Returns what to launch for this input, and its tile; autotuning adds the tile itself."""
         if autotune:
             return launchable(self.tuner), {}
         found = gpu_class(x.device)

@@ -376,7 +376,7 @@ def _transposed(
 
 
 def _row_entries(index: Tensor, rows: int, columns: int) -> Tensor:
-    """Where each row's entries begin in a sorted flat index, and where the last ends, [rows + 1], in its dtype."""
+    """Finds where each row's entries begin in a sorted flat index, and where the last ends, [rows + 1]."""
     # Of what it knows, Inductor would compute the product in 32 bits: a zero that is read is none of that.
     zero = index.narrow(0, 0, 1) & 0
     starts = (torch.arange(rows + 1, dtype=index.dtype, device=index.device) + zero) * columns

@@ -85,7 +85,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 def signature_of(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The signature and constants with which ``kernel`` is compiled when it is launched with these arguments.
+    """Returns the signature and constants with which ``kernel`` is compiled when it is launched with these arguments.
 
     Tensors may be of any device, "meta" too: they count as aligned to 16 bytes, as torch allocates them. Integers
     that are 1 or divisible by 16 are specialised, as Triton does it.

@@ -90,17 +90,17 @@ def check(x: Tensor, others: Sequence[Tensor]) -> None:
 
 
 def token_block(tokens: int) -> int:
-    """BLOCK_T: the smallest there is that holds all tokens, or 64. An unbacked SymInt counts as many tokens."""
+    """Returns BLOCK_T: the smallest that holds all tokens, or 64. An unbacked SymInt counts as many tokens."""
     return next((block for block in (1, 16, 32) if guard_or_false(tokens <= block)), 64)
 
 
 def batches(count: int) -> list[slice]:
-    """Which siblings each launch takes."""
+    """Returns which siblings each launch takes."""
     return [slice(first, first + SIBLINGS) for first in range(0, count, SIBLINGS)]
 
 
 def four(values: Sequence[Any]) -> list[Any]:
-    """One parameter for each sibling that there may be; Triton drops a None."""
+    """Returns one parameter for each sibling that there may be; Triton drops a None."""
     return [*values, *[None] * (SIBLINGS - len(values))]
 
 
@@ -110,7 +110,7 @@ def strides(factors: Sequence[Tensor]) -> list[Any]:
 
 
 def partial_sums(x: Tensor, outputs: Sequence[Tensor], terms: int) -> tuple[Tensor, list[Any]]:
-    """Room for the pieces of long sums, float32 [splits, elements of all outputs]; where outputs 1, 2, 3 begin."""
+    """Makes room for the pieces of long sums, float32 [splits, all elements]; says where outputs 1, 2, 3 begin."""
     begins = [0]
     for each in outputs:
         begins.append(begins[-1] + each.numel())
@@ -119,7 +119,7 @@ def partial_sums(x: Tensor, outputs: Sequence[Tensor], terms: int) -> tuple[Tens
 
 
 def bias_parameters(biases: Sequence[Tensor | None]) -> tuple[list[Any], int]:
-    """The biases as parameters, and a bit for each one that there is."""
+    """Returns the biases as parameters, and a bit for each one that there is."""
     present = [bias for bias in biases if bias is not None]
     bits = sum(1 << index for index, bias in enumerate(biases) if bias is not None)
     # Beside siblings that have one, a missing bias is an address too, but is not read.

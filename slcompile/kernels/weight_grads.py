@@ -16,7 +16,7 @@ from slcompile.kernels.entries import read
 def weight_grads(
     left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of B, A and values, each contiguous, with its parameter's shape and dtype.
+    """Returns gradients of B, A and values, each contiguous, with its parameter's shape and dtype.
 
     Args:
         left: [T, N], float32, bfloat16 or float16, of any strides.
@@ -45,12 +45,12 @@ def compose_backward(
 
 
 def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:
-    """Gradient of values alone, contiguous, with its shape and dtype. Arguments as above."""
+    """Returns gradient of values alone, contiguous, with its shape and dtype. Arguments as above."""
     return read(_dense_grad(left, right), values, support, vector)
 
 
 def _dense_grad(left: Tensor, right: Tensor) -> Tensor:
-    """G [N, K], of which rows or columns are contiguous and aligned."""
+    """Computes G [N, K], of which rows or columns are contiguous and aligned."""
     rows, columns = left.shape[1], right.shape[1]
     if aligned(columns, right.dtype) != columns and aligned(rows, left.dtype) == rows:
         return (right.t() @ left).t()

@@ -387,7 +387,7 @@ def _kept_positions(graphs: Graphs) -> Iterator[Event]:
 
 
 def _kept_of(node: fx.Node) -> tuple[str, str, int] | None:
-    """Of a sparse product on CPU: its support's name, what is kept of it, and bytes."""
+    """Returns, for a sparse product on CPU, its support's name, what is kept of it, and bytes."""
     ops = torch.ops.slcompile
     if node.target in (ops.vector_addmm.default, ops.vector_dots.default):
         _, _, values, support, *_, vector = arguments(node)

@@ -23,7 +23,7 @@ from slcompile.ops.support import flat_positions
 
 
 def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1) -> Tensor:
-    """The formula as the paper writes it, in ops that every transform and mode of autograd can differentiate."""
+    """Computes the formula as the paper writes it, in ops that every transform of autograd can differentiate."""
     shape = (*B.shape[:-1], A.shape[-1])
     sparse = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
     sparse = sparse.scatter(0, flat_positions(values, support, A.shape[-1], vector).long(), values.flatten())

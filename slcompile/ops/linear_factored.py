@@ -74,7 +74,7 @@ def linear_factored_aten(
     transposed: bool,
     vector: int = 1,
 ) -> list[Tensor]:
-    """The same for CPU. In ATen, the results are transposes of matrices with the tokens in the columns."""
+    """Returns the same for CPU. In ATen, the results are transposes of matrices with the tokens in the columns."""
     if vector > 1:
         each_of = zip(factors, hiddens, values, supports, biases, strict=True)
         return [

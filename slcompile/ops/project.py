@@ -33,5 +33,5 @@ def _(x: Tensor, factors: Sequence[Tensor], scales: Sequence[float]) -> list[Ten
 
 
 def project_aten(x: Tensor, factors: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
-    """The same in ATen, for CPU."""
+    """Computes the same in ATen, for CPU."""
     return [(x @ factor.t()) * scale for factor, scale in zip(factors, scales, strict=True)]

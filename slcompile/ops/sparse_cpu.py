@@ -29,7 +29,7 @@ FEW_TOKENS = 12
 def sparse_addmm(
     factor: Tensor, hidden: Tensor, values: Tensor, support: Tensor, dense: Tensor, transposed: bool
 ) -> Tensor:
-    """The factor times ``hidden_TR^T``, plus S or its transpose times ``dense``, with the tokens in the columns.
+    """Computes the factor times ``hidden_TR^T``, plus S or S^T times ``dense``, with the tokens in the columns.
 
     Args:
         factor: B [N, R], or A [R, K] where ``transposed``.
@@ -63,7 +63,7 @@ def _(factor: Tensor, hidden: Tensor, values: Tensor, support: Tensor, dense: Te
 
 @torch.library.custom_op("slcompile::sparse_dots", mutates_args=(), tags=_TAGS)
 def sparse_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
-    """``left @ right^T`` at the support.
+    """Computes ``left @ right^T`` at the support.
 
     Args:
         left: [N, T], contiguous.
@@ -86,7 +86,7 @@ def _(left: Tensor, right: Tensor, values: Tensor, support: Tensor) -> Tensor:
 
 
 def entries(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each non-zero, by row and then by column as ``values`` are; [P] each, int32 if it fits.
+    """Returns row and column of each non-zero, by row and then by column as ``values`` are; [P] each, int32 if it fits.
 
     Args:
         values, support: As for ``slcompile.ops.compose``.
@@ -101,13 +101,13 @@ def entries(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[T
 
 
 def _by_row(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries in CSR: where each row's begin, and the last one's end; their columns; and their rows."""
+    """Returns the entries in CSR: where each row's begin, and the last one's end; their columns; and their rows."""
     row, column = entries(values, support, rows, columns)
     return _bounds(row, rows), column, row
 
 
 def _by_column(values: Tensor, support: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries in CSC: where each column's begin; their rows; and their positions among ``values``."""
+    """Returns the entries in CSC: where each column's begin; their rows; and their positions among ``values``."""
     row, column = entries(values, support, rows, columns)
     column, order = column.sort(stable=True)
     return _bounds(column, columns), row.index_select(0, order), order.to(row.dtype)
@@ -119,7 +119,7 @@ def _bounds(bag: Tensor, bags: int) -> Tensor:
 
 
 def _few_addmm(factor: Tensor, hidden: Tensor, bounds: Tensor, entry: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
-    """``sparse_addmm`` for few tokens; MKL's sparse products are of float32 and float64 only."""
+    """Computes ``sparse_addmm`` for few tokens; MKL's sparse products are of float32 and float64 only."""
     wide = torch.promote_types(dense.dtype, torch.float32)
     shape = (bounds.numel() - 1, dense.shape[0])
     _spend_csr_warning()
@@ -150,7 +150,7 @@ _memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def kept(
     make: Callable[..., tuple[Tensor, ...]], values: Tensor, support: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, ...]:
-    """What ``make`` returns, made once for a support: it takes longer than the product."""
+    """Returns what ``make`` returns, made once for a support: it takes longer than the product."""
     if values.dim() == 1 and support.is_inference():  # it does not count what is written to it
         return make(values, support, rows, columns)
     made = _memory.setdefault(support, {})
@@ -164,11 +164,11 @@ def kept(
 
 
 def kept_bytes() -> int:
-    """Bytes of what is kept for the supports that are alive."""
+    """Returns bytes of what is kept for the supports that are alive."""
     return sum(each.nbytes for made in _memory.values() for tensors in made.values() for each in tensors)
 
 
 def transposed_copy(matrix: Tensor) -> Tensor:
-    """The transpose, contiguous."""
+    """Returns the transpose, contiguous."""
     # Not .contiguous(): whether a matrix with a symbolic number of tokens is contiguous already would be guarded.
     return matrix.t().clone(memory_format=torch.contiguous_format)

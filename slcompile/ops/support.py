@@ -29,7 +29,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def mix32(x: Tensor) -> Tensor:
-    """A bijection of [0, 2**32) whose output bits all depend on all input bits; int64 in, int64 out."""
+    """Returns a bijection of [0, 2**32) whose output bits all depend on all input bits; int64 in, int64 out."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK32
     x = x ^ (x >> 15)
@@ -53,7 +53,7 @@ def _zero(seed: Tensor) -> Tensor:
 def stratified_columns(
     seed: Tensor, rows: int, columns: int, groups: int, *, first_row: int = 0, vector: int = 1
 ) -> Tensor:
-    """Columns of the non-zeros of rows ``first_row`` up to ``first_row + rows``, ascending in each row.
+    """Returns columns of the non-zeros of rows ``first_row`` up to ``first_row + rows``, ascending in each row.
 
     Args:
         seed: One integer in [0, 2**24); its device is the result's.
@@ -78,7 +78,7 @@ def stratified_columns(
 
 
 def block_columns(seed: Tensor, rows: int, columns: int, groups: int, vector: int, *, first_row: int = 0) -> Tensor:
-    """Columns of the non-zeros of each block of ``vector`` rows; arguments as for ``stratified_columns``.
+    """Returns columns of the non-zeros of each block of ``vector`` rows; arguments as for ``stratified_columns``.
 
     Returns:
         int64 of shape [ceil(rows / vector), groups].
@@ -100,7 +100,7 @@ def uniform_count(rows: int, columns: int, density: float) -> int:
 
 
 def uniform_index(seed: int, rows: int, columns: int, density: float) -> Tensor:
-    """Sorted flat positions ``row * columns + column`` of a uniformly random subset, without repetition.
+    """Returns sorted flat positions ``row * columns + column`` of a uniformly random subset, without repetition.
 
     Returns:
         [uniform_count] on the CPU; int32, or int64 where the weight has more than 2**31 - 1 elements.
@@ -112,12 +112,12 @@ def uniform_index(seed: int, rows: int, columns: int, density: float) -> Tensor:
 
 
 def uniform_dtype(rows: int, columns: int) -> torch.dtype:
-    """The smallest of int32 and int64 that holds every flat position."""
+    """Returns the smallest of int32 and int64 that holds every flat position."""
     return torch.int32 if rows * columns < 2**31 else torch.int64
 
 
 def flat_positions(values: Tensor, support: Tensor, columns: int, vector: int = 1) -> Tensor:
-    """Flat positions of ``values`` in a row-major weight.
+    """Returns flat positions of ``values`` in a row-major weight.
 
     Args:
         values: [rows, groups] for the stratified and vector support, [non-zeros] for the uniform one. The rows of a
@@ -138,7 +138,7 @@ def flat_positions(values: Tensor, support: Tensor, columns: int, vector: int = 
 
 
 def draw_seed(seed: int | None, name: str) -> int:
-    """A weight's seed: from torch's default generator, or a hash of the user's seed and the weight's name.
+    """Returns a weight's seed: from torch's default generator, or a hash of the user's seed and the weight's name.
 
     Several processes must agree on a weight's support, and their generators need not: there None is as 0.
     """
@@ -149,7 +149,7 @@ def draw_seed(seed: int | None, name: str) -> int:
 
 
 def _among_several() -> bool:
-    """Whether this is one of several processes that train a model, as far as it can be known."""
+    """Returns whether this is one of several processes that train a model, as far as it can be known."""
     distributed = torch.distributed
     if not distributed.is_available():
         return False

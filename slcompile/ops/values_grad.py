@@ -15,7 +15,7 @@ from slcompile.ops.vector_cpu import vector_dots
 
 @torch.library.custom_op("slcompile::values_grad", mutates_args=())
 def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:
-    """Gradient of ``values`` from the two matrices whose product is the weight's gradient.
+    """Returns gradient of ``values`` from the two matrices whose product is the weight's gradient.
 
     Args:
         left: [T, N]: the output's gradient for a weight [out, in], the input for a weight [in, out].
@@ -36,7 +36,7 @@ def _(left, right, values, support, vector=1):
 
 
 def values_grad_aten(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:
-    """The same for CPU."""
+    """Returns the same for CPU."""
     if vector > 1:
         return vector_dots(left, right, values, support, vector)
     return sparse_dots(transposed_copy(left), transposed_copy(right), values, support)

@@ -37,7 +37,7 @@ def vector_addmm(
     transposed: bool,
     vector: int,
 ) -> Tensor:
-    """``hidden @ factor^T + x @ S^T + bias``, or ``hidden @ factor + x @ S`` where ``transposed``.
+    """Computes ``hidden @ factor^T + x @ S^T + bias``, or ``hidden @ factor + x @ S`` where ``transposed``.
 
     Args:
         factor: B [N, R], or A [R, K] where ``transposed``.
@@ -77,7 +77,7 @@ def _(factor, hidden, values, support, x, bias, transposed, vector):
 
 @torch.library.custom_op("slcompile::vector_dots", mutates_args=(), tags=_TAGS)
 def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int) -> Tensor:
-    """``left^T @ right`` at the support.
+    """Computes ``left^T @ right`` at the support.
 
     Args:
         left: [T, N].
@@ -106,7 +106,7 @@ def _(left, right, values, support, vector):
 
 
 def _with_rows(matrix: Tensor) -> Tensor:
-    """The matrix, with the elements of each row side by side."""
+    """Returns the matrix, with the elements of each row side by side."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
@@ -124,7 +124,7 @@ def _making(vector: int) -> Callable[[Tensor, Tensor, int, int], tuple[Tensor]]:
 
 @functools.cache
 def _library(dtype: torch.dtype, vector: int) -> Any:
-    """The compiled functions."""
+    """Returns the compiled functions."""
     defined = f"#define VECTOR {vector}\n#define STORED {_STORED[dtype]}\n"
     return torch_private.cpp_library(defined + _SOURCE.read_text())
 

@@ -17,7 +17,7 @@ from slcompile.ops.compose import compose_backward
 def weight_grads(
     left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of B, A and values, each with its parameter's shape and dtype.
+    """Returns gradients of B, A and values, each with its parameter's shape and dtype.
 
     Args:
         left: [T, N]: the output's gradient for a weight [out, in], the input for a weight [in, out].
@@ -38,5 +38,5 @@ def _(left, right, B, A, values, support, scale, vector=1):
 def weight_grads_aten(
     left: Tensor, right: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in ATen, for CPU: the dense gradient, and its projections."""
+    """Computes the same in ATen, for CPU: the dense gradient, and its projections."""
     return compose_backward(left.t() @ right, B, A, values, support, scale, vector)

@@ -17,7 +17,7 @@ def lower_to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
 
 def traced_from(node: fx.Node) -> list[str]:
-    """Names of the nodes of earlier graphs that a node was traced from, the earliest one last."""
+    """Returns names of the nodes of earlier graphs that a node was traced from, the earliest one last."""
     return [source.name for source in _sources(node.meta.get("from_node") or [])]
 
 
@@ -26,12 +26,12 @@ def _sources(sources: Sequence[Any]) -> list[Any]:
 
 
 def in_backward_pass(node: fx.Node) -> bool:
-    """Whether AOTAutograd traced a node of a joint graph in the backward pass."""
+    """Returns whether AOTAutograd traced a node of a joint graph in the backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def input_index(placeholder: fx.Node) -> int | None:
-    """Position among the inputs of the graph that AOTAutograd traced; None for tangents and what it made itself."""
+    """Returns the position among the inputs of the graph that AOTAutograd traced; None for what it made itself."""
     index = getattr(placeholder.meta.get("desc"), "idx", None)
     return index if type(placeholder.meta.get("desc")).__name__ == "PlainAOTInput" else None
 
@@ -81,14 +81,14 @@ def aot_graphs(
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A size, or the one that a symbolic size had when it was captured; 1 where there was none (data-dependent)."""
+    """Returns a size, or the one that a symbolic size had when it was captured; 1 if data-dependent."""
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else 1
 
 
 def run_fake(function: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """What a function returns for fake tensors, as fake tensors; shapes may be symbolic."""
+    """Returns what a function returns for fake tensors, as fake tensors; shapes may be symbolic."""
     from torch.utils._pytree import tree_leaves
 
     with _mode_of(tree_leaves(args)), torch.no_grad():
@@ -118,6 +118,6 @@ def _compiling() -> contextlib.AbstractContextManager[Any]:
 
 
 def _mode_of(values: Sequence[Any]) -> Any:
-    """The fake mode of the fake tensors among these."""
+    """Returns the fake mode of the fake tensors among these."""
     modes = (each.fake_mode for each in values if isinstance(each, torch._subclasses.FakeTensor))
     return next(modes, contextlib.nullcontext())

@@ -14,12 +14,12 @@ from slcompile.torch_private.aot import _mode_of, size_hint
 
 
 def inductor_settings() -> set[str]:
-    """Names of Inductor's settings."""
+    """Returns names of Inductor's settings."""
     return set(torch._inductor.config.get_config_copy())
 
 
 def passes_of(settings: dict[str, Any], hook: str) -> list[Any]:
-    """The passes that a user has set at one of Inductor's hooks, in these settings or globally."""
+    """Returns the passes that a user has set at one of Inductor's hooks, in these settings or globally."""
     passes = settings.get(hook, getattr(torch._inductor.config, hook))
     return list(passes) if isinstance(passes, (list, tuple)) else [passes] if passes is not None else []
 
@@ -92,7 +92,7 @@ def _mend_local_buffers() -> None:
 
 
 def _with_symbolic_strides(value: Any) -> Any:
-    """A fake tensor of symbolic shape whose strides follow from its sizes; anything else as it is.
+    """Returns a fake tensor of symbolic shape whose strides follow from its sizes; anything else as it is.
 
     Where the forward pass saves a tensor in another layout than autograd saw, AOTAutograd gives the backward graph the
     strides of the captured call as numbers; comparing them with sizes would guard the graph to that call's shape.
@@ -118,7 +118,7 @@ def add_artifact(name: str, text: Callable[[], str], encoding: str = "string") -
 
 
 def partitioned(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> list[fx.GraphModule]:
-    """What Inductor would be given for a captured graph, forward and backward, or one for inference; not compiled."""
+    """Returns what Inductor would be given for a captured graph: forward and backward, or one for inference."""
     import torch._functorch.config
     from torch._inductor.compile_fx import compile_fx
 
@@ -134,12 +134,12 @@ def partitioned(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, A
 
 
 def realize_reads_threshold() -> int:
-    """Up to how many buffers Inductor reads again rather than write what several kernels compute from them."""
+    """Returns up to how many buffers Inductor reads again rather than write what several kernels compute from them."""
     return int(torch._inductor.config.realize_reads_threshold)
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in AMX tiles."""
+    """Returns whether this CPU multiplies bfloat16 matrices in AMX tiles."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 
@@ -155,12 +155,12 @@ def cpp_library(source: str) -> Any:
 
 
 def calls_aten() -> bool:
-    """Whether Inductor, as it is set now, calls ATen for every op and compiles none (its mode "lite")."""
+    """Returns whether Inductor, as it is set now, calls ATen for every op and compiles none (its mode "lite")."""
     return bool(torch._inductor.config.fallback_by_default)
 
 
 def is_higher_order(node: fx.Node) -> bool:
-    """Whether a node calls a higher-order op: one that takes other ops or graphs."""
+    """Returns whether a node calls a higher-order op: one that takes other ops or graphs."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
@@ -168,5 +168,5 @@ _SUBGRAPH = "slcompile_subgraph"
 
 
 def is_subgraph(gm: fx.GraphModule) -> bool:
-    """Whether Inductor compiles this graph, in ``inductor``, as the operand of a higher-order op of another graph."""
+    """Says whether Inductor compiles this graph as the operand of a higher-order op of another graph."""
     return _SUBGRAPH in gm.meta

@@ -15,12 +15,12 @@ from torch import Tensor, fx
 
 
 def captured_inputs(gm: fx.GraphModule) -> list[Any]:
-    """The fake tensors and symbolic integers with which Dynamo traced a graph, one for each placeholder."""
+    """Returns the fake tensors and symbolic integers with which Dynamo traced a graph, one for each placeholder."""
     return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def fake_mode() -> Any:
-    """The fake mode of the compile in progress; a new one where there is none."""
+    """Returns the fake mode of the compile in progress; a new one where there is none."""
     mode = torch._guards.detect_fake_mode()
     return mode if mode is not None else torch._subclasses.FakeTensorMode()
 
@@ -39,7 +39,7 @@ def collector_paused() -> Iterator[None]:
 
 
 def zero_outputs(gm: fx.GraphModule) -> Callable[..., list[Any]]:
-    """A function that takes what a captured graph takes and returns zeros in the place of its outputs."""
+    """Returns a function that takes what a captured graph takes and returns zeros in the place of its outputs."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     symbols = [each.meta["example_value"] for each in placeholders]
     outputs = [each.meta["example_value"] if isinstance(each, fx.Node) else each for each in _outputs(gm)]
@@ -68,7 +68,7 @@ def _outputs(gm: fx.GraphModule) -> Sequence[Any]:
 
 
 def kept_inputs(gm: fx.GraphModule) -> set[int]:
-    """Positions of the inputs that the function being compiled returns, stores or needs after a graph break.
+    """Returns positions of the inputs that the function being compiled returns, stores or needs after a graph break.
 
     Such a read is not in the graph: the code around it loads the input again, after the graph has run.
     """
@@ -98,7 +98,7 @@ def kept_inputs(gm: fx.GraphModule) -> set[int]:
 
 
 def break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
-    """Why Dynamo ended a graph here, and where: a sentence and a stack trace. None where the function returned."""
+    """Says why Dynamo ended a graph here, and where: a sentence and a stack trace. None where the function returned."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
@@ -122,7 +122,7 @@ class SkippedFrame:
 
 @contextlib.contextmanager
 def skipped_frames() -> Iterator[list[SkippedFrame]]:
-    """A list that holds, once it is left, the functions that Dynamo skipped while it was entered."""
+    """Yields a list that holds, once it is left, the functions that Dynamo skipped while it was entered."""
     from torch._dynamo import utils
 
     found: list[SkippedFrame] = []
@@ -141,19 +141,19 @@ def skipped_frames() -> Iterator[list[SkippedFrame]]:
 
 
 def is_disabled(value: Any) -> bool:
-    """Whether a function or a module is what ``torch.compiler.disable`` returned."""
+    """Returns whether a function or a module is what ``torch.compiler.disable`` returned."""
     if isinstance(value, torch._dynamo.OptimizedModule):
         return isinstance(value.dynamo_ctx, torch._dynamo.eval_frame.DisableContext)
     return not isinstance(value, torch.nn.Module) and bool(getattr(value, "_torchdynamo_disable", False))
 
 
 def without_disable(function: Any) -> Any:
-    """The function that ``torch.compiler.disable`` was given, where this is what it returned."""
+    """Returns the function that ``torch.compiler.disable`` was given, where this is what it returned."""
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 def tracing_context() -> Any:
-    """The context of the compile in progress, for ``resume``."""
+    """Returns the context of the compile in progress, for ``resume``."""
     return torch._guards.TracingContext.try_get()
 
 
@@ -163,7 +163,7 @@ def resume(context: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def new_fake_mode() -> Any:
-    """A mode in which tensors have shapes and no memory."""
+    """Returns a mode in which tensors have shapes and no memory."""
     return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
 
 

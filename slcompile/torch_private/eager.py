@@ -11,28 +11,28 @@ from torch import Tensor
 
 
 def is_transforming() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is active; Dynamo traces this as a constant."""
+    """Returns whether a transform of torch.func or forward-mode AD is active; Dynamo traces this as a constant."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def in_eager_checkpoint() -> bool:
-    """Whether a non-reentrant ``torch.utils.checkpoint`` outside of compiled code watches what is saved."""
+    """Returns whether a non-reentrant ``torch.utils.checkpoint`` outside of compiled code watches what is saved."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread, as it does when it recomputes a checkpoint."""
+    """Says whether autograd runs a backward pass in this thread, as when it recomputes a checkpoint."""
     return torch._C._current_graph_task_id() != -1
 
 
 def post_accumulate_hooks(parameter: Tensor) -> list[Any]:
-    """The hooks that were registered on a parameter with ``register_post_accumulate_grad_hook``."""
+    """Returns the hooks that were registered on a parameter with ``register_post_accumulate_grad_hook``."""
     return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
 def step_without_hooks(optimizer_cls: type[torch.optim.Optimizer]) -> Callable[..., Any]:
-    """A class's ``step`` without the step hooks around it, which the first instance of the class puts there."""
+    """Returns a class's ``step`` without the step hooks around it, which the first instance of the class puts there."""
     step: Any = optimizer_cls.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
@@ -42,7 +42,7 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def without_wrappers(module: torch.nn.Module) -> torch.nn.Module:
-    """The module that torch.compile, or torch's ``checkpoint_wrapper``, was given, where this is what it returned."""
+    """Returns the module inside the wrappers of torch.compile and of torch's ``checkpoint_wrapper``."""
     inner = next((module._modules[name] for name in WRAPPED if name in module._modules), None)
     return module if inner is None else without_wrappers(inner)
 
@@ -60,7 +60,7 @@ def before_load_state_dict(check: Callable[[torch.nn.Module, Any], None]) -> Non
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """The leaves of nested arguments or outputs in torch.export's order, each with its keys, indices and fields."""
+    """Returns the leaves of nested arguments or outputs in torch.export's order, with keys, indices and fields."""
     from torch.utils._pytree import tree_flatten_with_path
 
     def key(entry: Any) -> str:
@@ -70,7 +70,7 @@ def leaves_with_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Nested arguments with each leaf replaced by ``function`` of it."""
+    """Returns nested arguments with each leaf replaced by ``function`` of it."""
     from torch.utils._pytree import tree_map
 
     return tree_map(function, tree)

@@ -64,7 +64,7 @@ def is_unaligned(call: Call) -> bool:
     return any(max(each.stride()) * each.itemsize % 16 for each in operands)
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize("inner", [EVEN, ODD])
 def test_composed(inner: int, support: str) -> None:
     """Three weights: W twice, a product with it in each direction, a dense gradient and two projections of it."""

@@ -32,7 +32,7 @@ def random_factors(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_they_are_those_of_the_dense_matrices(support):
     model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 40))
     slcompile.factorize_(model, slcompile.SLConfig(rank=8, density=0.1, support=support, seed=0))

@@ -86,8 +86,8 @@ class Matmul:
         return max(2 * m * n * k / (share * rates.matmul[self._name]), moved / rates.memory) + rates.launch
 
     def _sparse(self, tokens: int, rates: Rates) -> float:
-        if self.vector > 1 and rates.vector:
-            moved = (2 * tokens * (self.rows + self.columns) + self.nonzeros) * self.dtype.itemsize
+        if self.vector > 1 and self._name in rates.vector:
+            moved = (tokens * (self.rows + self.columns) + self.nonzeros) * self.dtype.itemsize
             return max(2 * tokens * self.nonzeros / rates.vector[self._name], moved / rates.memory) + rates.launch
         copied = 2 * tokens * (self.rows + self.columns) * self.dtype.itemsize * rates.transposes
         read = self.nonzeros * (self.dtype.itemsize + rates.index_bytes)

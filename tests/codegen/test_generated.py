@@ -66,7 +66,7 @@ def reads_unaligned(call: Call) -> bool:
     return any(map(is_unaligned, product_operands(call)[:2]))
 
 
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize("inner", [EVEN, ODD])
 def test_composed(inner: int, support: str) -> None:
     """Three weights: W twice, a product with it in each direction, a dense gradient and two projections of it."""

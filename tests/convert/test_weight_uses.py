@@ -147,7 +147,9 @@ BOTH = [
 
 
 @pytest.mark.parametrize(
-    ("name", "lowering"), [(name, "factored") for name in CASES] + [(name, "composed") for name in BOTH]
+    ("name", "lowering"),
+    [pytest.param(name, "factored", marks=() if name in BOTH else pytest.mark.slow) for name in CASES]
+    + [pytest.param(name, "composed", marks=pytest.mark.slow) for name in BOTH],
 )
 def test_every_use_of_a_weight_trains_as_in_eager_mode(name, lowering, assert_eager):
     case = CASES[name]

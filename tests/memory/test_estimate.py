@@ -36,6 +36,7 @@ def llama(layers: int = 2, **changes) -> LlamaConfig:
     return tiny_config("llama", num_hidden_layers=layers, use_cache=False, **sizes)
 
 
+@pytest.mark.slow
 def test_weights_are_those_that_the_string_factorizes_experts_among_them():
     config = tiny_config("mixtral", intermediate_size=96, num_hidden_layers=5, num_attention_heads=2, vocab_size=100)
     report = estimate_memory(config, kwargs=IDS, config=CONFIG)
@@ -47,6 +48,7 @@ def test_weights_are_those_that_the_string_factorizes_experts_among_them():
     assert report.sltrain.parameter_count == sum(each.numel() for each in model.parameters())
 
 
+@pytest.mark.slow
 class TestAgainstReality:
     @pytest.mark.parametrize("lowering", [None, "auto", "composed", "factored"])
     def test_peak_of_a_real_step(self, table, lowering):

@@ -369,6 +369,7 @@ def trained(model: nn.Module, called: Callable[..., Tensor], rank: int = 0, worl
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_does(kind, tmp_path):
     from tests.testing import torchrun  # of which the processes know nothing

@@ -269,7 +269,7 @@ def _mend_inductor() -> None:
     For good, and not while a graph is compiled: another thread may be compiling when that ends. Each defect is seen in
     torch 2.11.0 and 2.13.0; torch 2.14 has both mended (see docs/upstream.md).
     """
-    if TorchVersion(torch.__version__) < (2, 14):
+    if TorchVersion(torch.__version__) < "2.14":
         _mend_scatters()
         _mend_local_buffers()
 

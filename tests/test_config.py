@@ -23,6 +23,7 @@ def test_defaults() -> None:
         "min_dim": 32,
         "lowering": "auto",
         "keep_weights": False,
+        "save": "all",
         "autotune": False,
         "dryrun": False,
     }
@@ -41,6 +42,7 @@ BAD: dict[str, list[Any]] = {
     "min_dim": [0, -1, 1.0, True, None],
     "lowering": ["", "Factored", "dense", None, 1],
     "keep_weights": [0, 1, None, "yes"],
+    "save": ["", "auto", "low-rank", None, True],
     "autotune": [0, 1, None, "yes"],
     "dryrun": [0, 1, None, "yes"],
 }
@@ -64,6 +66,7 @@ GOOD: dict[str, list[Any]] = {
     "min_dim": [1, 4096],
     "lowering": ["auto", "composed", "factored"],
     "keep_weights": [False, True],
+    "save": ["all", "low_rank"],
     "autotune": [False, True],
     "dryrun": [False, True],
 }

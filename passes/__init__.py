@@ -14,6 +14,7 @@
    choose_lowering         each matmul: compose the weight, or multiply with the factors? the cheaper of the two
    group_projections       factored matmuls with the same input become one op: q/k/v, gate/up
    recompute_weights       composed weights are recomputed in the backward pass, or kept if the user asks for speed
+   save_low_rank           results of factored matmuls, too, if the user asks for memory: hidden matrices are saved
 
 3. On the forward and the backward graph, after they were partitioned (``post_grad_custom_pre_pass``), ``post_passes``:
 
@@ -45,6 +46,7 @@ from slcompile.passes.lower_ops import lower_ops
 from slcompile.passes.merge_weights import merge_weights
 from slcompile.passes.parameterize_weights import parameterize_weights
 from slcompile.passes.recompute_weights import recompute_weights
+from slcompile.passes.save_low_rank import save_low_rank
 
 
 def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[GraphPass, ...]:
@@ -55,6 +57,7 @@ def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[
         functools.partial(choose_lowering, lowering=config.lowering, device=device),
         group_projections,
         functools.partial(recompute_weights, keep=config.keep_weights),
+        functools.partial(save_low_rank, save=config.save),
     )
 
 
@@ -81,4 +84,5 @@ __all__ = [
     "post_passes",
     "recompute_weights",
     "run",
+    "save_low_rank",
 ]

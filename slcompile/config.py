@@ -15,7 +15,15 @@ VECTOR = 16
 VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 INITS = ("auto", "kaiming", "spectral")
 LOWERINGS = ("auto", "composed", "factored")
-SKIPPABLE = ("fuse_weight_grads", "choose_lowering", "group_projections", "recompute_weights", "lower_ops")
+SAVES = ("all", "low_rank")
+SKIPPABLE = (
+    "fuse_weight_grads",
+    "choose_lowering",
+    "group_projections",
+    "recompute_weights",
+    "save_low_rank",
+    "lower_ops",
+)
 """Passes without which a graph computes the same: those on the joint graph, and the lowering of our ops."""
 
 STRUCTURES: dict[str, Any] = {}
@@ -50,6 +58,8 @@ class SLConfig:
             ``slcompile.cost`` predicts to be faster.
         keep_weights: Whether composed weights are kept for the backward pass, at the memory of the dense weights,
             and not composed again there.
+        save: What the backward pass gets of factored matmuls. ``"all"``: whatever the partitioner chooses to save.
+            ``"low_rank"``: the hidden matrices, ``rank`` wide, from which results are computed again.
         autotune: Whether Triton kernels time several configurations, once for each shape, instead of taking the
             device's default.
         dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.
@@ -72,6 +82,7 @@ class SLConfig:
     min_dim: int = 32
     lowering: str = "auto"
     keep_weights: bool = False
+    save: str = "all"
     autotune: bool = False
     dryrun: bool = False
     structure: str = "sparse_low_rank"
@@ -109,6 +120,7 @@ class SLConfig:
         )
         _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
         _require_choice("lowering", self.lowering, LOWERINGS)
+        _require_choice("save", self.save, SAVES)
         _require_choice("structure", self.structure, STRUCTURES)
         skipped = (self.skip_passes,) if isinstance(self.skip_passes, str) else self.skip_passes
         _require(isinstance(skipped, (list, tuple)), "skip_passes", skipped, "a sequence of names of passes")

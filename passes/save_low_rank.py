@@ -17,14 +17,13 @@ _HEAVY = ("mm", "bmm", "conv", "attention", "sort", "scatter", "embedding")
 
 
 def save_low_rank(gm: fx.GraphModule, save: str = "low_rank") -> PassReport:
-    """Tags the results of ``linear_factored`` in the forward pass, and what follows from them by the way, as
-    MUST_RECOMPUTE; and their hidden matrices as MUST_SAVE.
+    """Tags the results of ``linear_factored`` in the forward pass as MUST_RECOMPUTE, and hidden matrices as MUST_SAVE.
 
-    Of a result [T, N] the backward pass then has the hidden matrix [T, R], which the gradient of the factor reads
-    anyway, and multiplies once more with the other factor and with S: a sixth of what the matmul costs in a step, or
-    less. Pointwise ops, norms and views of results are computed again too, and so is what makes the input of these
-    matmuls from a tensor that several others read (a norm's scaling of a residual stream). Legal because all of it is
-    pure.
+    What follows from the results by the way is tagged with them. Of a result [T, N] the backward pass then has the
+    hidden matrix [T, R], which the gradient of the factor reads anyway, and multiplies once more with the other
+    factor and with S: a sixth of what the matmul costs in a step, or less. Pointwise ops, norms and views of
+    results are computed again too, and so is what makes the input of these matmuls from a tensor that several
+    others read (a norm's scaling of a residual stream). Legal because all of it is pure.
 
     Left: results whose input itself follows from a result that is computed again, so that one never leads to another
     through a whole model; those that are only added to something (a residual stream: the sum has to be saved in any

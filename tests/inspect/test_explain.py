@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile import SLConfig, explain
+from slcompile.passes import joint_passes
+from slcompile.passes.graph import pass_name
 
 CONFIG = SLConfig(rank=8, density=0.05, lowering="composed")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import os
 import platform
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
-from slcompile.ops import compose, linear_factored, project
+from slcompile.config import SAVES, SUPPORTS, VECTOR
+from slcompile.ops import compose, linear_factored, project, values_grad
 from slcompile.ops.sparse_cpu import kept_bytes
+from slcompile.ops.support import groups_per_row
 
-PARTS = ("train", "decode", "matmul", "compile", "memory")
+PARTS = ("train", "decode", "matmul", "sparse", "compile", "memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 console = Console(highlight=False, width=120 if not sys.stdout.isatty() else None)
@@ -53,7 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--rank", type=int, default=128, help="of its factors")
     parser.add_argument("--density", type=float, default=0.03, help="share of non-zeros")
-    parser.add_argument("--support", choices=["stratified", "uniform"], default="stratified", help="of the non-zeros")
+    parser.add_argument("--support", choices=SUPPORTS, default="stratified", help="of the non-zeros")
+    parser.add_argument("--vector", type=int, default=VECTOR, help="rows that share their columns; of --support vector")
+    parser.add_argument("--save", choices=SAVES, default="all", help="what the backward pass gets of factored matmuls")
     parser.add_argument(
         "--lowering", choices=["auto", "composed", "factored"], default="auto", help="of the train step"
     )
@@ -121,7 +126,11 @@ def make_model(args: argparse.Namespace, dtype: str) -> LlamaForCausalLM:
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"rank": args.rank, "density": args.density, "support": args.support}
+    return {**support_of(args), "rank": args.rank, "density": args.density, "save": args.save}
+
+
+def support_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {"support": args.support, **({"vector": args.vector} if args.support == "vector" else {})}
 
 
 def training_step(model: nn.Module, run: Callable[..., Any], args: argparse.Namespace) -> Callable[[], object]:
@@ -169,7 +178,8 @@ def decode(args: argparse.Namespace) -> None:
         shapes = [(2048, 2048)] * 4 + [(2048, 5461)] * 2 + [(5461, 2048)]
         layers = [nn.Linear(*shape, bias=False, device=args.device, dtype=DTYPES[dtype]) for shape in shapes]
         dense = Stack(layers)
-        model = slcompile.factorize_(copy.deepcopy(dense), slcompile.SLConfig(rank=512, density=0.03))
+        config = slcompile.SLConfig(rank=512, density=0.03, **support_of(args))
+        model = slcompile.factorize_(copy.deepcopy(dense), config)
         x = torch.randn(1, 2048, device=args.device, dtype=DTYPES[dtype])
         mode = {"inductor": {"triton.cudagraphs": True}} if args.device != "cpu" else {}
         runs = {
@@ -235,8 +245,10 @@ def eager_products(dense: nn.Module, factorized: nn.Module, x: Tensor) -> Runs:
     matrix, scale = dense[0].weight.detach(), weight.scale
     return {
         "dense": lambda: x @ matrix.t(),
-        "composed": lambda: x @ compose(B, A, values, support, scale).t(),
-        "factored": lambda: linear_factored(x, project(x, [A], [scale]), [B], [values], [support], [None], False)[0],
+        "composed": lambda: x @ compose(B, A, values, support, *weight.op_args()).t(),
+        "factored": lambda: linear_factored(
+            x, project(x, [A], [scale]), [B], [values], [support], [None], False, weight.vector
+        )[0],
     }
 
 
@@ -252,6 +264,28 @@ def compiled_products(dense: nn.Module, factorized: nn.Module, x: Tensor) -> Run
     }
     runs = {"dense": torch.compile(dense, dynamic=False), **lowered}
     return {name: without_gradients(run) for name, run in runs.items()}
+
+
+def sparse(args: argparse.Namespace) -> None:
+    """What S takes of a step, in the three products with one weight: where rows share their columns, and where not."""
+    rows = {}
+    tokens, rows_, columns = args.batch * args.seq_len, args.intermediate, args.hidden
+    for dtype in args.dtype:
+        groups = groups_per_row(columns, args.density)
+        x, g, values, hidden, B, A = (
+            torch.randn(shape, device=args.device).to(DTYPES[dtype])
+            for shape in ((tokens, columns), (tokens, rows_), (rows_, groups), (tokens, 1), (rows_, 1), (1, columns))
+        )
+        seed = torch.tensor([1], device=args.device)
+
+        def step(vector: int, x=x, g=g, values=values, hidden=hidden, B=B, A=A, seed=seed) -> None:
+            linear_factored(x, [hidden], [B], [values], [seed], [None], False, vector)
+            linear_factored(g, [hidden], [A], [values], [seed], [None], True, vector)
+            values_grad(g, x, values, seed, vector)
+
+        runs = {f"vector {each}": functools.partial(step, each) for each in (args.vector, 64)}
+        rows[dtype] = interleaved({"stratified": functools.partial(step, 1), **runs}, args.runs, args.device)
+    show(f"S in a step: S x, S^T g, gradient of values ({rows_}x{columns}, {tokens} tokens)", rows, "ms", "stratified")
 
 
 def check(runs: Runs, dtype: str) -> None:
@@ -352,7 +386,14 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU"
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     console.print(f"{device}{threads}, torch {torch.__version__}, slcompile {slcompile.__version__}\n")
-    parts = {"train": train, "decode": decode, "matmul": matmul, "compile": compile_time, "memory": memory}
+    parts = {
+        "train": train,
+        "decode": decode,
+        "matmul": matmul,
+        "sparse": sparse,
+        "compile": compile_time,
+        "memory": memory,
+    }
     for name in args.only:
         parts[name](args)
         console.print()

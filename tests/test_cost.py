@@ -85,6 +85,18 @@ class TestFormulas:
         both = Rates({"float32": 3000 / 500}, {"float32": math.inf}, memory=4.0)
         assert MATMUL.factored(TOKENS, both) == pytest.approx(500 + 4000 / 6 + 60)
 
+    def test_rows_that_share_their_columns_have_their_own_rate_and_copy_nothing(self) -> None:
+        alone, shared = (cost.Matmul(64, 32, 1, 640, torch.float32, vector) for vector in (1, 16))
+        rates = cost.Rates(
+            {"float32": 1e30}, {"float32": 2.0}, 1e30, index_bytes=4, transposes=1, vector={"float32": 8.0}
+        )
+        assert alone.factored(10, rates) == pytest.approx(2 * 10 * 640 / 2.0)
+        assert shared.factored(10, rates) == pytest.approx(2 * 10 * 640 / 8.0)
+        slow = dataclasses.replace(rates, memory=1.0, vector={"float32": 1e30})
+        assert shared._sparse(10, slow) == (10 * (64 + 32) + 640) * 4
+        without = dataclasses.replace(rates, vector={})
+        assert shared.factored(10, without) == alone.factored(10, without)
+
     def test_a_sparse_product_reads_positions(self) -> None:
         reading = dataclasses.replace(BY_BYTES, index_bytes=8)
         assert MATMUL.factored(TOKENS, reading) - MATMUL.factored(TOKENS, BY_BYTES) == pytest.approx(60 * 8 / 4)

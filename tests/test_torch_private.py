@@ -252,6 +252,12 @@ def test_strides_that_are_numbers_of_one_call_follow_from_symbolic_sizes(block):
     assert [each if isinstance(each, int) else each.stride() for each in seen[1:]] == [(1, 8), (64, 1), 3]
 
 
+def test_a_library_of_compiled_functions():
+    library = torch_private.cpp_library('extern "C" int twice(int x) { return 2 * x; }')
+    assert library.twice(21) == 42
+    assert torch_private.cpp_library('extern "C" int twice(int x) { return 2 * x; }').twice(4) == 8
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux, which says what its CPU has")
 def test_amx_is_what_the_cpu_says():
     flags = re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -38,6 +38,13 @@ def test_every_part_that_runs_here_prints_medians_and_their_ratios(benchmark, ca
     assert {"float32 64x64, 1 tokens", "float32 96x64, 8192 tokens"} < rows.keys()
 
 
+def test_the_sparse_part_beside_that_of_rows_that_share_their_columns(benchmark, capsys):
+    benchmark.console.file = sys.stdout
+    benchmark.main([*TINY, "--runs=3", "--only", "sparse"])
+    stratified, short, long, *ratios = rows_of(capsys.readouterr().out)["float32"]
+    assert ratios == pytest.approx([short / stratified, long / stratified], abs=0.01, rel=0.01)
+
+
 def test_what_fresh_processes_measure(benchmark):
     args = benchmark.parse_args(TINY)
     found = benchmark.in_children(args, "float32", ("sltrain eager memory",), 1)

@@ -92,7 +92,7 @@ def estimate_memory(
     asked: dict[str, Any] = {key: getattr(config, key) for key in ("rank", "density", "support") if key in described}
     settings: dict[str, Any] = {
         "optimizer": optimizer + (" per layer" if per_layer else ""),
-        "structure": config.structure,
+        **({} if config.structure == SLConfig.structure else {"structure": config.structure}),
         **asked,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": device,

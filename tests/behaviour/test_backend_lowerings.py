@@ -18,7 +18,7 @@ from tests.testing import OPTIONS
 def test_every_backend_gives_the_loss_and_gradients_of_eager(checkpointed_block, batch, support, autocast, monkeypatch):
     monkeypatch.setattr(torch, "relu", torch.tanh)  # at a kink, another rounding is another gradient
     model = checkpointed_block
-    slcompile.factorize_(model, slcompile.SLConfig(rank=8, density=0.05, support=support))
+    slcompile.factorize_(model, slcompile.SLConfig(rank=8, density=0.05, alpha=16.0, support=support))
     with torch.no_grad():
         for weight in model.modules():
             if isinstance(weight, slcompile.SLWeight):

@@ -130,7 +130,9 @@ def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[
 def test_gradients_of_stacks(interpreted: dict[str, list[Tensor]], shape: str) -> None:
     grad_B, grad_A, grad_values, *stacked = interpreted[f"experts-{shape}"]
     for each, first, second in zip(stacked[:2], (grad_B, grad_A), (-grad_B, grad_A), strict=True):
-        torch.testing.assert_close(each, torch.stack([first, second]))
+        single = torch.stack([first, second])
+        # Two sums of a few hundred terms in other orders: each a random walk of roundings, 16 units in the last place.
+        assert (each - single).norm() <= 16 * 2**-24 * single.norm()
     left, right, _, A, values, support = make_operands(Case(shape, "stratified", torch.float32))
     assert torch.equal(stacked[2][0], grad_values)
     G = torch.cat([left.t() @ right, -(left.t() @ right)])

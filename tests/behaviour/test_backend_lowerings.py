@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import slcompile
 from tests.testing import OPTIONS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])

@@ -13,6 +13,8 @@ import slcompile
 from tests.testing import saved_for_backward
 from tests.zoo import tiny
 
+pytestmark = pytest.mark.slow
+
 WIDTH, INTERMEDIATE, TOKENS = 48, 80, 40
 RANK, DENSITY = 8, 0.05
 

@@ -18,7 +18,7 @@ import torch
 
 import slcompile
 from examples.quality import recipes, training
-from examples.quality.__main__ import main
+from examples.quality.__main__ import console, main
 from examples.quality.corpora import tokenize
 from examples.quality.records import Records
 from examples.quality.search import EXTENSIONS, ROWS, choose
@@ -247,7 +247,7 @@ class TestCommands:
         assert message in capsys.readouterr().err
 
     def test_the_table_has_rows_seeds_what_else_was_tried_and_a_drawing(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(console, "width", 200)  # the terminal was asked when the program was imported
         records = Records(tmp_path / "runs.jsonl")
 
         def run(settings):

@@ -358,9 +358,9 @@ def load(kind: str, args: argparse.Namespace, texts: list[str]) -> dict[str, Any
 
 def show_comparison(runs: dict[str, dict[str, Any]]) -> None:
     """Prints one row a quantity, one column a model, and why weights were left dense."""
-    report = runs.get("sltrain", {}).get("report", {"rewritten": [], "skipped": []})
-    weights = sum(math.prod(each["shape"]) for each in report["rewritten"])
-    replaced, left = (sum(each["matmuls"] for each in report[key]) for key in ("rewritten", "skipped"))
+    report = runs.get("sltrain", {}).get("report", {"replaced": [], "left": []})
+    weights = sum(math.prod(each["shape"]) for each in report["replaced"])
+    replaced, left = (sum(each["matmuls"] for each in report[key]) for key in ("replaced", "left"))
     every = runs.values()
     rows = [
         ("peak learning rate of the projections", "{:g}", [run["lr"] for run in every]),
@@ -379,7 +379,7 @@ def show_comparison(runs: dict[str, dict[str, Any]]) -> None:
         ratio = [f"{values[1] / values[0]:.2f}"] if len(values) == 2 and "matmuls" not in name else []
         table.add_row(name, *(form.format(value) if value else "-" for value in values), *ratio)
     console.print(table)
-    for each in report["skipped"]:
+    for each in report["left"]:
         shape = "x".join(map(str, each["shape"]))
         console.print(f"left dense: {each['name']} {shape}, {each['reason']}: {each['detail']}", highlight=False)
 

@@ -29,6 +29,7 @@ SKIPPABLE = (
 STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 AUTO = "auto"
+BASES = (None, "frozen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class SLConfig:
 
     Args:
         rank: Columns of ``B`` and rows of ``A``: an int, or a fraction of ``min(rows, columns)`` in (0, 1).
-        density: Share of the entries of ``W`` that ``S`` holds, in (0, 1].
+        density: Share of the entries of ``W`` that ``S`` holds, in (0, 1]; 0 for no sparse part, with a frozen base.
         alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
             (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
         support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
@@ -64,6 +65,9 @@ class SLConfig:
             device's default.
         dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.
         structure: What takes a dense weight's place; ``"sparse_low_rank"`` is SLTrain's.
+        base: ``"frozen"`` keeps the model's own weight ``W0`` and trains what is added to it, ``W = W0 + scale * B @ A
+            + S``, which is zero at first; with ``density=0`` that is LoRA (arXiv 2106.09685). Weights that do not
+            require a gradient get factors, too. None replaces the weight.
         skip_passes: Names of passes that are left out, to find the one that is to blame for a wrong number.
 
     Raises:
@@ -86,6 +90,7 @@ class SLConfig:
     autotune: bool = False
     dryrun: bool = False
     structure: str = "sparse_low_rank"
+    base: str | None = None
     skip_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,7 +105,12 @@ class SLConfig:
                 self.rank,
                 "an int >= 1, or a fraction of min(rows, columns) in (0, 1)",
             )
-        _require(_is_number(self.density) and 0 < self.density <= 1, "density", self.density, "a number in (0, 1]")
+        _require(
+            _is_number(self.density) and (0 < self.density <= 1 or (self.density == 0 and self.base is not None)),
+            "density",
+            self.density,
+            "a number in (0, 1], or 0 with base='frozen'",
+        )
         _require(
             self.alpha == AUTO if isinstance(self.alpha, str) else _is_number(self.alpha) and self.alpha > 0,
             "alpha",
@@ -122,6 +132,9 @@ class SLConfig:
         _require_choice("lowering", self.lowering, LOWERINGS)
         _require_choice("save", self.save, SAVES)
         _require_choice("structure", self.structure, STRUCTURES)
+        if self.base is not None:
+            _require_choice("base", self.base, [each for each in BASES if each])
+            self._require_possible_base()
         skipped = (self.skip_passes,) if isinstance(self.skip_passes, str) else self.skip_passes
         _require(isinstance(skipped, (list, tuple)), "skip_passes", skipped, "a sequence of names of passes")
         for name in skipped:
@@ -129,6 +142,17 @@ class SLConfig:
         object.__setattr__(self, "skip_passes", tuple(skipped))
         for name in ("keep_weights", "autotune", "dryrun"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+
+    def _require_possible_base(self) -> None:
+        if not STRUCTURES[self.structure].takes_base:
+            raise ValueError(f"base={self.base!r} needs a structure that adds to a weight, got {self.structure!r}")
+        if self.init == "spectral":
+            raise ValueError(
+                f"init='spectral' approximates the weight, which base={self.base!r} keeps as it is: what is added to "
+                "it starts at zero"
+            )
+        if self.density == 0 and self.support != SUPPORTS[0]:
+            raise ValueError(f"support={self.support!r} needs a density above 0: without a sparse part there is none")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[SLConfig, dict[str, Any]]:
@@ -162,6 +186,7 @@ class SLConfig:
         ``scale * B @ A``, where B = 0, by ``scale * lr * sqrt(outputs * rank) * norm(A)``. A starts with entries
         U(+-1/sqrt(inputs)), whose norm is ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``. The result is a multiple
         of 1/4096, so that ``alpha = scale * rank`` is exact, and a checkpoint that holds it brings it back to the bit.
+        The same holds with a frozen base, to which ``scale * B @ A`` is added.
         """
         if not isinstance(self.alpha, str):
             return self.alpha / rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
         return "not_2d", f"is a stack of matrices, of which the structure {config.structure!r} takes none"
     if not weight.is_floating_point():
         return "dtype", f"{weight.dtype} is not a floating-point type"
-    if not weight.requires_grad:
+    if not weight.requires_grad and config.base is None:  # it is to be frozen: what is added to it is trained
         return "frozen", "requires_grad is False"
     if min(weight.shape[-2:]) < config.min_dim:
         return "too_small", f"has fewer than {config.min_dim} rows or columns (min_dim)"
@@ -78,11 +79,20 @@ def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SL
 def require_possible_rank(shapes: Iterable[Sequence[int]], config: SLConfig) -> None:
     """Raises ValueError where the rank, an int, is more than the smaller side of every one of these matrices.
 
-    Of a stack of matrices the last two sizes are those of its matrices.
+    With a base, it does so where the factors of every one take as many parameters as the matrix. Of a stack of matrices
+    the last two sizes are those of its matrices.
     """
+    shapes = list(shapes)
     smaller_sides = [min(shape[-2:]) for shape in shapes]
     if isinstance(config.rank, int) and smaller_sides and config.rank > max(smaller_sides):
         raise ValueError(
             f"rank must be at most {max(smaller_sides)}, the smaller side of the largest eligible weight, got "
             f"{config.rank}"
+        )
+    sizes = [(structure_of(config).size(shape, config), math.prod(shape)) for shape in shapes]
+    if config.base is not None and sizes and all(size >= dense for size, dense in sizes):
+        least, dense = min(sizes, key=lambda each: each[0] / each[1])
+        raise ValueError(
+            f"rank={config.rank} with density={config.density} saves nothing beside base={config.base!r}: what is "
+            f"added takes {least} parameters, and the weight itself has {dense}; take a smaller rank"
         )

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slcompile.passes import Decision, PassReport
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
+from slcompile.weight.structure import FactorizedWeight
 
 log = logging.getLogger("slcompile")
 
@@ -90,7 +91,7 @@ class Ledger:
         self,
         record: ModelRecord,
         roots: Sequence[nn.Module],
-        weights: Sequence[tuple[nn.Parameter, nn.Module]],
+        weights: Sequence[tuple[nn.Parameter, FactorizedWeight]],
         init: str,
         report: PassReport,
     ) -> None:
@@ -109,17 +110,19 @@ class Ledger:
         self.add(record, roots, report)
         if self._silent:
             return
+        start = f"init {init}, which replaces the weights{'' if init == 'kaiming' else ' by their best approximation'}"
+        if any(weight.has_base for _, weight in weights):
+            start = "which begin at zero and are added to the weights, which are frozen"
+        trained = (each for _, weight in weights for each in weight.parameters() if each.requires_grad)
         log.log(
             logging.WARNING if is_first else logging.INFO,
-            "slcompile: factorized %d weights of %s (%d left dense): %s -> %s parameters in them, init %s, which "
-            "replaces the weights%s",
+            "slcompile: factorized %d weights of %s (%d left dense): %s -> %s parameters in them, %s",
             len(weights),
             _kinds(roots),
             len(record.report.left),
             f"{sum(dense.numel() for dense, _ in weights):,}",
-            f"{sum(factor.numel() for _, weight in weights for factor in weight.parameters()):,}",
-            init,
-            "" if init == "kaiming" else " by their best approximation",
+            f"{sum(each.numel() for each in trained):,}",
+            start,
         )
         log.debug("%s", record.report)
 
@@ -151,8 +154,8 @@ class Ledger:
         if held:
             log.warning(
                 "slcompile: %d converted dense weights (%s bytes) are still held by something that is no module and no "
-                "optimizer, such as a list of parameters made before: they take memory, and clipping or averaging that "
-                "list misses the factors",
+                "optimizer, such as a list of parameters made before: they take memory, unless they are a frozen base, "
+                "and clipping or averaging that list misses the factors",
                 len(held),
                 f"{sum(parameter.nbytes for parameter in held):,}",
             )

@@ -48,7 +48,9 @@ def convert(
         _require_convertible(candidate, live)
     require_mendable(live.optimizers, {id(candidate.weight): candidate.name for candidate in checked})
     init = config.init
-    if init == "auto":
+    if config.base is not None:
+        init = "kaiming"
+    elif init == "auto":
         init = record.auto_init = record.auto_init or _init_of(checked)
     weights = [
         structure_of(config).from_dense(

@@ -5,6 +5,7 @@ from slcompile.config import SLConfig
 from slcompile.convert.ledger import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
+from slcompile.export.peft import load_peft, save_peft
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.health import CheckReport, check
@@ -44,11 +45,13 @@ __all__ = [
     "last_report",
     "limit_steps",
     "load_factorized",
+    "load_peft",
     "merge_",
     "merged_state_dict",
     "optim",
     "rewrite",
     "save_factorized",
     "save_merged",
+    "save_peft",
     "spectra",
 ]

@@ -25,12 +25,14 @@ class Candidate:
         weight: The dense parameter, [rows, columns] or [experts, rows, columns].
         owners: Every (module, attribute) that holds it.
         input_dim: Dimension of the matrix that its matmul contracts.
+        config: Its own options; None for those of the conversion.
     """
 
     decision: Decision
     weight: nn.Parameter
     owners: list[tuple[nn.Module, str]]
     input_dim: int
+    config: SLConfig | None = None
 
     @property
     def name(self) -> str:

@@ -53,10 +53,11 @@ def convert(
     elif init == "auto":
         init = record.auto_init = record.auto_init or _init_of(checked)
     weights = [
-        structure_of(config).from_dense(
-            candidate.weight.detach(), config, init, name=candidate.name, input_dim=candidate.input_dim
+        structure_of(own).from_dense(
+            candidate.weight.detach(), own, init, name=candidate.name, input_dim=candidate.input_dim
         )
         for candidate in candidates
+        for own in [candidate.config or config]
     ]
     _swap(candidates, weights, live, roots)
     for candidate, weight in zip(candidates, weights, strict=True):

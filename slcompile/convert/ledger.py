@@ -47,6 +47,7 @@ class Ledger:
         lock: Is held from choosing what to convert until it is converted.
         newest: The report of the model that was converted, or dry-run, last.
         warned: Models of which it was said that nothing was factorized.
+        configs: A dense weight -> the options that it is, or was, converted with, settled for its name.
         other_reads: A dense weight -> how a graph has read it in training, other than by matmuls. Such a weight must
             stay dense in every later graph of the step, too; otherwise one step would see two copies of it.
     """
@@ -60,6 +61,7 @@ class Ledger:
         """Forgets everything."""
         self.newest: PassReport | None = None
         self.warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.configs: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.other_reads: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._records: weakref.WeakKeyDictionary[nn.Module, ModelRecord] = weakref.WeakKeyDictionary()
         self._dry_runs: weakref.WeakKeyDictionary[nn.Module, PassReport] = weakref.WeakKeyDictionary()

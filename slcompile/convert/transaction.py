@@ -59,6 +59,7 @@ def convert(
         for candidate in candidates
         for own in [candidate.config or config]
     ]
+    ledger.configs.update((candidate.weight, candidate.config or config) for candidate in candidates)
     _swap(candidates, weights, live, roots)
     for candidate, weight in zip(candidates, weights, strict=True):
         retire(candidate.weight, f"{candidate.name} was converted to factors", weight)

@@ -89,17 +89,17 @@ class SLWeight(FactorizedWeight):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape, config, input_dim=input_dim)
-        self.density, self.support = config.density, config.support
+        self.density, self.support = config.plain_density, config.support
         self.vector = config.vector if config.support == "vector" else 1
         *stack, rows, columns = self.shape
         self.rank = config.rank_for(rows, columns)
         self._scale_ratio = config.scale_for(self.rank, self.shape[-2:][input_dim]).as_integer_ratio()
-        self.drawn_seed = draw_seed(config.seed, name) if config.density else 0
+        self.drawn_seed = draw_seed(config.seed, name) if self.density else 0
         new = functools.partial(torch.empty, device=device, dtype=dtype)
         self.B = nn.Parameter(new(*stack, rows, self.rank))
         self.A = nn.Parameter(new(*stack, self.rank, columns))
         values = new(values_shape(self.shape, config))
-        if config.density:
+        if self.density:
             self.values = nn.Parameter(values)
             mark_values(self.values)
         else:
@@ -107,7 +107,7 @@ class SLWeight(FactorizedWeight):
         self.register_parameter("base", None)
         if config.base is not None:
             self.base = nn.Parameter(new(self.shape), requires_grad=False)
-        self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device), persistent=bool(config.density))
+        self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device), persistent=bool(self.density))
         if self.support == "uniform":
             index_dtype = uniform_dtype(*self.as_matrix)
             self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
@@ -304,8 +304,9 @@ class SLWeight(FactorizedWeight):
 
 def values_shape(shape: Sequence[int], config: SLConfig) -> tuple[int, ...]:
     """Returns the shape of ``values``: [non-zeros] of the uniform support, [..., rows, groups] of the others."""
-    if not config.density:
+    density = config.plain_density
+    if not density:
         return (*shape[:-1], 0)
     if config.support != "uniform":
-        return (*shape[:-1], groups_per_row(shape[-1], config.density))
-    return (uniform_count(math.prod(shape[:-1]), shape[-1], config.density),)
+        return (*shape[:-1], groups_per_row(shape[-1], density))
+    return (uniform_count(math.prod(shape[:-1]), shape[-1], density),)

@@ -379,9 +379,9 @@ def show_comparison(runs: dict[str, dict[str, Any]]) -> None:
         ratio = [f"{values[1] / values[0]:.2f}"] if len(values) == 2 and "matmuls" not in name else []
         table.add_row(name, *(form.format(value) if value else "-" for value in values), *ratio)
     console.print(table)
-    for each in report["left"]:
-        shape = "x".join(map(str, each["shape"]))
-        console.print(f"left dense: {each['name']} {shape}, {each['reason']}: {each['detail']}", highlight=False)
+    for weight in report["left"]:
+        shape = "x".join(map(str, weight["shape"]))
+        console.print(f"left dense: {weight['name']} {shape}, {weight['reason']}: {weight['detail']}", highlight=False)
 
 
 def show_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, held_out: Tensor, args: argparse.Namespace) -> None:

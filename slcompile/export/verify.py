@@ -88,7 +88,8 @@ def require_close(comparisons: Sequence[Comparison], dtype: torch.dtype) -> None
         if not comparison.max_rel <= TOLERANCE[dtype]:  # also where it is NaN
             raise ValueError(
                 f"output {comparison.output} of {comparison.against} differs from the trained model by "
-                f"{comparison.max_rel:.2e} relative, more than the tolerance {TOLERANCE[dtype]:.0e} of {dtype}; nothing was written"
+                f"{comparison.max_rel:.2e} relative, more than the tolerance {TOLERANCE[dtype]:.0e} of {dtype}; "
+                "nothing was written"
             )
 
 

@@ -204,8 +204,8 @@ def test_what_is_disabled():
     assert torch_private.is_disabled(function)
     assert torch_private.without_disable(function) is looped
     assert torch_private.is_disabled(torch.compiler.disable(module))
-    for each in (looped, module, torch.compile(module), None):
-        assert not torch_private.is_disabled(each)
+    for enabled in (looped, module, torch.compile(module), None):
+        assert not torch_private.is_disabled(enabled)
 
 
 def test_no_code_is_generated_for_a_forward_graph_that_is_only_traced(block, batch):

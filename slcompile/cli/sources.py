@@ -25,10 +25,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def sl_config(settings: list[str]) -> SLConfig:
     """Returns the config that ``key=value`` words give; values are Python literals, or text."""
     options: dict[str, Any] = {}
-    for each in settings:
-        key, equals, value = each.partition("=")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--config takes KEY=VALUE, got {each!r}")
+            raise ValueError(f"--config takes KEY=VALUE, got {setting!r}")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -171,8 +171,8 @@ def test_max_autotune_reads_only_what_was_written(dtype: torch.dtype) -> None:
 def test_cudagraphs_take_all_of_it() -> None:
     modules = step(options={"inductor": {"triton.cudagraphs": True}})
     assert [counted(each) for each in calls(modules)] == [counted(each) for each in calls(step())]
-    for each in modules:
-        assert each.code.count("def partition_") <= 1
+    for module in modules:
+        assert module.code.count("def partition_") <= 1
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,12 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     (exact, _), (eager, sparse) = (reference(case, each) for each in (moved(operands, torch.float64), operands))
     weight, without_B = found
     dtype = case.result or case.dtype
-    for each in found:
-        assert each.dtype == dtype
-        assert each.shape == exact.shape
+    for weight in found:
+        assert weight.dtype == dtype
+        assert weight.shape == exact.shape
         # Rows begin where the vendors' matmuls can load them fast.
-        assert each.stride(-1) == 1
-        assert each.stride(-2) * dtype.itemsize % 16 == 0
+        assert weight.stride(-1) == 1
+        assert weight.stride(-2) * dtype.itemsize % 16 == 0
     assert_within_error(weight, eager.to(dtype), exact, dtype)
     assert torch.equal(without_B, sparse.to(dtype))
     assert int((without_B != 0).sum()) == operands[2].numel()

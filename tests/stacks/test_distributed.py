@@ -79,10 +79,10 @@ def test_a_frozen_base_trains_under_ddp_and_sharded_as_in_one_process(tmp_path):
 
 def test_nothing_dense_is_allocated_from_the_meta_device_to_the_shards(tmp_path):
     first, second = on_two("meta", tmp_path)
-    for each in (first, second):
-        assert each["devices"] == ["cpu"]
-        assert not set(each["dense"]) & set(each["allocated"])
-        assert max(each["allocated"]) < max(each["dense"])
+    for process in (first, second):
+        assert process["devices"] == ["cpu"]
+        assert not set(process["dense"]) & set(process["allocated"])
+        assert max(process["allocated"]) < max(process["dense"])
     assert first["seeds"] == second["seeds"]
     assert len(set(first["seeds"])) == 8
     assert first["drawn"] != second["drawn"]  # each process draws its own rows

@@ -13,6 +13,7 @@ from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
 from slcompile.inspect.spectra import Spectra, spectra
+from slcompile.inspect.suggest import SuggestedRank, Suggestion, suggest
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.report import MemoryReport
 from slcompile.optim.step_limit import StepLimit, limit_steps
@@ -35,6 +36,8 @@ __all__ = [
     "SLWeight",
     "Spectra",
     "StepLimit",
+    "SuggestedRank",
+    "Suggestion",
     "check",
     "estimate_memory",
     "explain",
@@ -54,4 +57,5 @@ __all__ = [
     "save_merged",
     "save_peft",
     "spectra",
+    "suggest",
 ]

@@ -204,6 +204,7 @@ def test_what_is_told_and_that_memory_is_shared(x, caplog):
     with caplog.at_level(logging.WARNING, "slcompile"):
         slcompile.factorize_(model, SLConfig(**LORA), example_args=(x,))
     assert [by_name(model)[name].base.data_ptr() for name in WEIGHTS] == pointers
+    assert "+ linear.weight 96x64: stays, frozen; what is added to it is trained" in str(slcompile.last_report())
     size = sum(SLWeight.size(each.shape, SLConfig(**LORA)) for each in weights(model))
     assert f"-> {size:,} parameters in them, which begin at zero and are added to the weights" in caplog.text
 

@@ -23,6 +23,8 @@ def decide(
         reason, detail = nominal_reason(names, owners, config)
     if not reason and config.is_by_pattern:
         reason, detail = setting_reason(names, weight, config)
+    if not reason and config.base is not None:
+        detail = "stays, frozen; what is added to it is trained"
     return Decision(names[0] if names else "?", reason, detail, tuple(weight.shape), len(use.matmuls))
 
 

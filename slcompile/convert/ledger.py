@@ -102,7 +102,7 @@ class Ledger:
             record: Of the model.
             roots: The model's outermost modules.
             weights: Each dense parameter that was converted, and the module that took its place.
-            init: What the weights start from, ``"kaiming"`` or ``"spectral"``; ``"base"`` where they are added to a frozen base.
+            init: What the weights start from: ``"kaiming"``, ``"spectral"``, or ``"base"`` beside a frozen base.
             report: What the graph, or the call of ``factorize_``, replaced and left.
         """
         is_first, record.begun = not record.begun, True

@@ -22,7 +22,7 @@ from slcompile.config import LOWERINGS, did_you_mean
 from tests.sweep.cases import CASES, Case
 from tests.sweep.compare import compare
 from tests.sweep.measure import measure
-from tests.sweep.running import ATEN, CPP, first_line
+from tests.sweep.running import CPP, first_line
 from tests.sweep.table import HEADER, PARTS, Part, add_result, line_of, part_of, read_results, totals, write_table
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         "names", nargs="*", metavar="NAME", help=f"architectures, or of {', '.join(families)}; default: all"
     )
     parser.add_argument("--part", choices=list(PARTS), help="default: both")
-    parser.add_argument(
-        "--inductor", choices=["aten", "cpp"], default="aten", help="of training; aten: without C++, ten times as fast"
-    )
+    parser.add_argument("--code", action="store_true", help="make C++ of the training graphs, ten times as slow")
     parser.add_argument(
         "--lowering", action="append", choices=LOWERINGS, help="compare gradients under it; default: all"
     )
@@ -57,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {name: each for name, each in CASES.items() if not given.names or {name, each.family} & set(given.names)}
     settings: dict[str, dict[str, Any]] = {
         "training": {
-            "inductor": CPP if given.inductor == "cpp" else ATEN,
+            "code": given.code,
             "export": not given.no_onnx,
             "lowerings": tuple(given.lowering or LOWERINGS),
         },
@@ -119,7 +117,7 @@ def commit() -> str:
 @torch.no_grad()
 def prepare() -> None:
     """What each child would do first: imports, the patterns of Inductor's passes. No autograd: it refuses forks."""
-    torch.compile(torch.nn.Linear(32, 32), options=dict(ATEN))(torch.randn(2, 32))
+    torch.compile(torch.nn.Linear(32, 32), options=CPP)(torch.randn(2, 32))
 
 
 def in_child(part: str, name: str, timeout: float, **settings: Any) -> Part:

@@ -7,10 +7,9 @@ import copy
 import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,9 @@ from tests.sweep.running import (
     leaves,
     loss_from,
     widened,
+    without_code,
     without_grouped_matmuls,
 )
-from tests.testing import inductor_without_code
 
 DTYPES = ("float32", "bfloat16")
 GENERATED = 4
@@ -94,6 +93,7 @@ def runs_of(turn: int) -> list[Run]:
         first, second = second, first
     return [
         Run("inference", code, code=True),
+        *([Run("training", code, code=True)] if turn % 4 == 0 else []),
         Run("inference", first),
         Run("inference", second, "bfloat16"),
         Run("training", LOWERINGS[turn // 2 % len(LOWERINGS)], "bfloat16"),
@@ -284,13 +284,6 @@ def generated(model: nn.Module, function: Callable[..., Any], inputs: Mapping[st
         return_dict_in_generate=True,
     )
     return {f"logits of step {step}": each for step, each in enumerate(result.logits)} | {"tokens": result.sequences}
-
-
-@contextlib.contextmanager
-def without_code() -> Iterator[None]:
-    """Within, no code is generated."""
-    with mock.patch.object(torch_private, "inductor", inductor_without_code):
-        yield
 
 
 def worst_of(runs: Mapping[str, float], words: Sequence[str]) -> float | None:

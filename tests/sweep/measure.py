@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import inspect
@@ -23,7 +24,6 @@ from slcompile.config import LOWERINGS
 from slcompile.health import ULPS, composed_by_formula, share_of_budget
 from tests.sweep.cases import CASES
 from tests.sweep.running import (
-    ATEN,
     CPP,
     detach_states,
     fill_factors,
@@ -32,6 +32,7 @@ from tests.sweep.running import (
     leaves,
     loss_of,
     widened,
+    without_code,
     without_grouped_matmuls,
 )
 
@@ -78,18 +79,23 @@ class Row:
     failures: list[str] = field(default_factory=list)
 
 
-def measure(
-    name: str, inductor: Mapping[str, Any] = ATEN, lowerings: Sequence[str] = LOWERINGS, export: bool = True
-) -> Row:
+def measure(name: str, code: bool = False, lowerings: Sequence[str] = LOWERINGS, export: bool = True) -> Row:
     """Converts an architecture by the string, trains it compiled, eager and in float64, merges and exports it.
 
     Args:
         name: In ``CASES``.
-        inductor: Settings of Inductor, ``ATEN`` or ``CPP``.
+        code: Whether Inductor makes C++ of the graphs. Where not, our passes run and ATen executes what they leave.
         lowerings: Under which the gradients are compared; the first one trains.
         export: Whether to write ONNX.
     """
     began = time.perf_counter()
+    with contextlib.nullcontext() if code else without_code():
+        row = _measure(name, lowerings, export)
+    row.seconds = time.perf_counter() - began
+    return row
+
+
+def _measure(name: str, lowerings: Sequence[str], export: bool) -> Row:
     row = Row(name, CASES[name].family)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -102,7 +108,7 @@ def measure(
     owners = dict(model.named_modules())
 
     case = CASES[name]
-    options = {**vars(case.options), "inductor": dict(inductor)}
+    options = {**vars(case.options), "inductor": CPP}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # mended by the first run
     compiled = torch.compile(model, backend="sltrain", options={**options, "lowering": lowerings[0]})
     first = loss_of(compiled, inputs).item()
@@ -132,11 +138,6 @@ def measure(
         loss.backward()
         row.gradients[lowering] = compare_gradients(row, lowering, gradients_of(each), eager.gradients, wide.gradients)
 
-    is_off = not all(share <= 1 for share in row.gradients.values())
-    if is_off and inductor is ATEN and dense_is_off(model, inputs, inductor):
-        row = measure(name, CPP, lowerings, export)
-        row.details.append("measured in C++: where it calls ATen, Inductor gets the dense model wrong as well")
-        return row
     losses = [
         train(compiled, optimizer, inputs),
         train(reference, torch.optim.AdamW(reference.parameters(), lr=1e-3), inputs),
@@ -150,19 +151,7 @@ def measure(
     if export and case.exports:
         row.onnx = export_onnx(row, model, inputs)
     check_merged(row, model, inputs, names)
-    row.seconds = time.perf_counter() - began
     return row
-
-
-def dense_is_off(model: nn.Module, inputs: Mapping[str, Any], inductor: Mapping[str, Any]) -> bool:
-    """Whether Inductor alone, under these settings, gets the gradients of the merged, dense model wrong."""
-    dense = slcompile.merge_(copy.deepcopy(model))
-    exact = Reference(copy.deepcopy(dense).double(), widened(inputs))
-    eager, trial = Reference(dense, inputs), Row("", "")
-    dense.zero_grad()
-    loss_of(torch.compile(dense, options=dict(inductor)), inputs).backward()
-    compare_gradients(trial, "dense", gradients_of(dense), eager.gradients, exact.gradients)
-    return bool(trial.failures)
 
 
 class Reference:

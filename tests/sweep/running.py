@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from slcompile import torch_private
 from slcompile.torch_private import map_leaves
+from tests.testing import inductor_without_code
 
-ATEN = {"fallback_by_default": True, "fallback_random": True, "compile_threads": 1}
-"""Inductor calls ATen for each op: all of the backend but C++ and its compiler, in a tenth of the time."""
 CPP = {"fallback_random": True}
 """What a user gets, but for random numbers, which are eager's."""
+
+
+@contextlib.contextmanager
+def without_code() -> Iterator[None]:
+    """Within, our passes run on every graph and ATen executes what they leave, in a tenth of the time."""
+    with mock.patch.object(torch_private, "inductor", inductor_without_code):
+        yield
 
 
 def leaves(outputs: Any, name: str = "") -> dict[str, Tensor]:

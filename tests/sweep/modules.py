@@ -126,13 +126,15 @@ def without_dropout(module: nn.Module) -> nn.Module:
 NAMES = frozenset(
     f"nn.{name}"
     for name in """Linear LinearCrossEntropyLoss TransformerEncoder TransformerEncoderLayer TransformerDecoderLayer
-    Transformer MultiheadAttention RNNCell GRUCell LSTMCell RNN GRU LSTM""".split()
+    Transformer MultiheadAttention RNNCell GRUCell LSTMCell""".split()
 )
-"""Modules that multiply with a parameter."""
+"""Modules that multiply with a parameter; but for recurrent layers, which Dynamo does not capture."""
 
-TOGETHER = 20
+TOGETHER = 22
 
-_BEHIND = [info for info in module_db if info.name not in NAMES and "Lazy" not in info.name]
+_BEHIND = [
+    info for info in module_db if info.name not in {*NAMES, "nn.RNN", "nn.GRU", "nn.LSTM"} and "Lazy" not in info.name
+]
 MODULES = {info.name: OfTorch((info,)) for info in module_db if info.name in NAMES} | {
     f"nn.Linear+{start // TOGETHER + 1}": OfTorch(tuple(_BEHIND[start : start + TOGETHER]), variants=1, behind=True)
     for start in range(0, len(_BEHIND), TOGETHER)

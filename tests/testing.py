@@ -70,6 +70,21 @@ def compiled_with(backend: object, model: nn.Module, **kwargs: object) -> Callab
     return torch.compile(model, backend=backend, options=SPECTRAL, **kwargs)
 
 
+def inductor_without_code(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    """Takes the place of ``torch_private.inductor``: no code is generated, and a graph takes some tenths of a second.
+
+    Inductor traces and partitions every graph, our joint passes run, and ATen executes what they leave. ``lower_ops``
+    is left out: what it makes lies transposed in memory, for which only generated code makes up.
+    """
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        return make_boxed_func(gm.forward)
+
+    return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
+
+
 def converted(model: nn.Module) -> set[str]:
     return set(slcompile.factors(model))
 

@@ -418,7 +418,8 @@ def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decisio
         return sum(found) / len(found) if found else 0.0
 
     def products(part: float, composes: float) -> float:
-        return part * factors.factored_flops(tokens) + (1 - part) * (product + composes * factors.compose_flops)
+        apart = factors.factored_flops(tokens) + (product if factors.has_base else 0)
+        return part * apart + (1 - part) * (product + composes * factors.compose_flops)
 
     grads = factored("gradients", rest)
     after = products(factored("forward", own), share)

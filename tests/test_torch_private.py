@@ -265,6 +265,16 @@ def test_amx_is_what_the_cpu_says():
     assert torch_private.has_amx() == ("amx_tile" in " ".join(flags[:1]).split())
 
 
+def test_a_fresh_cache_is_empty_and_the_old_one_comes_back(monkeypatch, tmp_path):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with torch_private.fresh_cache():
+        assert Path(cache_dir()) not in (tmp_path, Path(default_cache_dir()))
+        assert list(Path(cache_dir()).iterdir()) == []
+    assert Path(cache_dir()) == tmp_path
+
+
 def test_lite_mode_is_known():
     assert not torch_private.calls_aten()
     with torch._inductor.config.patch(torch._inductor.list_mode_options()["lite"]):

@@ -1,6 +1,6 @@
 """Fuzzing, at length: ``python -m tests.fuzz graphs --examples 10000 --seconds 540``, or ``files``.
 
-Goes on where the last run ended, as ``counts.jsonl`` says, and adds a line to it: what was run, and whatever went wrong.
+Goes on where the last run ended, as ``counts.jsonl`` says, and adds a line to it: what was run, and what went wrong.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 import slcompile
 from slcompile import torch_private
+from slcompile.backend import sltrain
 from slcompile.passes import joint_passes, post_passes, run
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.structure import FactorizedWeight, structure_of
@@ -54,7 +55,7 @@ def check(way: str, mode: str, steps: list[Step], width: int, shape: Sequence[in
         found = measure_traced(model, x, config, mode)
     else:
         with aten_kernels() if way == "captured" else contextlib.nullcontext(), torch_private.unlimited_recompiles():
-            compiled = torch.compile(model, backend="sltrain", options={**options, "exclude": (), "init": "kaiming"})
+            compiled = torch.compile(model, backend=sltrain, options={**options, "exclude": (), "init": "kaiming"})
             found = measure(compiled, model, x, mode)  # where it is dense, this call converts it
             if mode == "training" and any(isinstance(each, FactorizedWeight) for each in model.modules()):
                 randomize(model)
@@ -102,7 +103,9 @@ def measure_traced(model: nn.Module, x: Tensor, config: slcompile.SLConfig, mode
     names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
     primals = [*model.parameters(), *model.buffers(), x]
     with torch.set_grad_enabled(mode == "training"):
-        graphs = torch_private.aot_graphs(Tupled(model), [x], lambda joint, _: run(joint_passes(config), joint) and None)
+        graphs = torch_private.aot_graphs(
+            Tupled(model), [x], lambda joint, _: run(joint_passes(config), joint) and None
+        )
     saved = outputs_of(graphs[0])  # before they are lowered, which gives them other names
     with contiguous_results():
         for each in graphs:
@@ -120,6 +123,11 @@ def measure_traced(model: nn.Module, x: Tensor, config: slcompile.SLConfig, mode
     found = {"output": output, "gradient of the input": gradients[len(names)]}
     found |= {f"gradient of {name}": each for name, each in zip(names, gradients, strict=False)}
     return {name: each for name, each in found.items() if each is not None}
+
+
+def rewrite(joint: fx.GraphModule, config: slcompile.SLConfig) -> None:
+    """Runs the passes on the joint graph."""
+    run(joint_passes(config), joint)
 
 
 class Tupled(nn.Module):

@@ -172,8 +172,8 @@ options = st.fixed_dictionaries(
     {
         "rank": st.integers(1, 12),
         "density": st.sampled_from((0.02, 0.1)),
-        "support": st.sampled_from(("stratified", "vector", "uniform")),
-        "lowering": st.sampled_from(("composed", "factored", "auto")),
+        "support": st.sampled_from(("vector", "stratified", "uniform")),
+        "lowering": st.sampled_from(("factored", "auto", "composed")),
         "keep_weights": st.booleans(),
         "save": st.sampled_from(("all", "low_rank")),
     }

@@ -31,7 +31,7 @@ def sl_config(settings: list[str]) -> SLConfig:
             raise ValueError(f"--config takes KEY=VALUE, got {each!r}")
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval says it raises
             options[key] = value
     config, inductor = SLConfig.from_options(options)
     if inductor:

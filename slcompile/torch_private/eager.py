@@ -47,14 +47,14 @@ def without_wrappers(module: torch.nn.Module) -> torch.nn.Module:
     return module if inner is None else without_wrappers(inner)
 
 
-def before_load_state_dict(check: Callable[[torch.nn.Module, Any], None]) -> None:
-    """Calls ``check`` with module and state dict before any module loads one; torch's hooks are of one module each."""
+def before_load_state_dict(check: Callable[[torch.nn.Module, Any, bool], None]) -> None:
+    """Calls ``check`` with module, state dict and ``strict`` before any module loads; torch's hooks are of one each."""
     original = torch.nn.Module.load_state_dict
 
     @functools.wraps(original)
-    def load_state_dict(self: torch.nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self, state_dict)
-        return original(self, state_dict, *args, **kwargs)
+    def load_state_dict(self: torch.nn.Module, state_dict: Any, strict: bool = True, *args: Any, **kwargs: Any) -> Any:
+        check(self, state_dict, strict)
+        return original(self, state_dict, strict, *args, **kwargs)
 
     cast(Any, torch.nn.Module).load_state_dict = load_state_dict
 

@@ -204,9 +204,9 @@ def clear_error(kind: type[Exception], limit: int | None = None) -> Iterator[lis
         yield found
     except kind as error:
         found.append(error)
-        message = str(error)
-        assert message.strip(), f"{type(error).__name__} without a word"
-        assert len(message) < 4000, f"a message of {len(message)} characters: {message[:200]}"
+    for each in found:
+        assert str(each).strip(), f"{type(each).__name__} without a word"
+        assert len(str(each)) < 4000, f"a message of {len(str(each))} characters: {str(each)[:200]}"
     taken = memory("VmHWM") - before
     assert limit is None or taken <= limit + SLACK, f"{taken:,} bytes taken, {limit:,} are twice the file"
 

@@ -29,6 +29,7 @@ from slcompile.passes import joint_passes, post_passes, run
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.structure import FactorizedWeight, structure_of
 from tests.fuzz.programs import Program, Step, options, programs, roundoff, shapes, widths
+from tests.testing import aten_kernels
 
 WAYS = ("traced", "captured", "generated")
 MODES = ("training", "inference")
@@ -160,28 +161,6 @@ def contiguous_results() -> Iterator[None]:
         yield
     finally:
         module._aten = before
-
-
-@contextlib.contextmanager
-def aten_kernels() -> Iterator[None]:
-    """Within, Inductor traces and partitions every graph, our joint passes run, and ATen executes what they leave: no
-    code is generated, and a graph takes some tenths of a second instead of several. ``lower_ops`` is left out: what it
-    makes lies transposed in memory, for which only generated code makes up.
-    """
-    from torch._functorch.aot_autograd import make_boxed_func
-    from torch._inductor.compile_fx import compile_fx
-
-    def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
-        def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-            return make_boxed_func(gm.forward)
-
-        return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
-
-    before, torch_private.inductor = torch_private.inductor, inductor
-    try:
-        yield
-    finally:
-        torch_private.inductor = before
 
 
 def factorize_all(model: nn.Module, config: slcompile.SLConfig) -> None:

@@ -255,11 +255,15 @@ def batch(first: int, counts: dict[str, Any], size: int = 50) -> None:
     counts["examples"] += size
 
 
+class TookTooLong(BaseException):
+    """No Exception: nobody is to make a clear error of it."""
+
+
 def _child(first: int, size: int, corpus: Corpus, log: Path) -> None:
     warnings.simplefilter("ignore")
 
     def give_up(*_: Any) -> None:
-        raise TimeoutError(f"more than {PATIENCE} seconds")
+        raise TookTooLong(f"more than {PATIENCE} seconds")
 
     signal.signal(signal.SIGALRM, give_up)
     most = memory("VmSize") + 6 * 2**30
@@ -273,7 +277,8 @@ def _child(first: int, size: int, corpus: Corpus, log: Path) -> None:
                 line["what"] = example(number, corpus)
             except BaseException as error:
                 where = traceback.extract_tb(error.__traceback__)
-                line["what"] = next(each.name for each in where if each.name in {one.__name__ for one, _ in TARGETS})
+                names = {one.__name__ for one, _ in TARGETS}
+                line["what"] = next((each.name for each in where if each.name in names), "no target")
                 frame = [f"{Path(each.filename).name}:{each.lineno}" for each in where][-4:]
                 line["error"] = f"{type(error).__name__}: {error}"[:300] + f" at {' '.join(frame)}"
             finally:

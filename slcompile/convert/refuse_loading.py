@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ _PART = f"{SUFFIX}."
 """What follows the dense weight's name in the key of each part of a factorized weight."""
 
 
+@functools.cache
 def watch_loading() -> None:
     """Makes every ``load_state_dict`` of this process call ``require_same_form`` and ``require_parts_fit`` first.
 

@@ -111,7 +111,7 @@ def load_a_state(corpus: Corpus, random: Random) -> None:
             del state[name]
     before = {name: each.clone() for name, each in model.state_dict().items()}
     strict = random.random() < 0.7
-    size = sum(each.nbytes for each in state.values() if isinstance(each, Tensor))
+    size = sum(each.numel() * each.element_size() for each in state.values() if isinstance(each, Tensor))
     with clear_error(RuntimeError, limit=2 * size) as error:
         model.load_state_dict(state, strict=strict)
     if error:

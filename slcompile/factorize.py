@@ -23,7 +23,6 @@ from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names, restore, sl_names, snapshot, take_out
 from slcompile.weight.structure import FactorizedWeight
 
-
 watch_loading()
 
 

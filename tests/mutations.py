@@ -7,6 +7,7 @@ interpreter, where only the suite can find them. Prints a table for docs/trust.m
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -18,9 +19,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLANT = "SLCOMPILE_TESTS_PLANT"
-"""The name of the defect that a pytest process with this module as a plugin plants."""
-
 CHECK = "tests/behaviour/test_check.py"
 LOWERED = "tests/behaviour/test_backend_lowerings.py::test_every_lowering_trains_as_eager_does"
 FACTORED = "tests/ops/test_linear_factored.py::test_error_is_within_the_references"
@@ -110,49 +108,51 @@ EDITED = {
 }  # fmt: skip
 
 
-def pytest_configure() -> None:
-    """Plants what the environment names, before any test is imported."""
-    name = os.environ.get(PLANT)
-    if name is None:
-        return
+def plant(name: str) -> None:
+    """Plants a defect in this process, before any test is imported."""
     from tests.behaviour.test_check import PLANTED, owner_of, scaled
 
-    patch = pytest.MonkeyPatch()
     if name == "lower_ops":
-        module = owner_of("slcompile.passes.lower_ops")
-        patch.setattr(module, "linear_factored_aten", scaled(module.linear_factored_aten))
+        where, attribute, change = "slcompile.passes.lower_ops", "linear_factored_aten", scaled
     else:
-        where, attribute, plant, _ = PLANTED[name]
-        owner = owner_of(where)
-        patch.setattr(owner, attribute, plant(getattr(owner, attribute)))
+        where, attribute, change, _ = PLANTED[name]
+    owner = owner_of(where)
+    setattr(owner, attribute, change(getattr(owner, attribute)))
 
 
-def run_tests(tests: Iterable[str], root: Path = ROOT, planted: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs tests in a process of their own, with a defect that is planted or that these sources have.
+def finds_planted(test: str, name: str) -> bool:
+    """Says whether a test fails in a fork of this process in which a defect was planted."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            plant(name)
+            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", test]))
+        finally:
+            os._exit(code)
+    return failed(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), f"{test} with {name}")
+
+
+def failed(code: int, what: str) -> bool:
+    """Says whether tests failed, by pytest's exit code.
 
     Raises:
-        RuntimeError: They neither fail nor pass: there is no such test, or it cannot be collected.
+        RuntimeError: They neither failed nor passed: there is no such test, or it cannot be collected.
     """
-    # What a defect is compiled to must not be found in a cache by those who come later.
-    environment = {**os.environ, "PYTHONPATH": str(root), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        "--tb=line",
-        "-rA",
-        *tests,
-    ]
-    if planted is not None:
-        environment[PLANT] = planted
-        command += ["-x", "-p", "tests.mutations"]
+    if code not in (0, 1):
+        raise RuntimeError(f"pytest ended with {code}: {what}")
+    return code == 1
+
+
+def run_tests(tests: Iterable[str], root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs tests in a process of their own, of these sources."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rA", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"{tests} with {planted}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    failed(done.returncode, done.stdout[-2000:] + done.stderr[-2000:])
     return done
 
 
@@ -175,18 +175,23 @@ def in_a_copy(file: str, old: str, new: str, test: str) -> bool:
 
 
 def main(names: list[str]) -> int:
-    tests = {name: SUITE[name] if name in SUITE else EDITED[name][3] for name in names}
-    healthy = run_tests(sorted(set(tests.values())))
+    os.chdir(ROOT)
+    # What a defect is compiled to must not be found in a cache by those who come later.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    wanted = {name: SUITE[name] if name in SUITE else EDITED[name][3] for name in names}
+    healthy = run_tests(sorted(set(wanted.values())))
     if healthy.returncode:
         raise RuntimeError(f"tests fail without a defect: {healthy.stdout[-2000:]}")
     cases = {name: f"test_a_planted_defect_is_found[{name}]" for name in names if name in SUITE}
     cases |= {"lower_ops": "test_a_defect_of_lower_ops_is_blamed_on_it"} if "lower_ops" in cases else {}
     checked = run_tests(f"{CHECK}::{case}" for case in cases.values()).stdout if cases else ""
+    importlib.import_module("tests.behaviour.test_check")  # with torch and all of slcompile, so that forks need not
+
     print("| defect | `check` | suite | test |\n|---|---|---|---|", flush=True)
     missed = []
-    for name, test in tests.items():
+    for name, test in wanted.items():
         by_check = f"PASSED {CHECK}::{cases[name]}\n" in checked if name in cases else None
-        by_suite = run_tests([test], planted=name).returncode == 1 if name in SUITE else in_a_copy(*EDITED[name])
+        by_suite = finds_planted(test, name) if name in SUITE else in_a_copy(*EDITED[name])
         words = ["" if each is None else "found" if each else "**missed**" for each in (by_check, by_suite)]
         missed += [name] if not by_suite or by_check is False else []
         print(f"| {name} | {words[0]} | {words[1]} | `{test.removeprefix('tests/')}` |", flush=True)

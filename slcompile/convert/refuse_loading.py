@@ -26,10 +26,10 @@ def watch_loading() -> None:
     that nobody chose. And torch loads what fits before it says what does not.
     """
 
-    def check(model: nn.Module, state: Any, strict: bool) -> None:
+    def check(model: nn.Module, state: Any, strict: bool, assign: bool) -> None:
         if isinstance(state, Mapping):  # load_state_dict says so itself
             require_same_form(model, state)
-            require_parts_fit(model, state, strict)
+            require_parts_fit(model, state, strict, assign)
 
     torch_private.before_load_state_dict(check)
 
@@ -55,7 +55,7 @@ def require_same_form(model: nn.Module, state: Mapping[str, Any]) -> None:
         )
 
 
-def require_parts_fit(model: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
+def require_parts_fit(model: nn.Module, state: Mapping[str, Any], strict: bool, assign: bool = False) -> None:
     """Raises RuntimeError, as loading does, where a factorized model would refuse a part of the state dict.
 
     Torch refuses when it has loaded the rest; here the model stays as it is. Refused besides: numbers of another kind
@@ -66,7 +66,8 @@ def require_parts_fit(model: nn.Module, state: Mapping[str, Any], strict: bool) 
     own = dict(_saved(model)) if weights else {}
     if not weights or any(type(each.data) is not Tensor for each in own.values()):
         return
-    errors = [error for name, each in own.items() if name in state for error in _misfits(name, each, state[name])]
+    given = {name: state[name] for name in own if name in state}
+    errors = [error for name, each in given.items() for error in _misfits(name, own[name], each, assign)]
     if not errors:
         parts = ((f"{name}." if name else "", weight) for name, weight in weights.items())
         errors += [error for prefix, weight in parts if (error := weight.misfit(state, prefix))]
@@ -93,7 +94,7 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield qualified(path, name), each
 
 
-def _misfits(name: str, own: Tensor, given: Any) -> Iterator[str]:
+def _misfits(name: str, own: Tensor, given: Any, assign: bool) -> Iterator[str]:
     """Yields why an entry cannot be loaded into a parameter or buffer."""
     if isinstance(own, UninitializedTensorMixin):
         return  # it takes any shape
@@ -103,6 +104,8 @@ def _misfits(name: str, own: Tensor, given: Any) -> Iterator[str]:
         yield f"{name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}"
     elif _kind(given) != _kind(own) or given.layout != own.layout:
         yield f"{name} must be {own.dtype}, got {given.dtype}, {given.layout}"
+    elif given.is_meta and not (own.is_meta or assign):
+        yield f"{name} has no numbers to copy: it is on the meta device"
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:

@@ -52,6 +52,7 @@ def broken(state, kind):
         "positions outside": ("up.weight_sl.index", state["up.weight_sl.index"] + 96 * 64),
         "positions twice": ("up.weight_sl.index", state["up.weight_sl.index"] // 2),
         "sparse": ("mix", state["mix"].to_sparse()),
+        "meta": ("up.bias", state["up.bias"].to("meta")),
     }
     name, value = changes[kind]
     return {**state, name: value}
@@ -61,7 +62,7 @@ def broken(state, kind):
 @pytest.mark.parametrize(
     "kind",
     ["shape", "transposed factor", "no tensor", "integers", "floating positions", "positions outside",
-     "positions twice", "sparse"],
+     "positions twice", "sparse", "meta"],
 )  # fmt: skip
 def test_a_broken_entry_is_refused_before_anything_is_loaded(kind, strict, block, block_class):
     config = slcompile.SLConfig(rank=8, density=0.05, support="uniform")

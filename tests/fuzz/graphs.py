@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 import slcompile
 from slcompile import torch_private
 from slcompile.backend import sltrain
+from slcompile.health import LUCK
 from slcompile.passes import joint_passes, post_passes, run
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.structure import FactorizedWeight, structure_of
@@ -33,8 +34,6 @@ from tests.testing import aten_kernels
 
 WAYS = ("traced", "captured", "generated")
 MODES = ("training", "inference")
-LUCK = 2
-"""Both distances from float64, eager mode's and the run's, are random."""
 
 
 def check(way: str, mode: str, steps: list[Step], width: int, shape: Sequence[int], options: dict[str, Any]) -> None:

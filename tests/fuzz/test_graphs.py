@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.graphs import MODES, check
@@ -15,8 +15,14 @@ few = {"deadline": None, "derandomize": True}
 modes = st.sampled_from(MODES)
 
 
+# Found at length: cast alike, factors and values of one shape were taken for each other, but not where Inductor
+# describes every node anew before lower_ops runs.
+ALIKE = {"rank": 1, "density": 0.02, "support": "stratified", "lowering": "factored"}
+
+
 @settings(max_examples=100, **few)
 @given(modes, programs, widths, shapes, options)
+@example("training", [("cast", 37, 1, 0)], 37, (15,), ALIKE)
 def test_random_graphs_after_every_pass(mode, steps, width, shape, options):
     check("traced", mode, steps, width, shape, options)
 

@@ -189,11 +189,11 @@ class SLConfig:
         options = dict(options or {})
         inductor = options.pop("inductor", {})
         if not isinstance(inductor, Mapping):
-            raise ValueError(f"option 'inductor' must be a dict of Inductor settings, got {inductor!r}")
+            raise ValueError(f"option 'inductor' must be a dict of Inductor settings, got {inductor!r:.200}")
         known = [field.name for field in fields(cls)]
         for key in options:
             if key not in known:
-                raise ValueError(f"unknown option {key!r}{did_you_mean(key, [*known, 'inductor'])}")
+                raise ValueError(f"unknown option {key!r:.200}{did_you_mean(key, [*known, 'inductor'])}")
         return cls(**options), dict(inductor)
 
     @property
@@ -260,7 +260,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
-        raise ValueError(f"{name} must be a sequence of non-empty fnmatch patterns, got {value!r}")
+        raise ValueError(f"{name} must be a sequence of non-empty fnmatch patterns, got {value!r:.200}")
     return tuple(value)
 
 
@@ -283,12 +283,12 @@ def _is_number(value: Any) -> bool:
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {value!r:.200}")
 
 
 def _require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")
+        raise ValueError(f"{name} got {value!r:.200}{did_you_mean(value, allowed)}")
 
 
 def checked_config(config: SLConfig | None) -> SLConfig:

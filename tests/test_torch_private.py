@@ -395,10 +395,10 @@ def test_a_step_without_its_hooks(block):
 def test_a_look_at_each_state_dict_before_it_is_loaded(block, monkeypatch):
     monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)  # put back afterwards
     seen = []
-    torch_private.before_load_state_dict(lambda module, state: seen.append((module, state)))
+    torch_private.before_load_state_dict(lambda *given: seen.append(given))
     state = block.state_dict()
     assert block.load_state_dict(state, strict=False).missing_keys == []
-    assert seen == [(block, state)]
+    assert seen == [(block, state, False, False)]
 
 
 def test_kept_inputs_are_those_that_the_code_around_the_graph_loads_again():

@@ -39,7 +39,7 @@ def literals(flag: str, settings: list[str]) -> dict[str, Any]:
             raise ValueError(f"{flag} takes KEY=VALUE, got {setting!r}")
         try:
             found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval says it raises
             found[key] = value
     return found
 

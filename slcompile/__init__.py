@@ -1,6 +1,7 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
 from slcompile import optim
+from slcompile.benchmark import BenchReport, bench
 from slcompile.config import SLConfig
 from slcompile.convert.ledger import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
@@ -24,6 +25,7 @@ from slcompile.weight.sl_weight import Factors, SLWeight
 __version__ = "0.1.0"
 
 __all__ = [
+    "BenchReport",
     "CheckReport",
     "Decision",
     "Explanation",
@@ -38,6 +40,7 @@ __all__ = [
     "StepLimit",
     "SuggestedRank",
     "Suggestion",
+    "bench",
     "check",
     "estimate_memory",
     "explain",

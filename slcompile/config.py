@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-SUPPORTS = ("stratified", "vector", "uniform")
+SUPPORTS = ("vector", "stratified", "uniform")
 VECTOR = 16
 """Rows that share their columns in the vector support, unless the user says otherwise."""
 VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -46,10 +46,9 @@ class SLConfig:
         density: Share of the entries of ``W`` that ``S`` holds, in (0, 1]; 0 for no sparse part, with a frozen base.
         alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
             (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
-        support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
-            groups of a row and stores no index; ``"vector"`` is the same for blocks of ``vector`` rows that share their
-            columns, which vector and matrix units multiply several times as fast; ``"uniform"`` is the paper's random
-            subset, stored as int32.
+        support: Where the non-zeros of ``S`` are. ``"vector"`` has one in each of ``density * columns`` groups of a
+            row, the same for blocks of ``vector`` rows, which vector units multiply fast; no index is stored.
+            ``"stratified"`` draws them for each row; ``"uniform"`` is the paper's random subset, stored as int32.
         vector: Rows of a block of the vector support, a power of two up to 128; the last block of a weight may have
             fewer. 1 is the stratified support. Only with ``support="vector"``.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
@@ -82,7 +81,7 @@ class SLConfig:
     rank: int | float | Mapping[str, int | float] = 0.25
     density: float | Mapping[str, float] = 0.03
     alpha: float | str | Mapping[str, float | str] = AUTO
-    support: str = "stratified"
+    support: str = "vector"
     vector: int = VECTOR
     init: str = "auto"
     seed: int | None = None
@@ -189,11 +188,11 @@ class SLConfig:
         options = dict(options or {})
         inductor = options.pop("inductor", {})
         if not isinstance(inductor, Mapping):
-            raise ValueError(f"option 'inductor' must be a dict of Inductor settings, got {inductor!r}")
+            raise ValueError(f"option 'inductor' must be a dict of Inductor settings, got {inductor!r:.200}")
         known = [field.name for field in fields(cls)]
         for key in options:
             if key not in known:
-                raise ValueError(f"unknown option {key!r}{did_you_mean(key, [*known, 'inductor'])}")
+                raise ValueError(f"unknown option {key!r:.200}{did_you_mean(key, [*known, 'inductor'])}")
         return cls(**options), dict(inductor)
 
     @property
@@ -260,7 +259,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
-        raise ValueError(f"{name} must be a sequence of non-empty fnmatch patterns, got {value!r}")
+        raise ValueError(f"{name} must be a sequence of non-empty fnmatch patterns, got {value!r:.200}")
     return tuple(value)
 
 
@@ -283,12 +282,12 @@ def _is_number(value: Any) -> bool:
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {value!r:.200}")
 
 
 def _require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")
+        raise ValueError(f"{name} got {value!r:.200}{did_you_mean(value, allowed)}")
 
 
 def checked_config(config: SLConfig | None) -> SLConfig:

@@ -24,19 +24,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def sl_config(settings: list[str]) -> SLConfig:
     """Returns the config that ``key=value`` words give; values are Python literals, or text."""
-    options: dict[str, Any] = {}
+    config, inductor = SLConfig.from_options(literals("--config", settings))
+    if inductor:
+        raise ValueError("--config takes fields of SLConfig, and Inductor's settings are none")
+    return config
+
+
+def literals(flag: str, settings: list[str]) -> dict[str, Any]:
+    """Returns what the ``key=value`` words of a flag say; values are Python literals, or text."""
+    found: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--config takes KEY=VALUE, got {setting!r}")
+            raise ValueError(f"{flag} takes KEY=VALUE, got {setting!r}")
         try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-    config, inductor = SLConfig.from_options(options)
-    if inductor:
-        raise ValueError("--config takes fields of SLConfig; Inductor's settings do not count, nothing is compiled")
-    return config
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval says it raises
+            found[key] = value
+    return found
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -152,6 +153,13 @@ def cpp_library(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)
+
+
+def fresh_cache() -> contextlib.AbstractContextManager[Any]:
+    """While it is entered, Inductor and Triton find nothing that was compiled before."""
+    from torch._inductor.utils import fresh_cache
+
+    return fresh_cache()
 
 
 def calls_aten() -> bool:

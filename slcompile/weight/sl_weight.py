@@ -283,16 +283,26 @@ class SLWeight(FactorizedWeight):
         if self.support == "uniform" and not self.index.is_meta and self.drawn_seed != IMPORTED:
             self.index.copy_(uniform_index(self.drawn_seed, *self.as_matrix, self.density))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        held, values = state_dict.get(f"{prefix}rows_of_block"), state_dict.get(f"{prefix}values")
+    @override
+    def misfit(self, state: Mapping[str, Any], prefix: str) -> str:
+        held, values = state.get(f"{prefix}rows_of_block"), state.get(f"{prefix}values")
         has_blocks = values is not None and values.dim() > 1 and not (held is not None and held.is_meta)
         vector = 1 if held is None else int(held)
         if has_blocks and self.support != "uniform" and vector != self.vector:
-            errors = args[-1]  # which load_state_dict raises, all of them together
-            errors.append(
+            return (
                 f"{prefix}values are of blocks of vector={vector} rows, those of this weight of vector={self.vector}: "
                 f"its non-zeros would move. Factorize with support='vector', vector={vector}"
             )
+        index, size = state.get(f"{prefix}index"), math.prod(self.shape)
+        if index is not None and not index.is_meta:
+            ends = [] if not index.numel() else [int(index[0]), int(index[-1])]
+            if not bool((index[1:] > index[:-1]).all()) or (ends and not 0 <= ends[0] <= ends[1] < size):
+                return f"{prefix}index must ascend in [0, {size})"
+        return ""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if error := self.misfit(state_dict, prefix):
+            args[-1].append(error)  # which load_state_dict raises, all of them together
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.density:

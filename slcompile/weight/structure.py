@@ -141,6 +141,15 @@ class FactorizedWeight(nn.Module):
     def check_support(self) -> None:
         """Raises RuntimeError where a buffer that says where the parts go was overwritten."""
 
+    def misfit(self, state: Mapping[str, Any], prefix: str) -> str:
+        """Says why entries of a state dict cannot be this weight's parts, whose shapes they have; empty if they can.
+
+        Args:
+            state: The state dict.
+            prefix: What the names of this weight's entries begin with.
+        """
+        return ""
+
     # What follows from it.
 
     @classmethod

@@ -303,6 +303,6 @@ class TestReport:
         with pytest.raises(ValueError, match="frozen"):
             estimate_memory(frozen, (torch.empty(8, 64),))
         with pytest.raises(ValueError, match="model got 'llama-7', did you mean 'llama-7b'"):
-            models.llama_config("llama-7")
+            models.known_config("llama-7")
         with pytest.raises(ValueError, match="path of the configuration must be a file or a directory"):
             models.hf_config("no/such/file.json")

@@ -133,8 +133,13 @@ def meta(folder: Path) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main(functions: dict[str, Any]) -> None:
+    """Runs one of some functions, named on the command line, in a process group."""
     dist.init_process_group("gloo")
-    result = globals()[sys.argv[1]](Path(sys.argv[2]))
+    result = functions[sys.argv[1]](Path(sys.argv[2]))
     Path(sys.argv[2], f"{sys.argv[1]}{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(globals())

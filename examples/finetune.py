@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from benchmark import peak_above
 from peft import LoraConfig, get_peft_model
 from recover import Encoded, encode, installed, load, passages, states
 from rich.console import Console
@@ -27,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import slcompile
+from slcompile.benchmark import peak_above
 from slcompile.ops.sparse_cpu import kept_bytes
 
 Data = tuple[Encoded, Tensor]  # passages, and which play each is from

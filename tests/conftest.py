@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slcompile import torch_private
 from slcompile.backend import sltrain
 from slcompile.convert.ledger import ledger
-from tests.testing import inductor_without_code
+from tests.testing import aten_kernels
 
 
 def pytest_configure() -> None:
@@ -105,10 +104,11 @@ class CountingBackend:
         return sltrain(gm, example_inputs, **kwargs)
 
 
-@pytest.fixture
-def aten_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No code is generated, see ``tests.testing.inductor_without_code``."""
-    monkeypatch.setattr(torch_private, "inductor", inductor_without_code)
+@pytest.fixture(name="aten_kernels")
+def aten_kernels_fixture() -> Iterator[None]:
+    """ATen executes the graphs that our joint passes leave; see ``tests.testing.aten_kernels``."""
+    with aten_kernels():
+        yield
 
 
 def measure(run: Callable[..., Any], model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:

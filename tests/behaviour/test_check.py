@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 import sys
@@ -212,6 +213,9 @@ PLANTED: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Callable[..., 
         "training, converting",
     ),
     "recompute_weights": ("slcompile.passes", "recompute_weights", editing(scale_compose), "training, composed"),
+    "save_low_rank": ("slcompile.passes", "save_low_rank", editing(exchange_factors), "training, composed"),
+    "vector: result": ("slcompile.ops.linear_factored", "vector_addmm", scaled, "inference, factored"),
+    "vector: gradients": ("slcompile.ops.values_grad", "vector_dots", scaled, "training, factored"),
 }
 
 
@@ -230,7 +234,8 @@ def test_a_planted_defect_is_found(planted, net, batch, aten_kernels, monkeypatc
     where, attribute, plant, run = PLANTED[planted]
     owner = owner_of(where)
     monkeypatch.setattr(owner, attribute, plant(getattr(owner, attribute)))
-    report = slcompile.check(net, batch, config=CONFIG)
+    config = dataclasses.replace(CONFIG, support="vector" if planted.startswith("vector") else CONFIG.support)
+    report = slcompile.check(net, batch, config=config)
     assert run in report.blame, str(report)
     assert run in str(report)
     print(report)

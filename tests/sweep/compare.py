@@ -30,9 +30,9 @@ from tests.sweep.running import (
     leaves,
     loss_from,
     widened,
-    without_code,
     without_grouped_matmuls,
 )
+from tests.testing import aten_kernels
 
 DTYPES = ("float32", "bfloat16")
 GENERATED = 4
@@ -230,7 +230,7 @@ class Yardstick:
         else:
             settings |= {"backend": "aot_eager_decomp_partition"}
         torch._dynamo.reset()
-        with torch_private.unlimited_recompiles(), contextlib.nullcontext() if run.code else without_code():
+        with torch_private.unlimited_recompiles(), contextlib.nullcontext() if run.code else aten_kernels():
             if run.mode != "generate":
                 return self._measure(run, model, torch.compile(model, **settings))
             model.compile(**settings)

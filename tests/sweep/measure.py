@@ -33,9 +33,9 @@ from tests.sweep.running import (
     leaves,
     loss_of,
     widened,
-    without_code,
     without_grouped_matmuls,
 )
+from tests.testing import aten_kernels
 
 STEPS = 5
 EPS = ULPS * torch.finfo(torch.float32).eps / 2
@@ -90,7 +90,7 @@ def measure(name: str, code: bool = False, lowerings: Sequence[str] = LOWERINGS,
         export: Whether to write ONNX.
     """
     began = time.perf_counter()
-    with contextlib.nullcontext() if code else without_code():
+    with contextlib.nullcontext() if code else aten_kernels():
         row = _measure(name, code, lowerings, export)
     row.seconds = time.perf_counter() - began
     return row

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from slcompile import torch_private
 from slcompile.torch_private import map_leaves
-from tests.testing import inductor_without_code
 
 CPP = {"fallback_random": True}
 """What a user gets, but for random numbers, which are eager's."""
-
-
-@contextlib.contextmanager
-def without_code() -> Iterator[None]:
-    """Within, our passes run on every graph and ATen executes what they leave, in a tenth of the time."""
-    with mock.patch.object(torch_private, "inductor", inductor_without_code):
-        yield
 
 
 def leaves(outputs: Any, name: str = "") -> dict[str, Tensor]:

@@ -33,9 +33,7 @@ SUPPORTS = ("stratified", "vector")
 
 
 @functools.cache
-def generated(
-    size: Size, tokens: int, lowering: str, dtype: str = "bfloat16", support: str = "stratified"
-) -> list[Generated]:
+def generated(size: Size, tokens: int, lowering: str, dtype: str, support: str) -> list[Generated]:
     """The modules of a layer's training step; ``lowering`` may be ``"dense"``, ``dtype`` ``"autocast"``."""
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with torch.device("meta"):
@@ -62,8 +60,8 @@ def trained(size: Size, dense: bool) -> int:
 def ratio(size: Size, tokens: int) -> float:
     """Estimated seconds of a composed step over those of a dense one."""
     ours, dense = (
-        estimate.step(size, tokens, calls_of(generated(size, tokens, lowering)), trained(size, lowering == "dense"))
-        for lowering in ("composed", "dense")
+        estimate.step(size, tokens, calls_of(generated(size, tokens, lowering, "bfloat16", SUPPORTS[0])), parameters)
+        for lowering, parameters in (("composed", trained(size, dense=False)), ("dense", trained(size, dense=True)))
     )
     return ours / dense
 
@@ -78,7 +76,7 @@ def layer_rows() -> Iterator[str]:
             for lowering, support, tokens in cases:
                 if support == "vector" and dtype == "autocast":
                     continue
-                calls = calls_of(generated(size, tokens, lowering, dtype, *[support] * bool(support)))
+                calls = calls_of(generated(size, tokens, lowering, dtype, support or SUPPORTS[0]))
                 ours = sum(each.ours for each in calls)
                 products = sum(each.name.startswith("extern") for each in calls)
                 large = large_writes(calls, tokens * size.hidden)

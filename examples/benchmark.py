@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--rank", type=int, default=128, help="of its factors")
     parser.add_argument("--density", type=float, default=0.03, help="share of non-zeros")
-    parser.add_argument("--support", choices=SUPPORTS, default="stratified", help="of the non-zeros")
+    parser.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the non-zeros")
     parser.add_argument("--vector", type=int, default=VECTOR, help="rows that share their columns; of --support vector")
     parser.add_argument("--save", choices=SAVES, default="all", help="what the backward pass gets of factored matmuls")
     parser.add_argument(

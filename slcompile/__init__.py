@@ -6,6 +6,7 @@ from slcompile.config import SLConfig
 from slcompile.convert.ledger import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
+from slcompile.export.peft import load_peft, save_peft
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.health import CheckReport, check
@@ -13,6 +14,7 @@ from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
 from slcompile.inspect.spectra import Spectra, spectra
+from slcompile.inspect.suggest import SuggestedRank, Suggestion, suggest
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.report import MemoryReport
 from slcompile.optim.step_limit import StepLimit, limit_steps
@@ -36,6 +38,8 @@ __all__ = [
     "SLWeight",
     "Spectra",
     "StepLimit",
+    "SuggestedRank",
+    "Suggestion",
     "bench",
     "check",
     "estimate_memory",
@@ -47,11 +51,14 @@ __all__ = [
     "last_report",
     "limit_steps",
     "load_factorized",
+    "load_peft",
     "merge_",
     "merged_state_dict",
     "optim",
     "rewrite",
     "save_factorized",
     "save_merged",
+    "save_peft",
     "spectra",
+    "suggest",
 ]

@@ -33,13 +33,13 @@ def sl_config(settings: list[str]) -> SLConfig:
 def literals(flag: str, settings: list[str]) -> dict[str, Any]:
     """Returns what the ``key=value`` words of a flag say; values are Python literals, or text."""
     found: dict[str, Any] = {}
-    for each in settings:
-        key, equals, value = each.partition("=")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"{flag} takes KEY=VALUE, got {each!r}")
+            raise ValueError(f"{flag} takes KEY=VALUE, got {setting!r}")
         try:
             found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval says it raises
             found[key] = value
     return found
 

@@ -30,9 +30,9 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        for each in gm.modules():
-            if each is not gm and isinstance(each, fx.GraphModule):
-                each.meta[_SUBGRAPH] = True
+        for submodule in gm.modules():
+            if submodule is not gm and isinstance(submodule, fx.GraphModule):
+                submodule.meta[_SUBGRAPH] = True
         return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
 
     _mend_inductor()

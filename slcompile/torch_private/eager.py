@@ -31,6 +31,21 @@ def post_accumulate_hooks(parameter: Tensor) -> list[Any]:
     return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
+def after_backward(callback: Callable[[], None]) -> None:
+    """Calls ``callback`` at the end of the backward pass that runs, before what is asked for after this."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def leave_gradients_in_buckets(wrapper: torch.nn.parallel.DistributedDataParallel) -> None:
+    """Keeps DDP from copying reduced gradients to ``grad`` at the end of a backward pass: its hook has used them."""
+    cast(Any, wrapper.reducer)._set_optimizer_in_backward()
+
+
+def bucket_hooks(wrapper: torch.nn.parallel.DistributedDataParallel) -> list[Any]:
+    """Returns the communication hooks that DDP was given."""
+    return [hook for hook, _ in wrapper._comm_hooks]
+
+
 def step_without_hooks(optimizer_cls: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     """Returns a class's ``step`` without the step hooks around it, which the first instance of the class puts there."""
     step: Any = optimizer_cls.step
@@ -47,14 +62,14 @@ def without_wrappers(module: torch.nn.Module) -> torch.nn.Module:
     return module if inner is None else without_wrappers(inner)
 
 
-def before_load_state_dict(check: Callable[[torch.nn.Module, Any], None]) -> None:
-    """Calls ``check`` with module and state dict before any module loads one; torch's hooks are of one module each."""
+def before_load_state_dict(check: Callable[[torch.nn.Module, Any, bool, bool], None]) -> None:
+    """Calls ``check`` with what ``load_state_dict`` is given before any module loads; torch's hooks are of one each."""
     original = torch.nn.Module.load_state_dict
 
     @functools.wraps(original)
-    def load_state_dict(self: torch.nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self, state_dict)
-        return original(self, state_dict, *args, **kwargs)
+    def load_state_dict(self: torch.nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        check(self, state_dict, strict, assign)
+        return original(self, state_dict, strict, assign)
 
     cast(Any, torch.nn.Module).load_state_dict = load_state_dict
 

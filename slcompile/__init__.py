@@ -15,6 +15,7 @@ from slcompile.inspect.spectra import Spectra, spectra
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.report import MemoryReport
 from slcompile.optim.step_limit import StepLimit, limit_steps
+from slcompile.parallel import parallelize
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
 from slcompile.weight.sl_weight import Factors, SLWeight
@@ -47,6 +48,7 @@ __all__ = [
     "merge_",
     "merged_state_dict",
     "optim",
+    "parallelize",
     "rewrite",
     "save_factorized",
     "save_merged",

@@ -18,7 +18,7 @@ def test_public_names():
     assert set(slcompile.__all__) == set(
         """CheckReport Decision Explanation ExportReport Factors GraphDiff MemoryReport PassReport SLConfig SLWeight
         Spectra StepLimit check estimate_memory explain export_onnx factorize_ factors graph_diff last_report
-        limit_steps load_factorized merge_ merged_state_dict optim rewrite save_factorized save_merged
+        limit_steps load_factorized merge_ merged_state_dict optim parallelize rewrite save_factorized save_merged
         spectra""".split()
     )
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
@@ -44,7 +44,7 @@ FLOORS = (
     ("kernels", "weight"),
     ("measure", "optim", "passes"),
     ("convert",),
-    ("captured", "factorize", "rewrite"),
+    ("captured", "factorize", "parallel", "rewrite"),
     ("backend", "export", "health", "inspect", "memory"),
     ("__init__", "cli"),
     ("__main__",),

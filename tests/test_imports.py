@@ -46,7 +46,7 @@ FLOORS = (
     ("convert",),
     ("captured", "factorize", "parallel", "rewrite"),
     ("backend", "export", "health", "inspect", "memory"),
-    ("__init__", "cli"),
+    ("__init__", "cli", "integrations"),
     ("__main__",),
 )
 """The rooms, which are the modules and folders directly under slcompile/, from the ground up: imports go down."""
@@ -160,4 +160,4 @@ def test_the_root_stays_small():
     names = [each for each in ROOT.iterdir() if not each.name.startswith((".", "__pycache__"))]
     modules, folders = [each.name for each in names if each.suffix == ".py"], [each for each in names if each.is_dir()]
     assert len(modules) <= 13, sorted(modules)
-    assert len(folders) <= 12, sorted(folders)
+    assert len(folders) <= 13, sorted(folders)

@@ -22,12 +22,23 @@ from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
 from slcompile.models import unwrapped
-from slcompile.names import SUFFIX
+from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.structure import FactorizedWeight
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
+METHOD = "slcompile"
+"""The ``quant_method`` of a ``config.json``, by which transformers finds ``slcompile.integrations.transformers``."""
+
+
+def described_weights(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns what each factorized weight of a model is, by its dense name; JSON holds it."""
+    return {
+        plain_name(path.removesuffix(SUFFIX)): {"structure": module.structure, **module.describe()}
+        for path, module in model.named_modules()
+        if isinstance(module, FactorizedWeight)
+    }
 
 
 def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -40,11 +51,7 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if save_pretrained is None:
         raise ValueError(f"model must have save_pretrained, as transformers' models do, got {type(model).__name__}")
-    described = {
-        path.removesuffix(SUFFIX): {"structure": module.structure, **module.describe()}
-        for path, module in model.named_modules()
-        if isinstance(module, FactorizedWeight)
-    }
+    described = described_weights(model)
     if not described:
         raise ValueError("model has no factorized weight; use its own save_pretrained")
     directory = Path(directory).absolute()
@@ -52,6 +59,9 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:
         save_pretrained(scratch)
+        config = json.loads((scratch / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": METHOD, "weights": described}  # read by from_pretrained
+        (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (scratch / OURS).write_text(json.dumps({"format": 1, "weights": described}, indent=1))
         stale = {each.name for each in directory.glob("model*.safetensors*")}
         files.move_into_place(scratch, directory, last=OURS, stale=stale)
@@ -84,8 +94,7 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
         state, weights = _from_paper(state, _settings(directory / PAPERS, ("r", "lora_alpha", "sp_ratio")))
     model = model_class(config)
     model.to(next((each.dtype for each in state.values() if each.is_floating_point()), torch.float32))
-    for name, described in weights.items():
-        _install(model, name, described)
+    install(model, weights)
     try:
         left = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -118,6 +127,16 @@ def _require_positions_inside(model: nn.Module) -> None:
             low, high, size = int(index.min()), int(index.max()), math.prod(module.shape)
             if low < 0 or high >= size:
                 raise ValueError(f"{path}.index must lie in [0, {size}), got {low} to {high}")
+
+
+def install(model: nn.Module, weights: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts empty factorized weights, as ``described_weights`` describes them, in the place of dense ones.
+
+    Raises:
+        ValueError: The model has no such weight, or what is described is not allowed.
+    """
+    for name, described in weights.items():
+        _install(model, name, described)
 
 
 def _install(model: nn.Module, name: str, described: Mapping[str, Any]) -> None:

@@ -79,8 +79,9 @@ class ParallelSLWeight(SLWeight):
         if "positions" in self._buffers and not self.seed.is_meta:
             self.positions = self._own_positions().to(self.seed.device)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    @override
+    def loaded(self) -> None:
+        super().loaded()
         self._restore_support()  # a loaded seed moves the non-zeros
 
     def _own_positions(self) -> Tensor:

@@ -257,6 +257,10 @@ class SLWeight(FactorizedWeight):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.loaded()
+
+    @override
+    def loaded(self) -> None:
         mark_values(self.values)  # load_state_dict(assign=True) brings another parameter
         if not self.seed.is_meta:
             self.drawn_seed = int(self.seed)

@@ -125,6 +125,9 @@ class FactorizedWeight(nn.Module):
     def check_support(self) -> None:
         """Raises RuntimeError where a buffer that says where the parts go was overwritten."""
 
+    def loaded(self) -> None:
+        """Takes note that parameters and buffers were loaded or replaced from outside, and not by a state dict."""
+
     # What follows from it.
 
     @classmethod

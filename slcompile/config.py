@@ -46,8 +46,8 @@ class SLConfig:
         density: Share of the entries of ``W`` that ``S`` holds, in (0, 1]; 0 for no sparse part, with a frozen base.
         alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
             (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
-        support: Where the non-zeros of ``S`` are. ``"vector"`` has one in each of ``density * columns`` groups of a row,
-            the same for blocks of ``vector`` rows: vector and matrix units multiply it fast, and no index is stored.
+        support: Where the non-zeros of ``S`` are. ``"vector"`` has one in each of ``density * columns`` groups of a
+            row, the same for blocks of ``vector`` rows, which vector and matrix units multiply fast; no index is stored.
             ``"stratified"`` draws them for each row; ``"uniform"`` is the paper's random subset, stored as int32.
         vector: Rows of a block of the vector support, a power of two up to 128; the last block of a weight may have
             fewer. 1 is the stratified support. Only with ``support="vector"``.

@@ -1,4 +1,8 @@
-"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``torch-2.11``, ``docs``."""
+"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``torch-2.11``, ``docs``.
+
+``versions`` is the matrix of docs/trust.md, each cell in an environment of its own: ``nox -s versions``, or one cell,
+``nox -s "versions-3.12(torch='2.13.0')"``. ``transformers-4`` trains with a wheel beside the last major version.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,20 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 # One core a worker: tests compile, and threads that wait for one another are slower than none.
 PYTEST = ("pytest", "-n", "auto", "--dist", "loadfile")
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+TORCHES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
+FEW = ("onnx", "onnxruntime", "onnxscript", "safetensors", "transformers>=5", "hypothesis", "pytest", "numpy")
+"""What the tests of a cell import beside torch."""
+CELL = (
+    "tests/test_torch_private.py",
+    "tests/test_factorize.py",
+    "tests/passes",
+    "tests/behaviour/test_backend_lowerings.py",
+    "tests/export/test_checkpoint.py",
+    "tests/export/test_onnx.py",
+)
+"""The tests of a cell: what is private in torch, conversion, every pass, generated code, files. A few CPU minutes."""
 
 nox.options.sessions = ["quick"]
 nox.options.error_on_external_run = False
@@ -48,6 +66,24 @@ def torch_2_11(session: nox.Session) -> None:
     constraints.write_text(free.sub("", (ROOT / "constraints.txt").read_text()) + "torch==2.11.0\n")
     session.install("-c", str(constraints), "-e", ".[test]")
     session.run(*PYTEST, *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("torch", TORCHES)
+def versions(session: nox.Session, torch: str) -> None:
+    """One Python and one torch: the quick tests of ``CELL``. Arguments go to pytest."""
+    session.install(f"torch=={torch}", *FEW, "-e", ".")
+    session.run("pytest", "-q", "-m", "not slow and not browser and not gpu", *CELL, *session.posargs)
+
+
+@nox.session(name="transformers-4")
+def transformers_4(session: nox.Session) -> None:
+    """The wheel, as a user installs it, beside transformers 4: tests/trains.py trains with it."""
+    session.install("build")
+    wheels = session.create_tmp()
+    session.run("python", "-m", "build", "--wheel", "--outdir", wheels)
+    session.install(*map(str, Path(wheels).glob("*.whl")), "transformers>=4.57,<5", "safetensors", "numpy")
+    session.run("python", str(ROOT / "tests" / "trains.py"), env={"PYTHONPATH": ""})
 
 
 @nox.session

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmark import peak_above
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import slcompile
+from slcompile.benchmark import peak_above
 from slcompile.memory.estimate import estimate_memory, held_memory
 from slcompile.memory.liveness import PARTS
 from slcompile.memory.report import Usage

@@ -12,6 +12,7 @@ from slcompile.config import SLConfig, checked_config
 from slcompile.convert.candidates import gather
 from slcompile.convert.eligibility import require_possible_rank
 from slcompile.convert.ledger import EXPLICIT, Ledger, ledger
+from slcompile.convert.refuse_loading import watch_loading
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import captured_uses, uses_by_module_type
 from slcompile.models import unwrapped
@@ -21,6 +22,8 @@ from slcompile.weight.marks import retire
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names, restore, sl_names, snapshot, take_out
 from slcompile.weight.structure import FactorizedWeight
+
+watch_loading()
 
 
 def factorize_(

@@ -109,8 +109,13 @@ def hf_config(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"path of the configuration must be a file or a directory, got {os.fspath(path)!r}")
     try:
         return _transformers().AutoConfig.from_pretrained(os.fspath(path))
-    except OSError as error:
-        raise ValueError(f"{os.fspath(path)} holds no configuration that transformers can read: {error}") from error
+    except ImportError:
+        raise
+    except Exception as error:  # JSON, the config's own checks of types, whatever a class does with its fields
+        message = (
+            f"{os.fspath(path)} holds no configuration that transformers can read: {type(error).__name__}: {error}"
+        )
+        raise ValueError(message[:1000]) from error
 
 
 def _transformers() -> Any:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slcompile import torch_private
 from slcompile.backend import sltrain
 from slcompile.convert.ledger import ledger
+from tests.testing import aten_kernels
 
 
 def pytest_configure() -> None:
@@ -104,22 +104,11 @@ class CountingBackend:
         return sltrain(gm, example_inputs, **kwargs)
 
 
-@pytest.fixture
-def aten_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor traces and partitions every graph, our joint passes run, and ATen executes what they leave: no code is
-    generated, and a graph takes some tenths of a second instead of several. ``lower_ops`` is left out: what it makes
-    lies transposed in memory, for which only generated code makes up.
-    """
-    from torch._functorch.aot_autograd import make_boxed_func
-    from torch._inductor.compile_fx import compile_fx
-
-    def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
-        def inner(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-            return make_boxed_func(gm.forward)
-
-        return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
-
-    monkeypatch.setattr(torch_private, "inductor", inductor)
+@pytest.fixture(name="aten_kernels")
+def aten_kernels_fixture() -> Iterator[None]:
+    """ATen executes the graphs that our joint passes leave; see ``tests.testing.aten_kernels``."""
+    with aten_kernels():
+        yield
 
 
 def measure(run: Callable[..., Any], model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -128,5 +128,17 @@ def test_results_that_leave_a_subgraph_lie_as_they_were_traced(model_class):
     run = torch.compile(model, backend="sltrain", options={"lowering": "factored"})
     x = torch.randn(40, 64)
     with torch.no_grad():
-        for each in (x - x.mean() + 0.1, x - x.mean() - 0.1):
-            assert_no_further(run(each), model(each), wide(each.double()))
+        for shifted in (x - x.mean() + 0.1, x - x.mean() - 0.1):
+            assert_no_further(run(shifted), model(shifted), wide(shifted.double()))
+
+
+def test_factors_and_values_of_one_shape_under_autocast():
+    """Rank 8, and 8 non-zeros in each row of 64: B and the values are both [64, 8], and cast to bfloat16."""
+    model = filled(slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), slcompile.SLConfig(rank=8, density=0.125)))
+    wide = copy.deepcopy(model).double()
+    run = torch.compile(model, backend="sltrain", options={"lowering": "factored"})
+    x = torch.randn(32, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, eager = run(x), model(x)
+    with torch.no_grad():
+        assert_no_further(found, eager, wide(x.double()))

@@ -205,8 +205,8 @@ def test_what_is_disabled():
     assert torch_private.is_disabled(function)
     assert torch_private.without_disable(function) is looped
     assert torch_private.is_disabled(torch.compiler.disable(module))
-    for each in (looped, module, torch.compile(module), None):
-        assert not torch_private.is_disabled(each)
+    for enabled in (looped, module, torch.compile(module), None):
+        assert not torch_private.is_disabled(enabled)
 
 
 def test_no_code_is_generated_for_a_forward_graph_that_is_only_traced(block, batch):
@@ -263,6 +263,16 @@ def test_a_library_of_compiled_functions():
 def test_amx_is_what_the_cpu_says():
     flags = re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     assert torch_private.has_amx() == ("amx_tile" in " ".join(flags[:1]).split())
+
+
+def test_a_fresh_cache_is_empty_and_the_old_one_comes_back(monkeypatch, tmp_path):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with torch_private.fresh_cache():
+        assert Path(cache_dir()) not in (tmp_path, Path(default_cache_dir()))
+        assert list(Path(cache_dir()).iterdir()) == []
+    assert Path(cache_dir()) == tmp_path
 
 
 def test_lite_mode_is_known():
@@ -385,10 +395,10 @@ def test_a_step_without_its_hooks(block):
 def test_a_look_at_each_state_dict_before_it_is_loaded(block, monkeypatch):
     monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)  # put back afterwards
     seen = []
-    torch_private.before_load_state_dict(lambda module, state: seen.append((module, state)))
+    torch_private.before_load_state_dict(lambda *given: seen.append(given))
     state = block.state_dict()
     assert block.load_state_dict(state, strict=False).missing_keys == []
-    assert seen == [(block, state)]
+    assert seen == [(block, state, False, False)]
 
 
 def test_kept_inputs_are_those_that_the_code_around_the_graph_loads_again():

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import slcompile
+from slcompile import torch_private
 from slcompile.captured import REQUIRED_SETTINGS
 from slcompile.ops.support import groups_per_row, uniform_index
 from slcompile.weight.structure import FactorizedWeight
@@ -143,6 +144,28 @@ def example(name: str) -> ModuleType:
         finally:
             sys.path.remove(str(EXAMPLES))
     return sys.modules[name]
+
+
+@contextlib.contextmanager
+def aten_kernels() -> Iterator[None]:
+    """Within, Inductor traces and partitions every graph, our joint passes run, and ATen executes what they leave: no
+    code is generated, and a graph takes some tenths of a second instead of several. ``lower_ops`` is left out: what it
+    makes lies transposed in memory, for which only generated code makes up.
+    """
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+        def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+            return make_boxed_func(gm.forward)
+
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
+
+    before, torch_private.inductor = torch_private.inductor, inductor
+    try:
+        yield
+    finally:
+        torch_private.inductor = before
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slcompile.cli.sources import DTYPES, errors_of, from_factory
-from slcompile.config import LOWERINGS, SAVES, SUPPORTS, SLConfig
+from slcompile.config import BASES, LOWERINGS, SAVES, SUPPORTS, SLConfig
 from slcompile.files import writable_file, write_text
 from slcompile.memory.estimate import COMPILED, DEVICES, estimate_memory
 from slcompile.memory.many import ManyReport, estimate_many
@@ -49,6 +49,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--density", type=float, default=defaults.density, help="give S this share of non-zeros")
     parser.add_argument("--support", choices=SUPPORTS, default=defaults.support, help="place the non-zeros so")
+    parser.add_argument(
+        "--base", choices=[each for each in BASES if each], help="keep the weights, frozen, and train what is added"
+    )
     parser.add_argument("--save", choices=SAVES, default=defaults.save, help="save so much of factored matmuls")
     parser.add_argument("--lowering", choices=LOWERINGS, default=defaults.lowering, help="run matmuls so")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="count the state of this optimizer")
@@ -95,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
         from slcompile.memory.chart import plot_memory
 
         plot_file(args.plot)
-    config = SLConfig(**{name: getattr(args, name) for name in ("rank", "density", "support", "lowering", "save")})
+    names = ("rank", "density", "support", "base", "lowering", "save")
+    config = SLConfig(**{name: getattr(args, name) for name in names})
     if args.factory:
         title = args.factory
         source, inputs, kwargs = from_factory(args.factory)

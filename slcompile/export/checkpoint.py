@@ -8,8 +8,8 @@ The paper's (github.com/andyjm3/SLTrain) has ``splora_config.json`` and, for eac
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
-from slcompile.models import unwrapped
+from slcompile.models import hf_config, unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
@@ -82,51 +82,68 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
     directory = Path(directory)
     if not (directory / "config.json").is_file() or not any((directory / name).is_file() for name in (OURS, PAPERS)):
         raise ValueError(f"{directory} must hold config.json and {OURS} (ours) or {PAPERS} (the paper's)")
-    config = transformers.AutoConfig.from_pretrained(directory)
-    architecture = (config.architectures or ["LlamaForCausalLM"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"config.json names the architecture {architecture}, which transformers does not have")
+    config = hf_config(directory)
+    named = config.architectures or ["LlamaForCausalLM"]
+    architecture = named[0] if isinstance(named, list) and isinstance(named[0], str) else str(named)
+    model_class: Any = getattr(transformers, architecture, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ValueError(f"config.json names the architecture {architecture!r:.100}, which transformers does not have")
     state = _read_state(directory)
     if (directory / OURS).is_file():
         weights = _settings(directory / OURS, ("weights",))["weights"]
     else:
         state, weights = _from_paper(state, _settings(directory / PAPERS, ("r", "lora_alpha", "sp_ratio")))
-    model = model_class(config)
-    model.to(next((each.dtype for each in state.values() if each.is_floating_point()), torch.float32))
-    install(model, weights)
-    try:
-        left = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{directory} does not fit {architecture}: {error}") from error
-    tied = set(getattr(model, "all_tied_weights_keys", ()) or ())
-    if left.unexpected_keys or set(left.missing_keys) - tied:
+    if not isinstance(weights, dict):
+        raise ValueError(f"{directory / OURS}: weights must be an object, got {weights!r:.100}")
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(state):
         raise ValueError(
-            f"{directory} does not fit {architecture}: missing {sorted(set(left.missing_keys) - tied)}, "
-            f"unexpected {left.unexpected_keys}"
+            f"{directory} does not fit: config.json has {layers} layers, and the files {len(state)} tensors"
         )
+    dtype = next((each.dtype for each in state.values() if each.is_floating_point()), torch.float32)
+    try:
+        with torch.device("meta"):  # first: sizes in config.json may be of another model, and too large to allocate
+            _require_fit(_with_weights(model_class, config, dtype, weights), state)
+        model = _with_weights(model_class, config, dtype, weights)
+        model.load_state_dict(state, strict=False)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{directory} does not fit {architecture}: {error}") from error
     model.tie_weights()
-    _require_positions_inside(model)
     vars(model)[EXPLICIT] = SLConfig()
     return model
+
+
+def _with_weights(model_class: Any, config: Any, dtype: torch.dtype, weights: Mapping[str, Any]) -> Any:
+    """Makes the model of a configuration with empty factorized weights, on the device that is the default."""
+    try:
+        model: nn.Module = model_class(copy.deepcopy(config)).to(dtype)
+    except Exception as error:  # of transformers, which config.json makes do anything
+        raise ValueError(f"config.json: {type(error).__name__}: {error}"[:500]) from error
+    install(model, weights)
+    return model
+
+
+def _require_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a state dict has not the tensors of a model, in its shapes."""
+    own, given = dict(model.state_dict()), set(state)
+    tied = set(getattr(model, "all_tied_weights_keys", ()) or ())
+    missing, unexpected = sorted(own.keys() - given - tied), sorted(given - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"missing {missing}, unexpected {unexpected}"[:1000])
+    for name, each in state.items():
+        if each.shape != own[name].shape or each.is_floating_point() != own[name].is_floating_point():
+            wanted = f"{tuple(own[name].shape)} {own[name].dtype}"
+            raise ValueError(f"{name} must be {wanted}, got {tuple(each.shape)} {each.dtype}")
 
 
 def _settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(settings, dict) or any(key not in settings for key in needed):
         raise ValueError(f"{file} must be an object with {', '.join(needed)}")
     return settings
-
-
-def _require_positions_inside(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        for index in module.parts()["indices"] if isinstance(module, FactorizedWeight) else ():
-            low, high, size = int(index.min()), int(index.max()), math.prod(module.shape)
-            if low < 0 or high >= size:
-                raise ValueError(f"{path}.index must lie in [0, {size}), got {low} to {high}")
 
 
 def install(model: nn.Module, weights: Mapping[str, Mapping[str, Any]]) -> None:
@@ -139,17 +156,25 @@ def install(model: nn.Module, weights: Mapping[str, Mapping[str, Any]]) -> None:
         _install(model, name, described)
 
 
-def _install(model: nn.Module, name: str, described: Mapping[str, Any]) -> None:
+def _install(model: nn.Module, name: str, described: Any) -> None:
     """Puts an empty factorized weight in the place of a dense one, in every module that holds it."""
     try:
         dense = model.get_parameter(name)
     except AttributeError as error:
-        raise ValueError(f"the checkpoint factorizes {name}, which the model does not have") from error
+        raise ValueError(f"the checkpoint factorizes {name:.200}, which the model does not have") from error
+    if not isinstance(described, Mapping) or described.get("input_dim") not in (0, 1) or dense.dim() not in (2, 3):
+        raise ValueError(f"the checkpoint holds {name} as {described!r:.200}; its shape is {tuple(dense.shape)}")
     settings = dict(described)
     structure = settings.pop("structure", "sparse_low_rank")  # which the first format left out
-    if structure not in STRUCTURES:
-        raise ValueError(f"the checkpoint holds {name} as {structure!r}{did_you_mean(structure, STRUCTURES)}")
-    weight = STRUCTURES[structure].from_description(dense.shape, settings, name=name, dtype=dense.dtype)
+    if structure not in tuple(STRUCTURES):
+        raise ValueError(f"the checkpoint holds {name} as {structure!r:.200}{did_you_mean(structure, STRUCTURES)}")
+    rank = settings.get("rank")
+    if isinstance(rank, int) and rank > max(dense.shape):
+        raise ValueError(f"the checkpoint holds {name}, {tuple(dense.shape)}, with rank={rank}")
+    try:
+        weight = STRUCTURES[structure].from_description(dense.shape, settings, name=name, dtype=dense.dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint holds {name} as {described!r:.200}: {error}") from error
     for module in list(model.modules()):
         for attribute, parameter in list(module._parameters.items()):
             if parameter is dense:
@@ -162,6 +187,10 @@ def _from_paper(
     """Returns a state dict of the paper's code in our keys, and what its weights are."""
     renamed: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
+    for name in ("r", "lora_alpha"):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+            raise ValueError(f"{PAPERS}: {name} must be a number above 0, got {value!r:.100}")
     scale = settings["lora_alpha"] / settings["r"]
     for key, value in state.items():
         owner, _, part = key.rpartition(".")
@@ -191,19 +220,28 @@ def _from_paper(
 
 def _read_state(directory: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    found = sorted(directory.glob("*.safetensors"))
-    if found:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            for file in found:
-                state |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-    else:
-        for file in sorted(directory.glob("pytorch_model*.bin")):
-            state |= torch.load(file, map_location="cpu", weights_only=True)
+    tensors = sorted(directory.glob("*.safetensors"))
+    for file in tensors or sorted(directory.glob("pytorch_model*.bin")):
+        found = _read_file(file)
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{file} must hold tensors by name, got {type(found).__name__}")
+        state |= found
     if not state:
         raise ValueError(f"{directory} must hold *.safetensors or pytorch_model*.bin")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{directory}: {name!r:.200} must be the name of a tensor, got {type(value).__name__}")
     return state
+
+
+def _read_file(file: Path) -> Any:
+    try:
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", weights_only=True)
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    except ImportError:
+        raise
+    except Exception as error:  # neither reader says what it may raise for a broken file
+        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}"[:1000]) from error

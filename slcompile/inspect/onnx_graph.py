@@ -40,7 +40,15 @@ def onnx_snapshot(path: str | os.PathLike[str]) -> Snapshot:
         model = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is no ValueError in every version
         raise ValueError(f"{path} holds no ONNX model: {error}") from error
-    graph = model.graph
+    if not model.graph.node and not model.graph.initializer and not model.graph.output:
+        raise ValueError(f"{path} holds no ONNX model: its graph is empty")  # any bytes may be a message without fields
+    try:
+        return _snapshot(onnx, model.graph)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:  # types that do not exist, tensors cut short
+        raise ValueError(f"{path} holds a broken ONNX model: {error}") from error
+
+
+def _snapshot(onnx: Any, graph: Any) -> Snapshot:
     types = {each.name: _type(onnx, each) for each in (*graph.value_info, *graph.input, *graph.output)}
     found = Snapshot()
     weights = {each.name: (str(list(each.dims)), _dtype(onnx, each.data_type)) for each in graph.initializer}
@@ -101,8 +109,8 @@ def _value(onnx: Any, attribute: Any) -> str:
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, onnx.TensorProto):
         size = 1
-        for each in value.dims:
-            size *= each
+        for dim in value.dims:
+            size *= dim
         numbers = onnx.numpy_helper.to_array(value).tolist() if size <= 16 else f"{size} numbers"
         return f"{numbers} {_dtype(onnx, value.data_type)}"
     if isinstance(value, onnx.GraphProto):

@@ -51,6 +51,8 @@ class FactorsLoader(HfQuantizer):
         for module in model.modules():
             if isinstance(module, FactorizedWeight):
                 module.loaded()
+                if error := module.misfit(module.state_dict(), ""):
+                    raise ValueError(f"the factors do not fit the model: {error}")
         vars(model)[EXPLICIT] = SLConfig()
         config = model.config.quantization_config
         self.remove_quantization_config(model)  # it trains, moves and casts as any model

@@ -176,9 +176,10 @@ def estimate_many(
             # Sharded parameters are updated after their reduction, which is added to a step that keeps gradients.
             model, full, events = one_process(layout.tp, factorized, per_layer and not layout.shards)
             if layout.shards:
-                trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
                 ways = {"per_layer": per_layer, "together": kind.together, "gloo": device == "cpu"}
-                events = sharded_events(events, trained, layout.data, kind.scratch_on(device), **ways)
+                events = sharded_events(
+                    events, dict(model.named_parameters()), layout.data, kind.scratch_on(device), **ways
+                )
             shares.append(_share(model, full, events, kind, layout, call))
         settings = {
             "optimizer": optimizer + (" per layer" if per_layer else ""),
@@ -230,7 +231,7 @@ def _matching(build_part: Build, make_whole: Build, config: SLConfig) -> Build:
 def _share(
     model: nn.Module, whole: nn.Module, events: Sequence[Event], optimizer: Optimizer, layout: Layout, call: Call
 ) -> Share:
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    parameters = dict(model.named_parameters())
     world = layout.data if layout.shards else 1
     now = dict.fromkeys(MANY_PARTS, 0)
     for each in model.parameters():
@@ -241,7 +242,7 @@ def _share(
     now["indices"] = sum(each.nbytes for each in indices)
     now["buffers"] = sum(each.nbytes for each in model.buffers()) - now["indices"]
     if layout.data > 1 and not layout.fsdp:
-        now[BUCKETS] = sum(each.nbytes for each in trained.values())
+        now[BUCKETS] = sum(each.nbytes for each in parameters.values() if each.requires_grad)
     at_peak, peak, place = dict(now), sum(now.values()), "before the step"
     for event in events:
         now[event.part] += event.size
@@ -250,7 +251,7 @@ def _share(
             at_peak, peak, place = dict(now), total, event.label
     partial, activations = _exchanged(model, whole, call) if layout.tp > 1 else ({}, 0)
     count = sum(each.numel() for each in whole.parameters() if each.requires_grad)
-    return Share(count, peak, place, at_peak, sent(trained, layout, partial, activations))
+    return Share(count, peak, place, at_peak, sent(parameters, layout, partial, activations))
 
 
 def _exchanged(model: nn.Module, whole: nn.Module, call: Call) -> tuple[dict[str, nn.Parameter], int]:

@@ -98,14 +98,18 @@ def run_fake(function: Callable[..., Any], args: Sequence[Any]) -> Any:
 def trace(function: Callable[..., Any], inputs: Sequence[Any], *, for_inductor: bool = False) -> fx.GraphModule:
     """Traces a function to ATen on the fake inputs of a graph that is being compiled.
 
-    With ``for_inductor`` the ops are those that AOTAutograd would hand to Inductor; it accepts no others.
+    With ``for_inductor`` the ops are those that AOTAutograd would hand to Inductor; it accepts no others. Several
+    inputs may be described by one fake tensor; they stay several.
     """
     from torch._inductor.decomposition import select_decomp_table
 
     table = select_decomp_table() if for_inductor else None
     # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
     with _compiling(), torch._guards.tracing(None), _mode_of(inputs), torch.no_grad():
-        return make_fx(function, decomposition_table=table)(*inputs)
+        # Tensors are known by their identity: of two that are one, the second would be read in the first one's place.
+        earlier = [{id(each) for each in inputs[:position]} for position in range(len(inputs))]
+        distinct = [each.detach() if id(each) in known else each for each, known in zip(inputs, earlier, strict=True)]
+        return make_fx(function, decomposition_table=table)(*distinct)
 
 
 def _compiling() -> contextlib.AbstractContextManager[Any]:

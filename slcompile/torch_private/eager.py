@@ -62,14 +62,14 @@ def without_wrappers(module: torch.nn.Module) -> torch.nn.Module:
     return module if inner is None else without_wrappers(inner)
 
 
-def before_load_state_dict(check: Callable[[torch.nn.Module, Any], None]) -> None:
-    """Calls ``check`` with module and state dict before any module loads one; torch's hooks are of one module each."""
+def before_load_state_dict(check: Callable[[torch.nn.Module, Any, bool, bool], None]) -> None:
+    """Calls ``check`` with what ``load_state_dict`` is given before any module loads; torch's hooks are of one each."""
     original = torch.nn.Module.load_state_dict
 
     @functools.wraps(original)
-    def load_state_dict(self: torch.nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self, state_dict)
-        return original(self, state_dict, *args, **kwargs)
+    def load_state_dict(self: torch.nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        check(self, state_dict, strict, assign)
+        return original(self, state_dict, strict, assign)
 
     cast(Any, torch.nn.Module).load_state_dict = load_state_dict
 

@@ -64,7 +64,7 @@ class ParallelSLWeight(SLWeight):
         dist.broadcast(whole.to_local().detach(), group=self.mesh.get_group(), group_src=0)
 
     @override
-    def _composed(self, op: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+    def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         B, A, values = (_local(each) for each in (self.B, self.A, self.values))
         if self.cut == COLUMN:
             A = added_gradient(A, self.mesh)
@@ -107,6 +107,8 @@ def require_divisible(weight: SLWeight, size: int, cut: int) -> None:
             f"a weight of shape {tuple(weight.shape)} with support={weight.support!r} cannot be shared: only those of "
             "nn.Linear can, with the stratified or the vector support"
         )
+    if weight.has_base or not weight.density:
+        raise ValueError("a weight with a frozen base or without a sparse part cannot be shared")
     length = weight.shape[cut]
     if length % size:
         raise ValueError(f"{('rows', 'columns')[cut]} of a weight must be a multiple of {size} processes, got {length}")

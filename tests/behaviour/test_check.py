@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.cli import main
+from slcompile.health import share_of_budget
 from slcompile.passes.lower_ops import _aten
 
 WIDTH = 64
@@ -63,6 +65,16 @@ def test_a_factorized_model_is_checked_as_it_stands(net, batch, aten_kernels):
     report = slcompile.check(net, batch)
     assert report.is_healthy, str(report)
     assert not any("converting" in each.run for each in report.worst)
+
+
+def test_infinities_in_the_same_places_have_no_distance():
+    exact = torch.tensor([1.0, 2.0, -torch.inf], dtype=torch.double)
+    eager = exact.float()
+    assert share_of_budget(eager * (1 + 1e-7), eager, exact)[1] < 1
+    for wrong in (torch.tensor([1.0, 2.1, -torch.inf]), torch.tensor([1.0, 2.0, 3.0]), -eager):
+        assert not share_of_budget(wrong, eager, exact)[1] <= 1
+    low = torch.tensor([1.0, 2.01, -torch.inf])
+    assert share_of_budget(low, eager, exact)[1] > 1 > share_of_budget(low, eager, exact, torch.bfloat16)[1]
 
 
 def scaled(function: Callable[..., Any], by: float = 1.01) -> Callable[..., Any]:
@@ -201,6 +213,9 @@ PLANTED: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Callable[..., 
         "training, converting",
     ),
     "recompute_weights": ("slcompile.passes", "recompute_weights", editing(scale_compose), "training, composed"),
+    "save_low_rank": ("slcompile.passes", "save_low_rank", editing(exchange_factors), "training, composed"),
+    "vector: result": ("slcompile.ops.linear_factored", "vector_addmm", scaled, "inference, factored"),
+    "vector: gradients": ("slcompile.ops.values_grad", "vector_dots", scaled, "training, factored"),
 }
 
 
@@ -219,7 +234,8 @@ def test_a_planted_defect_is_found(planted, net, batch, aten_kernels, monkeypatc
     where, attribute, plant, run = PLANTED[planted]
     owner = owner_of(where)
     monkeypatch.setattr(owner, attribute, plant(getattr(owner, attribute)))
-    report = slcompile.check(net, batch, config=CONFIG)
+    config = dataclasses.replace(CONFIG, support="vector" if planted.startswith("vector") else CONFIG.support)
+    report = slcompile.check(net, batch, config=config)
     assert run in report.blame, str(report)
     assert run in str(report)
     print(report)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,10 +32,70 @@ def test_what_fits_loads_in_part_as_ever(block, block_class):
     twin = block_class()
     assert block.load_state_dict({"mix": twin.mix}, strict=False).unexpected_keys == []
     assert torch.equal(block.mix, twin.mix)
-    for each in (block, twin):
-        slcompile.factorize_(each, CONFIG)
+    for module in (block, twin):
+        slcompile.factorize_(module, CONFIG)
     part = {name: value for name, value in twin.state_dict().items() if name.startswith("up.")}
     assert block.load_state_dict(part, strict=False).unexpected_keys == []
     assert torch.equal(block.up.weight, twin.up.weight)
     with pytest.raises(TypeError, match="state_dict"):
         block.load_state_dict(7)
+
+
+def broken(state, kind):
+    """A state dict of factors with one entry that cannot be loaded."""
+    changes = {
+        "shape": ("up.bias", state["up.bias"][:-1]),
+        "transposed factor": ("up.weight_sl.B", state["up.weight_sl.B"].t()),
+        "no tensor": ("down.weight_sl.values", 3.0),
+        "integers": ("up.weight_sl.A", state["up.weight_sl.A"].to(torch.int8)),
+        "floating positions": ("up.weight_sl.index", state["up.weight_sl.index"].float()),
+        "positions outside": ("up.weight_sl.index", state["up.weight_sl.index"] + 96 * 64),
+        "positions twice": ("up.weight_sl.index", state["up.weight_sl.index"] // 2),
+        "sparse": ("mix", state["mix"].to_sparse()),
+        "meta": ("up.bias", state["up.bias"].to("meta")),
+    }
+    name, value = changes[kind]
+    return {**state, name: value}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    ["shape", "transposed factor", "no tensor", "integers", "floating positions", "positions outside",
+     "positions twice", "sparse", "meta"],
+)  # fmt: skip
+def test_a_broken_entry_is_refused_before_anything_is_loaded(kind, strict, block, block_class):
+    config = slcompile.SLConfig(rank=8, density=0.05, support="uniform")
+    twin = block_class()
+    for each in (block, twin):
+        slcompile.factorize_(each, config)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"in loading state_dict for \w*Block; nothing was loaded"):
+        block.load_state_dict(broken(twin.state_dict(), kind), strict=strict)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_a_missing_or_strange_name_is_refused_before_anything_is_loaded(block, block_class):
+    twin = block_class()
+    for each in (block, twin):
+        slcompile.factorize_(each, CONFIG)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    state = twin.state_dict()
+    del state["up.bias"]
+    with pytest.raises(RuntimeError, match=r"nothing was loaded:\s*up\.bias is missing\s*strange is unexpected$"):
+        block.load_state_dict({**state, "strange": torch.zeros(1)})
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert block.load_state_dict(state, strict=False).missing_keys == ["up.bias"]
+
+
+def test_loading_is_watched_without_the_backend():
+    """In a process that factorizes, and compiles nothing."""
+    code = (
+        "import torch, slcompile\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(64, 64))\n"
+        "state = slcompile.factorize_(torch.nn.Sequential(torch.nn.Linear(64, 64))).state_dict()\n"
+        "try:\n    model.load_state_dict(state, strict=False)\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "the state dict holds the factors of 0.weight, dense in this Sequential" in done.stdout

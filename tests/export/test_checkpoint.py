@@ -247,3 +247,37 @@ def test_an_unknown_architecture_is_named(checkpoint):
     (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
     with pytest.raises(ValueError, match="NoSuchModel"):
         load_factorized(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"hidden_size": 2**40}, "does not fit LlamaForCausalLM: .*"),
+        ("config.json", {"num_hidden_layers": 2**31}, r"config\.json has 2147483648 layers, and the files have \d+"),
+        ("config.json", {"architectures": ["logging"]}, "architecture 'logging', which transformers does not have"),
+        ("config.json", {"architectures": [7]}, "architecture "),
+        ("config.json", {"model_type": "?"}, "holds no configuration that transformers can read"),
+        ("config.json", {"num_attention_heads": 0}, "config"),
+        ("slcompile.json", {"weights": []}, r"slcompile\.json: weights must be an object"),
+        ("slcompile.json", {"weights": {"lm_head.weight": {"rank": 8}}}, r"holds lm_head\.weight as \{'rank': 8\}"),
+        ("slcompile.json", {"weights": {"model.norm.weight": {"input_dim": 1}}}, r"its shape is \(64,\)"),
+    ],
+)
+def test_sizes_and_settings_of_another_model_are_refused_before_they_are_allocated(file, change, message, tmp_path):
+    save_factorized(factorized(tiny("llama")), tmp_path)
+    settings = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**settings, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_factorized(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rank": 10**12}, {"rank": "8"}, {"structure": []}, {"unknown": 1}, {"input_dim": 7}]
+)
+def test_a_description_that_cannot_be_is_an_error(change, tmp_path):
+    save_factorized(factorized(tiny("llama")), tmp_path)
+    settings = json.loads((tmp_path / "slcompile.json").read_text())
+    settings["weights"]["model.layers.0.mlp.up_proj.weight"].update(change)
+    (tmp_path / "slcompile.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"the checkpoint holds model\.layers\.0\.mlp\.up_proj\.weight"):
+        load_factorized(tmp_path)

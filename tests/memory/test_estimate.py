@@ -88,8 +88,8 @@ class TestAgainstReality:
             optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9 * name.endswith("momentum"), fused=True)
         else:
             optimizer = torch.optim.AdamW(parameters, fused=name == "adamw" or None, foreach="foreach" in name or None)
-        for each in parameters:
-            each.grad = torch.randn_like(each)
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         # Step counters, and the tables of 8-bit codes that all parameters share.
         left_out = ("step", "qmap1", "qmap2")

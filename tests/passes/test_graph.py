@@ -7,10 +7,11 @@ import logging
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from slcompile.passes import Decision, PassReport, run
-from slcompile.passes.graph import pass_name
+from slcompile.passes.graph import Inserter, pass_name
 
 
 def traced() -> fx.GraphModule:
@@ -78,3 +79,21 @@ def test_a_report_as_json_and_as_text():
         ],
     }
     assert str(report) == "name: 1 replaced, 1 left\n  + a 2x3\n  - b 4x5  code: a sentence"
+
+
+def test_what_was_inlined_twice_is_told_apart_in_what_is_inlined_next():
+    """Results of one traced function have one fake tensor: B and the values, cast alike, where rank equals groups."""
+
+    def narrowed(x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16)
+
+    def apart(x: Tensor, y: Tensor) -> Tensor:
+        return x - 2 * y
+
+    gm = make_fx(lambda x, y: x + y, tracing_mode="fake")(torch.ones(3, 2), torch.ones(3, 2))
+    (total,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    insert = Inserter(gm.graph)
+    first, second = (insert.inline(total, narrowed, each) for each in total.args)
+    total.replace_all_uses_with(insert.inline(total, apart, first, second), propagate_meta=False)
+    gm.recompile()
+    assert gm(torch.full((3, 2), 5.0), torch.ones(3, 2)).unique().tolist() == [3.0]

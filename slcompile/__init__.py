@@ -18,9 +18,9 @@ from slcompile.inspect.suggest import SuggestedRank, Suggestion, suggest
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.report import MemoryReport
 from slcompile.optim.step_limit import StepLimit, limit_steps
-from slcompile.parallel import parallelize
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
+from slcompile.weight.parallelize import parallelize
 from slcompile.weight.sl_weight import Factors, SLWeight
 
 __version__ = "0.1.0"

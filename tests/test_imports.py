@@ -44,7 +44,7 @@ FLOORS = (
     ("kernels", "weight"),
     ("measure", "optim", "passes"),
     ("convert",),
-    ("captured", "factorize", "parallel", "rewrite"),
+    ("captured", "factorize", "rewrite"),
     ("backend", "benchmark", "export", "health", "inspect", "memory"),
     ("__init__", "cli", "integrations"),
     ("__main__",),

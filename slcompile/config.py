@@ -47,7 +47,7 @@ class SLConfig:
         alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
             (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
         support: Where the non-zeros of ``S`` are. ``"vector"`` has one in each of ``density * columns`` groups of a
-            row, the same for blocks of ``vector`` rows, which vector and matrix units multiply fast; no index is kept.
+            row, the same for blocks of ``vector`` rows, which vector units multiply fast; no index is stored.
             ``"stratified"`` draws them for each row; ``"uniform"`` is the paper's random subset, stored as int32.
         vector: Rows of a block of the vector support, a power of two up to 128; the last block of a weight may have
             fewer. 1 is the stratified support. Only with ``support="vector"``.

@@ -1,8 +1,8 @@
 """Thousands of steps with conversions, merges, recompiles and exports in one process: ``python -m tests.soak``.
 
-Memory, open files, threads, our own caches, and what Dynamo keeps of code that it compiled are read after a tenth of the
-steps, and must not have grown at the end. Beside the steps, data loaders fork and spawn; afterwards threads
-compile, train and export models of their own.
+Memory, open files, threads, our own caches, and what Dynamo keeps of code that it compiled are read after a tenth of
+the steps, and must not have grown at the end. Beside the steps, data loaders fork and spawn; afterwards threads compile,
+train and export models of their own.
 """
 
 from __future__ import annotations

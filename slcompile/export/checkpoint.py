@@ -103,7 +103,7 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _with_weights(model_class: Any, config: Any, dtype: torch.dtype, weights: Mapping[str, Any]) -> nn.Module:
+def _with_weights(model_class: Any, config: Any, dtype: torch.dtype, weights: Mapping[str, Any]) -> Any:
     """Makes the model of a configuration with empty factorized weights, on the device that is the default."""
     try:
         model: nn.Module = model_class(copy.deepcopy(config)).to(dtype)

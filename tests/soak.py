@@ -1,7 +1,7 @@
 """Thousands of steps with conversions, merges, recompiles and exports in one process: ``python -m tests.soak``.
 
 Memory, open files, threads, our own caches, and what Dynamo keeps of code that it compiled are read after a tenth of
-the steps, and must not have grown at the end. Beside the steps, data loaders fork and spawn; afterwards threads compile,
+the steps, and must not have grown at the end. Data loaders fork and spawn beside the steps. Afterwards threads compile,
 train and export models of their own.
 """
 

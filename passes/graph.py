@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from slcompile import torch_private
+from slcompile.names import shown
 from slcompile.passes.graph_text import diff, lines
 
 log = logging.getLogger("slcompile.passes")
@@ -83,7 +84,7 @@ class PassReport:
             for each in decisions:
                 shape = "x".join(map(str, each.shape))
                 why = f"  {each.reason}" if each.reason else ""
-                text.append(f"  {mark} {each.name} {shape}{why}{': ' + each.detail if each.detail else ''}")
+                text.append(f"  {mark} {shown(each.name)} {shape}{why}{': ' + each.detail if each.detail else ''}")
         return "\n".join(text)
 
 

@@ -15,6 +15,11 @@ def plain_name(name: str) -> str:
     return name
 
 
+def shown(name: str) -> str:
+    """Returns a name as a line of text shows it: what is not printable, such as a line break, as its escape."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+
+
 def qualified(path: str, name: str) -> str:
     """Returns the name of a module's attribute below the root that the module's path starts from; "" is the root."""
     return f"{path}.{name}" if path else name

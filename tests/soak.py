@@ -1,8 +1,8 @@
 """Thousands of steps with conversions, merges, recompiles and exports in one process: ``python -m tests.soak``.
 
-Memory, open files, threads, our own caches, and what Dynamo keeps of code that it compiled are read when a tenth of the
-steps is done, and must not have grown at the end. Beside the steps, data loaders fork and spawn; afterwards threads
-compile, train and export models of their own.
+Memory, open files, threads, our own caches, and what Dynamo keeps of code that it compiled are read after a tenth of
+the steps, and must not have grown at the end. Data loaders fork and spawn beside the steps. Afterwards threads compile,
+train and export models of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,11 @@ def readings() -> dict[str, int]:
         "resident bytes": int(resident.split()[1]) * 1024,
         "open files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
-        "factorized weights": sum(isinstance(each, slcompile.SLWeight) for each in objects),
+        "factorized weights": sum(type(each) is slcompile.SLWeight for each in objects),
         "entries of the ledger": sum(len(each) for each in vars(ledger).values() if hasattr(each, "__len__")),
         "bytes kept of supports": sparse_cpu.kept_bytes(),
         "entries of Dynamo's cache": len(torch._dynamo.eval_frame._debug_get_cache_entry_list(Net.forward.__code__)),
-        "graphs": sum(isinstance(each, torch.fx.GraphModule) for each in objects),
+        "graphs": sum(issubclass(type(each), torch.fx.GraphModule) for each in objects),
     }
 
 
@@ -109,19 +109,16 @@ def batches_for_ever(number: int) -> Iterator[Tensor]:
             yield batch
 
 
-def soak(steps: int, say: Callable[[str], None], lives: int = LIVES) -> tuple[dict[str, int], dict[str, int]]:
-    """Runs so many steps; returns the readings after a tenth of them, and at the end."""
-    first: dict[str, int] = {}
-    found: dict[str, int] = {}
-    tenth = max(1, lives // 10)
+def soak(steps: int, say: Callable[[str], None], numbers: Sequence[int] = range(LIVES)) -> list[dict[str, int]]:
+    """Runs so many steps in all; returns the readings after each fourth model, since four follow another way each."""
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(lives):
-            live(number, steps // lives, Path(folder))
-            if (number + 1) % tenth == 0:
-                found = readings()
-                say(f"{(number + 1) * (steps // lives)} steps: {json.dumps(found)}")
-                first = first or found
-    return first, found
+        for position, number in enumerate(numbers):
+            live(number, steps // len(numbers), Path(folder))
+            if number % 4 == 3:
+                found.append(readings())
+                say(f"{(position + 1) * (steps // len(numbers))} steps: {json.dumps(found[-1])}")
+    return found
 
 
 def grown(first: dict[str, int], last: dict[str, int]) -> list[str]:
@@ -139,11 +136,14 @@ def in_threads(count: int, steps: int) -> None:
     """
     errors: list[BaseException] = []
 
+    compiled = threading.Barrier(count)
+
     def work(number: int, folder: Path) -> None:
         try:
-            train_and_export(number, steps, folder)
+            train_and_export(number, steps, folder, compiled)
         except BaseException as error:
             errors.append(error)
+            compiled.abort()
 
     with tempfile.TemporaryDirectory() as folder:
         threads = [threading.Thread(target=work, args=(number, Path(folder))) for number in range(count)]
@@ -156,7 +156,7 @@ def in_threads(count: int, steps: int) -> None:
         assert len(list(Path(folder).glob("*.onnx"))) == count
 
 
-def train_and_export(number: int, steps: int, folder: Path) -> None:
+def train_and_export(number: int, steps: int, folder: Path, compiled_by_all: threading.Barrier) -> None:
     """What one thread does with a model of its own class and width."""
 
     class Own(nn.Sequential):
@@ -168,6 +168,7 @@ def train_and_export(number: int, steps: int, folder: Path) -> None:
     compiled = torch.compile(model, backend="sltrain", options=OPTIONS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(number))
+    compiled_by_all.wait()  # torch.compile does nothing while any thread exports, which is torch's
     losses = []
     for _ in range(steps):
         loss = (compiled(x) - x).square().mean()
@@ -193,7 +194,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - begin:6.0f} s  {text}", flush=True)
 
-    first, last = soak(args.steps, say)
+    first, *_, last = soak(args.steps, say)
     more = grown(first, last)
     for name in first:
         print(f"| {name} | {first[name]:,} | {last[name]:,} |")

@@ -12,13 +12,12 @@ pytestmark = pytest.mark.slow
 
 def test_nothing_grows(aten_kernels):
     with torch_private.unlimited_recompiles():
-        first, last = soak.soak(6 * 24, print, lives=6)
+        first, _, last = soak.soak(3 * 12, print, numbers=(3, 7, 11))
     assert not soak.grown(first, last)
-    assert first["factorized weights"] == 0
 
 
 def test_threads_train_models_of_their_own(aten_kernels):
-    soak.in_threads(count=4, steps=3)
+    soak.in_threads(count=3, steps=3)
 
 
 def test_growth_is_seen():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,9 @@ def export_onnx(
     if shard_size is not None and shard_size <= 0:
         raise ValueError(f"shard_size must be a number of bytes above 0, got {shard_size}")
     model = unwrapped(model)
+    for name, _ in model.named_modules():
+        if not _UNWRITABLE.isdisjoint(name):
+            raise ValueError(f"torch.onnx.export cannot write the name of module {name!r:.200}: rename it")
     dtype = export_dtype(model, dtype)
     require_finite(model)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
@@ -206,6 +210,14 @@ def _factorization(model: nn.Module) -> str:
     return f"[{', '.join(sorted(settings))}]"
 
 
+_UNWRITABLE = frozenset('"\\\n\r')
+"""What torch's generated code does not quote."""
+
+_exporting = threading.Lock()
+"""torch says to the whole process that it exports, and where two threads do, may go on saying so. Python 3.11 parses
+sources, of which torch's exporter parses its operators', in one thread at a time."""
+
+
 def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
     """Returns the twin's graph as an ``onnx_ir.Model`` of standard operators; its weights have no values yet."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -216,18 +228,19 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*different number of inputs")
         # Optimizing would fold weights into anonymous, transposed copies; the runtime does that when it loads.
-        program = torch.onnx.export(
-            twin,
-            args,
-            kwargs=kwargs,
-            input_names=list(call.input_names),
-            output_names=list(call.output_names),
-            dynamic_shapes=call.shapes,
-            opset_version=opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
+        with _exporting:
+            program = torch.onnx.export(
+                twin,
+                args,
+                kwargs=kwargs,
+                input_names=list(call.input_names),
+                output_names=list(call.output_names),
+                dynamic_shapes=call.shapes,
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
     assert program is not None
     # torch names the axes itself only where every argument is a tensor.
     renamed: dict[Any, str] = {}

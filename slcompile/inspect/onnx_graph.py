@@ -43,7 +43,11 @@ def onnx_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     if not model.graph.node and not model.graph.initializer and not model.graph.output:
         raise ValueError(f"{path} holds no ONNX model: its graph is empty")  # any bytes may be a message without fields
     try:
-        return _snapshot(onnx, model.graph)
+        found = _snapshot(onnx, model.graph)
+        for node in found.nodes:
+            if bad := [each for each in (node.id, node.target, *node.inputs) if not isinstance(each, str)]:
+                raise ValueError(f"{bad[0]!r:.200} is no text")  # protobuf gives what is no UTF-8 as bytes
+        return found
     except (ValueError, TypeError, KeyError, OverflowError) as error:  # types that do not exist, tensors cut short
         raise ValueError(f"{path} holds a broken ONNX model: {error}") from error
 

@@ -306,6 +306,10 @@ class SLWeight(FactorizedWeight):
             args[-1].append(error)  # which load_state_dict raises, all of them together
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.loaded()
+
+    @override
+    def loaded(self) -> None:
         if not self.density:
             return
         mark_values(self.values)  # load_state_dict(assign=True) brings another parameter

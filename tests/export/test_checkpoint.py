@@ -253,7 +253,7 @@ def test_an_unknown_architecture_is_named(checkpoint):
     ("file", "change", "message"),
     [
         ("config.json", {"hidden_size": 2**40}, "does not fit LlamaForCausalLM: .*"),
-        ("config.json", {"num_hidden_layers": 2**31}, r"config\.json has 2147483648 layers, and the files have \d+"),
+        ("config.json", {"num_hidden_layers": 2**31}, r"config\.json has 2147483648 layers, and the files \d+"),
         ("config.json", {"architectures": ["logging"]}, "architecture 'logging', which transformers does not have"),
         ("config.json", {"architectures": [7]}, "architecture "),
         ("config.json", {"model_type": "?"}, "holds no configuration that transformers can read"),

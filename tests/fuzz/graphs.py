@@ -91,10 +91,11 @@ def measure(call: Callable[..., Any], model: nn.Module, x: Tensor, mode: str) ->
     return {name: each for name, each in found.items() if each is not None}
 
 
-def tangent(output: Tensor) -> Tensor:
-    """The gradient that the output is given: fixed random numbers."""
+def tangent(output: Tensor, strides: Sequence[int] | None = None) -> Tensor:
+    """The gradient that the output is given: fixed random numbers, in the layout that was traced."""
     random = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return random.to(output.dtype)
+    random = random.to(output.dtype)
+    return random if strides is None else random.new_empty_strided(output.shape, strides).copy_(random)
 
 
 def measure_traced(model: nn.Module, x: Tensor, config: slcompile.SLConfig, mode: str) -> dict[str, Tensor]:
@@ -116,10 +117,11 @@ def measure_traced(model: nn.Module, x: Tensor, config: slcompile.SLConfig, mode
         if mode == "inference":
             return {"output": output}
         made = dict(zip(saved, results, strict=True))
-        placeholders = [node.name for node in graphs[1].graph.find_nodes(op="placeholder")]
-        gradients = fx.Interpreter(graphs[1]).run(
-            *(tangent(output) if name.startswith("tangents") else made[name] for name in placeholders)
-        )
+        operands = [
+            tangent(output, node.meta["val"].stride()) if node.name.startswith("tangents") else made[node.name]
+            for node in graphs[1].graph.find_nodes(op="placeholder")
+        ]
+        gradients = fx.Interpreter(graphs[1]).run(*operands)
     found = {"output": output, "gradient of the input": gradients[len(names)]}
     found |= {f"gradient of {name}": each for name, each in zip(names, gradients, strict=False)}
     return {name: each for name, each in found.items() if each is not None}

@@ -69,3 +69,20 @@ def test_the_command_line(tmp_path, capsys):
     ):
         assert main(["diff", *command]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"Relu", b"Re\xfcu", "is no text"),
+        (b"layers.0.weight", b"layers.0.\xff\xfeight", "broken ONNX model"),
+        (None, b"", "its graph is empty"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(old, new, message, tmp_path):
+    path = tmp_path / "a.onnx"
+    healthy = write(path, "Relu")
+    content = path.read_bytes()
+    (tmp_path / "b.onnx").write_bytes(new if old is None else content.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        onnx_diff(healthy, tmp_path / "b.onnx")

@@ -275,6 +275,21 @@ def test_a_fresh_cache_is_empty_and_the_old_one_comes_back(monkeypatch, tmp_path
     assert Path(cache_dir()) == tmp_path
 
 
+def test_compiling_is_no_exporting():
+    class Asking(nn.Module):
+        def forward(self, x):
+            return x + 1 if torch_private.is_exporting() else x - 1
+
+    model, x = Asking(), torch.zeros(3)
+    assert not torch_private.is_exporting()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), x - 1)
+    for strict in (False, True):
+        torch._dynamo.reset()
+        assert torch.equal(torch.export.export(model, (x,), strict=strict).module()(x), x + 1)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), x - 1)
+
+
 def test_lite_mode_is_known():
     assert not torch_private.calls_aten()
     with torch._inductor.config.patch(torch._inductor.list_mode_options()["lite"]):

@@ -15,6 +15,14 @@ def is_transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_exporting() -> bool:
+    """Returns whether torch.export traces; Dynamo traces this as a constant.
+
+    While it compiles, torch 2.11's Dynamo takes torch.compiler.is_exporting() for true whatever it is.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def in_eager_checkpoint() -> bool:
     """Returns whether a non-reentrant ``torch.utils.checkpoint`` outside of compiled code watches what is saved."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -198,7 +198,7 @@ class SLWeight(FactorizedWeight):
     def forward(self) -> Tensor:
         # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
         # translate none, and a program that was exported may run where slcompile is not installed.
-        is_opaque = not (torch_private.is_transforming() or torch.compiler.is_exporting())
+        is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
         return self._composed(compose) if is_opaque else self.reference()
 
     @override

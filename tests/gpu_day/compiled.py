@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import slcompile
-from slcompile.health import _by_formula, _share
+from slcompile.health import composed_by_formula, share_of_budget
 from tests.codegen.models import Mlp
 from tests.testing import randomize
 
@@ -137,10 +137,10 @@ def assert_near_float64(case: Case, device: torch.device | str, within: Callable
     tokens = case.tokens or (48 if case.lowering == "factored" else 512)
     x = torch.randn(tokens, case.hidden).to(device, case.dtype)
     weights = torch.randn(tokens, case.hidden, dtype=torch.float64)
-    exact_model = _by_formula(copy.deepcopy(model).cpu().double())
+    exact_model = composed_by_formula(copy.deepcopy(model).cpu().double())
     exact = measured(exact_model, exact_model, x.cpu().double(), weights)
     autocast = torch.autocast(device.type, torch.bfloat16) if case.autocast else contextlib.nullcontext()
-    eager_model = _by_formula(copy.deepcopy(model))
+    eager_model = composed_by_formula(copy.deepcopy(model))
     compiled = torch.compile(
         model, backend="sltrain", dynamic=case.dynamic, options={"lowering": case.lowering, **case.options}
     )
@@ -149,9 +149,10 @@ def assert_near_float64(case: Case, device: torch.device | str, within: Callable
         eager = measured(eager_model, eager_model, x, weights)
         poison(device)
         runs = [measured(run, model, x, weights) for _ in range(case.steps)]
+    dtype = torch.bfloat16 if case.autocast else case.dtype
     for found in runs:
         assert found.keys() == exact.keys()
-        shares = {name: _share(found[name], eager[name], truth)[1] for name, truth in exact.items()}
+        shares = {name: share_of_budget(found[name], eager[name], truth, dtype)[1] for name, truth in exact.items()}
         assert all(share <= 1 for share in shares.values()), {k: v for k, v in shares.items() if not v <= 1}
     # The first runs with CUDA graphs are not replayed, and the vendor's library may choose otherwise in them.
     for name, each in runs[-1].items():

@@ -3,7 +3,8 @@
     python examples/benchmark.py
     python examples/benchmark.py --only train decode --dtype bfloat16 --device cuda --hidden 2048 --intermediate 5461
 
-Needs ``pip install "slcompile[examples]"``. About six minutes on two CPU cores.
+``train`` and ``decode`` are ``slcompile.bench`` on a LLaMA and on the linear layers of a block; ``slcompile bench``
+does the same with a model of yours. Needs ``pip install "slcompile[examples]"``. A few minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -11,14 +12,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,12 +25,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
+from slcompile.benchmark import interleaved
+from slcompile.cli.bench import show as show_report
 from slcompile.config import SAVES, SUPPORTS, VECTOR
 from slcompile.ops import compose, linear_factored, project, values_grad
-from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.ops.support import groups_per_row
 
-PARTS = ("train", "decode", "matmul", "sparse", "compile", "memory")
+PARTS = ("train", "decode", "matmul", "sparse")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 console = Console(highlight=False, width=120 if not sys.stdout.isatty() else None)
@@ -56,14 +53,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--rank", type=int, default=128, help="of its factors")
     parser.add_argument("--density", type=float, default=0.03, help="share of non-zeros")
-    parser.add_argument("--support", choices=SUPPORTS, default="stratified", help="of the non-zeros")
+    parser.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the non-zeros")
     parser.add_argument("--vector", type=int, default=VECTOR, help="rows that share their columns; of --support vector")
     parser.add_argument("--save", choices=SAVES, default="all", help="what the backward pass gets of factored matmuls")
     parser.add_argument(
         "--lowering", choices=["auto", "composed", "factored"], default="auto", help="of the train step"
     )
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each variant")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.runs < 3:
         parser.error(f"--runs must be at least 3, got {args.runs}")
@@ -74,25 +70,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], runs: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each variant; they take turns, so that all of them see the same disturbances."""
-    for run in variants.values():
-        for _ in range(3):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
-        for name, run in variants.items():
-            synchronize(device)
-            begin = time.perf_counter()
-            run()
-            synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def medians(variants: Mapping[str, Callable[[], object]], runs: int, device: str) -> dict[str, float]:
+    """Median milliseconds of each variant."""
+    return {name: 1e3 * statistics.median(each) for name, each in interleaved(variants, runs, device).items()}
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, float]], unit: str, base: str) -> None:
@@ -125,77 +105,43 @@ def make_model(args: argparse.Namespace, dtype: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(args.device, DTYPES[dtype])
 
 
-def options(args: argparse.Namespace) -> dict[str, Any]:
-    return {**support_of(args), "rank": args.rank, "density": args.density, "save": args.save}
+def config_of(args: argparse.Namespace, **fields: Any) -> slcompile.SLConfig:
+    given = {"rank": args.rank, "density": args.density, "save": args.save}
+    return slcompile.SLConfig(**{**support_of(args), **given, **fields})
 
 
 def support_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"support": args.support, **({"vector": args.vector} if args.support == "vector" else {})}
 
 
-def training_step(model: nn.Module, run: Callable[..., Any], args: argparse.Namespace) -> Callable[[], object]:
-    """A whole step: forward, backward and a fused AdamW."""
-    ids = torch.randint(args.vocab, (args.batch, args.seq_len), device=args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        run(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def variants_of(args: argparse.Namespace, dtype: str, lowerings: tuple[str, ...]) -> dict[str, Callable[[], object]]:
-    """Training steps of the dense model under Inductor and of factorized copies of it."""
-    dense = make_model(args, dtype)
-    steps = {"dense Inductor": training_step(dense, torch.compile(dense), args)}
-    for name in lowerings:
-        model = slcompile.factorize_(make_model(args, dtype), slcompile.SLConfig(**options(args)))
-        if name == "eager":
-            steps["sltrain eager"] = training_step(model, model, args)
-        else:
-            compiled = torch.compile(model, backend="sltrain", options={**options(args), "lowering": name})
-            steps[f"sltrain {name}"] = training_step(model, compiled, args)
-    return steps
-
-
 def train(args: argparse.Namespace) -> None:
-    rows = {}
-    for dtype in args.dtype:
-        lowerings = (args.lowering, "composed", "eager") if args.lowering == "auto" else (args.lowering, "eager")
-        rows[dtype] = interleaved(variants_of(args, dtype, lowerings), args.runs, args.device)
-        torch._dynamo.reset()
+    """A whole step: forward, backward and a fused AdamW; how long it takes, its memory and its compile time."""
+    ids = torch.randint(args.vocab, (args.batch, args.seq_len), device=args.device)
     shape = f"{args.layers} layers of {args.hidden}/{args.intermediate}, batch {args.batch}x{args.seq_len}"
-    show(f"Train step (LLaMA, {shape}, rank {args.rank}, density {args.density})", rows, "ms", "dense Inductor")
+    lowerings = (args.lowering, "composed", "eager") if args.lowering == "auto" else (args.lowering, "eager")
+    for dtype in args.dtype:
+        console.print(f"Train step, {dtype} (LLaMA, {shape}, rank {args.rank}, density {args.density})")
+        batch = {"input_ids": ids, "labels": ids}
+        model = make_model(args, dtype)
+        show_report(slcompile.bench(model, kwargs=batch, config=config_of(args), lowerings=lowerings, runs=args.runs))
 
 
 def decode(args: argparse.Namespace) -> None:
     """One token through the linear layers of a block of the paper's 1B model: memory-bound."""
-    rows = {}
+    config = slcompile.SLConfig(rank=512, density=0.03, **support_of(args))
+    graphs = {"triton.cudagraphs": True} if args.device != "cpu" else {}
     for dtype in args.dtype:
         torch.manual_seed(0)
         shapes = [(2048, 2048)] * 4 + [(2048, 5461)] * 2 + [(5461, 2048)]
-        layers = [nn.Linear(*shape, bias=False, device=args.device, dtype=DTYPES[dtype]) for shape in shapes]
-        dense = Stack(layers)
-        config = slcompile.SLConfig(rank=512, density=0.03, **support_of(args))
-        model = slcompile.factorize_(copy.deepcopy(dense), config)
-        x = torch.randn(1, 2048, device=args.device, dtype=DTYPES[dtype])
-        mode = {"inductor": {"triton.cudagraphs": True}} if args.device != "cpu" else {}
-        runs = {
-            "sltrain": torch.compile(model, backend="sltrain", options=mode),
-            "sltrain composed": torch.compile(model, backend="sltrain", options={**mode, "lowering": "composed"}),
-            "dense Inductor": torch.compile(dense, options=mode.get("inductor")),
-        }
-
-        def once(run: Callable[[Tensor], Tensor], x: Tensor = x) -> None:
-            with torch.no_grad():
-                run(x)
-
-        variants = {name: lambda run=run: once(run) for name, run in runs.items()}
-        rows[dtype] = interleaved(variants, 3 * args.runs, args.device)
-        torch._dynamo.reset()
-    show("Decode (1 token, q k v o gate up down of 2048/5461, rank 512, density 0.03)", rows, "ms", "sltrain")
+        dense = Stack([nn.Linear(*shape, bias=False) for shape in shapes]).to(args.device, DTYPES[dtype])
+        x = torch.randn(1, 2048)
+        console.print(f"Decode, {dtype} (1 token, q k v o gate up down of 2048/5461, rank 512, density 0.03)")
+        lowerings = ("auto", "composed")
+        show_report(
+            slcompile.bench(
+                dense, x, config=config, lowerings=lowerings, mode="inference", runs=3 * args.runs, inductor=graphs
+            )
+        )
 
 
 class Stack(nn.Module):
@@ -216,7 +162,7 @@ def matmul(args: argparse.Namespace) -> None:
     for dtype in args.dtype:
         for rows_, columns in ((args.hidden, args.hidden), (args.intermediate, args.hidden)):
             linear = nn.Linear(columns, rows_, bias=False, device=args.device, dtype=DTYPES[dtype])
-            factorized = slcompile.factorize_(nn.Sequential(linear), slcompile.SLConfig(**options(args)))
+            factorized = slcompile.factorize_(nn.Sequential(linear), config_of(args))
             dense = copy.deepcopy(factorized)
             slcompile.merge_(dense)
             for tokens in (1, 16, 256, 2048, 8192):
@@ -224,7 +170,7 @@ def matmul(args: argparse.Namespace) -> None:
                 runs = products_of(args.device)(dense, factorized, x)
                 check(runs, dtype)
                 label = f"{dtype} {rows_}x{columns}, {tokens} tokens"
-                rows[label] = interleaved(runs, args.runs, args.device)
+                rows[label] = medians(runs, args.runs, args.device)
                 torch._dynamo.reset()
     how = "eager" if args.device == "cpu" else "compiled"
     show(f"One matmul, forward, {how} (rank {args.rank}, density {args.density})", rows, "ms", "dense")
@@ -284,7 +230,7 @@ def sparse(args: argparse.Namespace) -> None:
             values_grad(g, x, values, seed, vector)
 
         runs = {f"vector {each}": functools.partial(step, each) for each in (args.vector, 64)}
-        rows[dtype] = interleaved({"stratified": functools.partial(step, 1), **runs}, args.runs, args.device)
+        rows[dtype] = medians({"stratified": functools.partial(step, 1), **runs}, args.runs, args.device)
     show(f"S in a step: S x, S^T g, gradient of values ({rows_}x{columns}, {tokens} tokens)", rows, "ms", "stratified")
 
 
@@ -297,103 +243,12 @@ def check(runs: Runs, dtype: str) -> None:
             raise RuntimeError(f"{name} does not compute the product")
 
 
-def in_children(args: argparse.Namespace, dtype: str, kinds: tuple[str, ...], runs: int) -> dict[str, float]:
-    """Medians of what fresh processes with empty caches print; the kinds take turns."""
-    found: dict[str, list[float]] = {kind: [] for kind in kinds}
-    own = {name: value for name, value in vars(args).items() if name not in ("only", "dtype", "child")}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
-    for _ in range(runs):
-        for kind in kinds:
-            with tempfile.TemporaryDirectory() as cache:
-                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-                command = [sys.executable, __file__, "--dtype", dtype, "--child", kind, *flags]
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-                if done.returncode:
-                    sys.exit(f"the process that measured {kind!r} failed")
-                found[kind].append(json.loads(done.stdout.splitlines()[-1]))
-    return {kind: statistics.median(each) for kind, each in found.items()}
-
-
-def compile_time(args: argparse.Namespace) -> None:
-    """Seconds until the step that compiles nothing more: one step, or two where the first one converts."""
-    kinds = ("dense Inductor", "factorized before", "sltrain string")
-    rows = {dtype: in_children(args, dtype, kinds, 3) for dtype in args.dtype}
-    show("First training steps, empty caches", rows, "s", "dense Inductor")
-
-
-def memory(args: argparse.Namespace) -> None:
-    """The largest sum of allocated bytes in a training step after the first two, parameters and optimizer included."""
-    kinds = ("dense Inductor memory", "sltrain memory", "sltrain composed memory", "sltrain eager memory")
-    rows = {}
-    for dtype in args.dtype:
-        measured = in_children(args, dtype, kinds, 1)
-        rows[dtype] = {kind.removesuffix(" memory"): value for kind, value in measured.items()}
-    show("Peak memory of a train step", rows, "MB", "dense Inductor")
-
-
-def child(args: argparse.Namespace) -> None:
-    """What a fresh process measures: prints one number."""
-    (dtype,) = args.dtype
-    kind = args.child.removesuffix(" memory")
-    model = make_model(args, dtype)
-    lowering = "composed" if kind == "sltrain composed" else args.lowering
-    if kind == "dense Inductor":
-        run: Callable[..., Any] = torch.compile(model)
-    else:
-        if kind != "sltrain string":
-            slcompile.factorize_(model, slcompile.SLConfig(**options(args)))
-        compiled = torch.compile(model, backend="sltrain", options={**options(args), "lowering": lowering})
-        run = model if kind == "sltrain eager" else compiled
-    step = training_step(model, run, args)
-    begin = time.perf_counter()
-    step()
-    if kind == "sltrain string":
-        step()
-    seconds = time.perf_counter() - begin
-    if args.child == kind:
-        print(json.dumps(seconds))
-        return
-    step()
-    # Parameters, the two moments of AdamW, buffers, and the positions that the factored lowering keeps.
-    held = sum(each.nbytes for each in model.parameters()) * 3 + sum(each.nbytes for each in model.buffers())
-    held += kept_bytes()
-    print(json.dumps((held + peak_above(step, args.device)) / 1e6))
-
-
-def peak_above(run: Callable[[], object], device: str) -> int:
-    """Most bytes allocated during a run above what was allocated before it."""
-    if device != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.child:
-        child(args)
-        return
     device = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU"
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     console.print(f"{device}{threads}, torch {torch.__version__}, slcompile {slcompile.__version__}\n")
-    parts = {
-        "train": train,
-        "decode": decode,
-        "matmul": matmul,
-        "sparse": sparse,
-        "compile": compile_time,
-        "memory": memory,
-    }
+    parts = {"train": train, "decode": decode, "matmul": matmul, "sparse": sparse}
     for name in args.only:
         parts[name](args)
         console.print()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import slcompile
+from slcompile.config import SUPPORTS
 
 HUB = "hub"
 WARMUP = 0.1  # of the steps, before a cosine to a tenth
@@ -87,9 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     factors.add_argument("--rank", type=int, help="the size decides by default, as in the paper")
     factors.add_argument("--density", type=float, default=0.03, help="share of non-zeros in the sparse part")
     factors.add_argument("--alpha", type=alpha, default="auto", help="'auto', 'paper' for the paper's, or a number")
-    factors.add_argument(
-        "--support", choices=["stratified", "uniform"], default="stratified", help="uniform: the paper's"
-    )
+    factors.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the sparse part")
     factors.add_argument("--values-rate", type=float, default=4.0, help="learning rate of the values, relative to --lr")
     running = parser.add_argument_group("running")
     running.add_argument("--out", type=Path, default=Path("c4-run"), help="directory of checkpoints and logs")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -54,6 +55,15 @@ SIZES = {
     "1B": Size(512, 0.03, ((2048, 2048), (5461, 2048))),
     "7B": Size(1024, 0.05, ((4096, 4096), (11008, 4096))),
 }
+
+
+class Call(NamedTuple):
+    """A call of one of our functions."""
+
+    name: str
+    run: Callable[[], Any]
+    launches: list[tuple[str, int, int]]
+    """For each launch that it makes: name, elements moved (of two bytes each), and FLOPs."""
 
 
 class Work(NamedTuple):
@@ -110,58 +120,78 @@ def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
-    """Every kernel, at one shape."""
+def calls(
+    size: Size, rows: int, columns: int, *, tokens: int = TOKENS, vector: int = 1, make: Callable[..., Tensor] = empty
+) -> list[Call]:
+    """Every function that launches kernels, at one shape.
+
+    Args:
+        size: The model.
+        rows, columns: Of its weight.
+        tokens: Of the factored matmuls.
+        vector: Rows that share their columns.
+        make: Makes the operands: ``make(*shape)`` in ``DTYPE``, or of another dtype by keyword.
+    """
     rank, groups = size.rank, groups_per_row(columns, size.density)
-    B, A, values, seed = empty(rows, rank), empty(rank, columns), empty(rows, groups), empty(1, dtype=torch.int64)
-    x, grad, hidden, W = empty(TOKENS, columns), empty(TOKENS, rows), empty(TOKENS, rank), empty(rows, columns)
+    B, A, values, seed = make(rows, rank), make(rank, columns), make(rows, groups), make(1, dtype=torch.int64)
+    x, grad, hidden, W = make(tokens, columns), make(tokens, rows), make(tokens, rank), make(rows, columns)
     non_zeros, sector = rows * groups, SECTOR // DTYPE.itemsize
     splits, back_splits = triton.cdiv(columns, SPLIT), triton.cdiv(rows, SPLIT)
-
-    # What is called, and for each launch that it makes: name, elements moved (of two bytes each), and FLOPs.
-    calls: list[tuple[Callable[[], Any], list[tuple[str, int, int]]]] = [
-        (lambda: entries.add_(W, values, seed, columns), [("add", non_zeros * (1 + 2 * sector), 0)]),
-        (lambda: entries.read(W, values, seed), [("read", non_zeros * (1 + sector), 0)]),
-        (
+    forward = tokens * (columns + rank + rows) + rank * rows + non_zeros
+    backward = tokens * (rows + rank) + rank * columns + non_zeros + 2 * back_splits * tokens * columns
+    factored = functools.partial(linear_factored.linear_factored, vector=vector)
+    return [
+        Call(
+            "add",
+            lambda: entries.add_(W, values, seed, columns, vector),
+            [("add", non_zeros * (1 + 2 * sector), 0)],
+        ),
+        Call("read", lambda: entries.read(W, values, seed, vector), [("read", non_zeros * (1 + sector), 0)]),
+        Call(
+            "project",
             lambda: project.project(x, [A], [SCALE]),
             [
                 (
                     "project",
-                    TOKENS * columns + rank * columns + 2 * splits * TOKENS * rank,
-                    2 * TOKENS * rank * columns,
+                    tokens * columns + rank * columns + 2 * splits * tokens * rank,
+                    2 * tokens * rank * columns,
                 ),
-                ("sum_splits", (2 * splits + 1) * TOKENS * rank, 0),
+                ("sum_splits", (2 * splits + 1) * tokens * rank, 0),
             ],
         ),
-        (
-            lambda: linear_factored.linear_factored(x, [hidden], [B], [values], [seed]),
-            [
-                (
-                    "linear_factored",
-                    TOKENS * (columns + rank + rows) + rank * rows + non_zeros,
-                    2 * TOKENS * (rank * rows + non_zeros),
-                )
-            ],
+        Call(
+            "linear_factored",
+            lambda: factored(x, [hidden], [B], [values], [seed]),
+            [("linear_factored", forward, 2 * tokens * (rank * rows + non_zeros))],
         ),
-        (
-            lambda: linear_factored.linear_factored(grad, [hidden], [A], [values], [seed], transposed=True),
+        Call(
+            "linear_factored, transposed",
+            lambda: factored(grad, [hidden], [A], [values], [seed], transposed=True),
             [
-                (
-                    "linear_factored, transposed",
-                    TOKENS * (rows + rank) + rank * columns + non_zeros + 2 * back_splits * TOKENS * columns,
-                    2 * TOKENS * (rank * columns + non_zeros),
-                ),
-                ("sum_splits, transposed", (2 * back_splits + 1) * TOKENS * columns, 0),
+                ("linear_factored, transposed", backward, 2 * tokens * (rank * columns + non_zeros)),
+                ("sum_splits, transposed", (2 * back_splits + 1) * tokens * columns, 0),
             ],
         ),
     ]
+
+
+def roofline(moved: int, flops: int, target: str) -> float:
+    """The least seconds, by the vendor's figures."""
+    peak, bandwidth = PEAK[target]
+    return max(moved / bandwidth, flops / peak)
+
+
+def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
+    """Every kernel, at one shape."""
     result = []
-    for call, described in calls:
+    for call in calls(size, rows, columns):
         with recorded(target) as launches:
-            call()
-        for (name, elements, flops), launch in zip(described, launches, strict=True):
+            call.run()
+        for (name, elements, flops), launch in zip(call.launches, launches, strict=True):
             result.append(Work(name, launch, elements * DTYPE.itemsize, flops))
 
+    groups = groups_per_row(columns, size.density)
+    non_zeros, seed = rows * groups, empty(1, dtype=torch.int64)
     kernel = support.stratified_columns_kernel
     arguments = (seed, empty(non_zeros, dtype=torch.int64), 0, non_zeros, columns, groups, 1, support.BLOCK)
     launch = Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=True)), {})
@@ -175,10 +205,8 @@ def table_rows(targets: Iterable[str], sizes: Iterable[str]) -> Iterator[Row]:
             for rows, columns in SIZES[size].shapes:
                 for name, launch, moved, flops in works(target, SIZES[size], rows, columns):
                     usage = resources(compile_launch(launch, target))
-                    peak, bandwidth = PEAK[target]
                     shape = f"{size} {rows}x{columns}"
-                    seconds = max(moved / bandwidth, flops / peak)
-                    yield Row(name, target, shape, usage, moved, flops, seconds)
+                    yield Row(name, target, shape, usage, moved, flops, roofline(moved, flops, target))
 
 
 def main() -> None:

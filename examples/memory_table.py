@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmark import peak_above
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import slcompile
+from slcompile.benchmark import peak_above
 from slcompile.memory.estimate import estimate_memory, held_memory
 from slcompile.memory.liveness import PARTS
 from slcompile.memory.report import Usage
-from slcompile.models import llama_config
+from slcompile.models import known_config
 from slcompile.ops.sparse_cpu import kept_bytes
 
 PARTS_OF_PAGE = ("table", "figure", "reality")
@@ -77,7 +77,7 @@ def paper_table() -> dict[str, dict[str, Cell]]:
     for name, rank in RANKS.items():
         supports = {
             support: held_memory(
-                llama_config(name),
+                known_config(name),
                 config=slcompile.SLConfig(rank=rank, density=0.03, support=support),
                 dtype=torch.bfloat16,
             )
@@ -132,8 +132,8 @@ def show_figure() -> None:
             "config": slcompile.SLConfig(rank=rank, density=density),
             "dtype": torch.bfloat16,
         }
-        plain = estimate_memory(llama_config(name), optimizer="adamw-foreach", **common)
-        small = estimate_memory(llama_config(name), optimizer="adamw8bit", per_layer=True, **common)
+        plain = estimate_memory(known_config(name), optimizer="adamw-foreach", **common)
+        small = estimate_memory(known_config(name), optimizer="adamw8bit", per_layer=True, **common)
         usages = (plain.dense, small.dense, small.sltrain)
         for (row, printed), usage in zip(paper.items(), usages, strict=True):
             parts = {part: usage.at_peak[part] / 1e9 for part in PARTS}
@@ -182,7 +182,7 @@ def show_reality() -> None:
     for lowering in (None, "auto", "composed"):
         for batch in (1, 2):
             sl = slcompile.SLConfig(rank=128, density=0.03, lowering=lowering or "auto")
-            config = llama_config("llama-60m")
+            config = known_config("llama-60m")
             config.use_cache = False
             estimate, real = compared(config, sl, batch, factorized=lowering is not None)
             label = f"{'dense Inductor' if lowering is None else 'sltrain ' + lowering}, batch {batch} x 256"

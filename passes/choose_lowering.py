@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile import torch_private
 from slcompile.cost import Matmul, crossover, device_class, rates, why_no_kernels
@@ -26,7 +27,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     """Replaces matmuls with composed weights by factored ones where those are predicted to be faster.
 
     ``x W^T`` becomes ``hidden = scale * x A^T`` and ``linear_factored(x, hidden, B, ...)``, ``x W`` likewise with the
-    roles of the factors exchanged, and ``weight_grads`` becomes two products through the rank and ``values_grad``; the
+    roles of the factors exchanged, and ``weight_grads`` becomes two products through the rank and ``values_grad``; with
+    a base, its own product stays, and the rest is added to it; without a sparse part that is a plain product. The
     hidden matrices of the forward pass are those of the gradients too. Legal because products are associative and W
     is a sum; the result is rounded elsewhere. A weight that no composed matmul reads any more is not composed.
 
@@ -152,20 +154,40 @@ def _multiply_factored(insert: Inserter, site: Site) -> None:
     hidden = insert.inline(node, _hidden, x, reading, scale)
     writing, values = (insert.inline(node, _as, each, dtype) for each in (writing, values))
     bias: fx.Node | None = arguments(node)[0] if op_name(node) == "addmm" else None
+    if base := _base(site.weight):
+        bias = _with_base(insert, site, base)
     # linear_factored takes one number for each row; anything else that addmm broadcasts is added afterwards.
-    plain = not site.weight_first and not site.transposed and bias is not None
+    plain = not site.weight_first and not site.transposed and base is None
     inside = bias if plain and bias is not None and bias.meta["val"].shape == B.meta["val"].shape[:1] else None
-    many = insert.call(
-        node,
-        torch.ops.slcompile.linear_factored.default,
-        *(x, [hidden], [writing], [values], [support], [inside], site.transposed, *_vector(site.weight)),
-    )
-    result = insert.call(node, operator.getitem, many, 0)
+    if _is_empty(values):
+        out = writing if site.transposed else insert.transpose(node, writing)
+        result = insert.call(node, torch.ops.aten.mm.default, hidden, out)
+    else:
+        many = insert.call(
+            node,
+            torch.ops.slcompile.linear_factored.default,
+            *(x, [hidden], [writing], [values], [support], [inside], site.transposed, *_vector(site.weight)),
+        )
+        result = insert.call(node, operator.getitem, many, 0)
     if site.weight_first:
         result = insert.transpose(node, result)
     if bias is not None and inside is None:
         result = insert.call(node, torch.ops.aten.add.Tensor, result, bias)
     node.replace_all_uses_with(result, propagate_meta=False)
+
+
+def _with_base(insert: Inserter, site: Site, base: fx.Node) -> fx.Node:
+    """Returns the same product with the base alone: what the dense model computes."""
+    node, dtype = site.node, site.x.meta["val"].dtype
+    cast = insert.inline(node, _as, base, dtype)
+    if cast is not base:
+        cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE  # it is as large as a composed weight
+    is_swapped = site.transposed == site.weight_first
+    matrix = insert.transpose(node, cast) if is_swapped else cast
+    args = list(arguments(node))
+    args[-2 if site.weight_first else -1] = matrix
+    assert callable(node.target)
+    return insert.call(node, node.target, *args)
 
 
 def _grads_factored(insert: Inserter, node: fx.Node) -> None:
@@ -183,7 +205,16 @@ def _grads_factored(insert: Inserter, node: fx.Node) -> None:
 
 def _vector(node: fx.Node) -> tuple[Any, ...]:
     """Returns how many rows share their columns, as the last argument of ops; none where each row has its own."""
-    return arguments(node)[6 if node.target is _COMPOSE else 7 :]
+    return arguments(node)[6:7] if node.target is _COMPOSE else arguments(node)[7:]
+
+
+def _base(compose: fx.Node) -> fx.Node | None:
+    """Returns the weight that a compose adds the rest to, if there is one."""
+    return next(iter(arguments(compose)[7:]), None)
+
+
+def _is_empty(values: fx.Node) -> bool:
+    return values.meta["val"].numel() == 0
 
 
 def _hidden(x: Tensor, factor: Tensor, scale: float) -> Tensor:
@@ -214,6 +245,7 @@ def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
     B, A, values, *_ = arguments(site.weight)
     x, at = site.x.meta["val"], rates(device or site.x.meta["val"].device)
     matmul = _matmul(B, A, values, x.dtype, *_vector(site.weight))
+    matmul = replace(matmul, base=_base(site.weight) is not None)
     return Costs(
         matmul,
         x.shape[1 if site.weight_first else 0],
@@ -267,7 +299,7 @@ def _why_not(
     """
     device = device or x.meta["val"].device
     kind = device_class(device)
-    if kind.per_thread or lowering == "composed":
+    if kind.per_thread or lowering == "composed" or _is_empty(values):
         return None
     if missing := why_no_kernels(device):
         return "device", missing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, fx
@@ -22,8 +22,8 @@ class WeightModule(Protocol):
     def operands(self) -> dict[str, Tensor]:
         """Returns the tensors that the op takes, by the names they have in the module."""
 
-    def op_args(self) -> tuple[Any, ...]:
-        """Returns what the op takes after its operands."""
+    def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns what the op is called with, from the nodes that stand for its operands."""
 
 
 def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, WeightModule]]) -> PassReport:
@@ -58,7 +58,7 @@ def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, We
         # Where the weight is first read, as a converted module does it: then the graphs of both are equal, and what was
         # compiled for the first run is found in Inductor's cache when the converted model is compiled.
         with gm.graph.inserting_before(min(node.users, default=gm.graph.output_node())):
-            composed = gm.graph.call_function(module.op, (*operands, *module.op_args()))
+            composed = gm.graph.call_function(module.op, module.arguments(operands))
         node.replace_all_uses_with(composed, propagate_meta=False)
         composed.meta = {key: value for key, value in node.meta.items() if key in ("val", "example_value")}
         gm.graph.erase_node(node)

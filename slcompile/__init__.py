@@ -1,10 +1,12 @@
 """Sparse-plus-low-rank training of any PyTorch model by one string: ``torch.compile(model, backend="sltrain")``."""
 
 from slcompile import optim
+from slcompile.benchmark import BenchReport, bench
 from slcompile.config import SLConfig
 from slcompile.convert.ledger import last_report
 from slcompile.export.checkpoint import load_factorized, save_factorized
 from slcompile.export.onnx import ExportReport, export_onnx
+from slcompile.export.peft import load_peft, save_peft
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.health import CheckReport, check
@@ -12,6 +14,7 @@ from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
 from slcompile.inspect.spectra import Spectra, spectra
+from slcompile.inspect.suggest import SuggestedRank, Suggestion, suggest
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.report import MemoryReport
 from slcompile.optim.step_limit import StepLimit, limit_steps
@@ -22,6 +25,7 @@ from slcompile.weight.sl_weight import Factors, SLWeight
 __version__ = "0.1.0"
 
 __all__ = [
+    "BenchReport",
     "CheckReport",
     "Decision",
     "Explanation",
@@ -34,6 +38,9 @@ __all__ = [
     "SLWeight",
     "Spectra",
     "StepLimit",
+    "SuggestedRank",
+    "Suggestion",
+    "bench",
     "check",
     "estimate_memory",
     "explain",
@@ -44,11 +51,14 @@ __all__ = [
     "last_report",
     "limit_steps",
     "load_factorized",
+    "load_peft",
     "merge_",
     "merged_state_dict",
     "optim",
     "rewrite",
     "save_factorized",
     "save_merged",
+    "save_peft",
     "spectra",
+    "suggest",
 ]

@@ -55,7 +55,7 @@ def sltrain(
             ledger.note_dry_run(graph.roots, graph.report)
         elif not graph.report.replaced:
             ledger.note_left(graph.roots, graph.report)
-    graph.compiled(frozenset() if config.dryrun else graph.wanted, example_inputs)
+    graph.compiled({} if config.dryrun else graph.wanted, example_inputs)
     return graph.run
 
 

@@ -42,6 +42,9 @@ log = logging.getLogger("slcompile")
 
 JOINT_HOOK = "joint_custom_pre_pass"
 POST_HOOK = "post_grad_custom_pre_pass"
+Wanted = Mapping[int, SLConfig]
+"""Positions of the inputs that are to be factorized, and the options of the weight at each."""
+
 REQUIRED_SETTINGS = ("use_joint_graph_passes", "use_post_grad_passes")
 """Inductor's settings without which it calls neither hook; its mode "lite" turns them off."""
 
@@ -69,11 +72,11 @@ class CapturedGraph:
         self.gm, self.config, self.settings = gm, config, settings
         self.captured_inputs = torch_private.captured_inputs(gm)
         self._context = torch_private.tracing_context()
-        self._variants: dict[frozenset[int], Callable[..., Any]] = {}
+        self._variants: dict[frozenset[tuple[int, SLConfig]], Callable[..., Any]] = {}
         self._decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> the decision on it
         self.uses: dict[int, WeightUse] = {}
         self.convertible: frozenset[int] = frozenset()
-        self.wanted: frozenset[int] = frozenset()
+        self.wanted: Wanted = {}
         self._others: list[int] = []  # positions of the weights that not only matmuls read
         self.names: dict[int, str] = {}
         self.report = PassReport("weights")
@@ -94,7 +97,7 @@ class CapturedGraph:
         self.report = found.report()
         self._warn_if_dense(live)
         self.wanted = self._wanted(example_inputs)
-        self.report = _without_idle(self.report, {self.names[index] for index in self.convertible - self.wanted})
+        self.report = _without_idle(self.report, {self.names[index] for index in self.convertible - self.wanted.keys()})
 
     def _decide(self, indices: Iterable[int], inputs: Sequence[Any], live: LiveObjects) -> Candidates:
         """Applies the policy to the weights at these positions; from then on the decisions stand."""
@@ -103,6 +106,7 @@ class CapturedGraph:
         for candidate in found.weights:
             ledger.remember_owners(candidate.weight, candidate.owners)
             self._decisions[candidate.weight] = candidate.decision
+            ledger.configs[candidate.weight] = candidate.config or self.config
         return found
 
     def _use_in_all_graphs(self, index: int, parameter: nn.Parameter) -> WeightUse:
@@ -132,51 +136,52 @@ class CapturedGraph:
         large = [each for each in weights if min(each.shape[-2:]) >= self.config.min_dim]
         return {names[id(each)][0]: each.shape for each in large if self.config.includes(*names[id(each)])}
 
-    def _wanted(self, args: Sequence[Any]) -> frozenset[int]:
-        """Returns positions of the inputs to factorize: they can be, they may be, and their owners are in training."""
+    def _wanted(self, args: Sequence[Any]) -> Wanted:
+        """Returns the inputs to factorize: they can be, they may be, and their owners are in training."""
         unknown = [i for i in self.uses if args[i] not in self._decisions and successor_of(args[i]) is None]
         if unknown:
             live = LiveObjects.find()
             report = self._decide(unknown, args, live).report()
             ledger.note_left(live.roots(args[i] for i in unknown), replace(report, replaced=[]))
-        return frozenset(
-            index
-            for index in self.convertible
+        return {
+            index: ledger.configs[args[index]]
+            for index in sorted(self.convertible)
             if successor_of(args[index]) is not None
             or (not self._decisions[args[index]].reason and ledger.in_training(args[index]))
-        )
+        }
 
     def run(self, *args: Any) -> Any:
         """Runs the graph: what Dynamo calls in its place."""
         for index in self._others:
             if args[index] not in ledger.other_reads and ledger.in_training(args[index]):
                 ledger.other_reads[args[index]] = self.uses[index].others
-        wanted = frozenset() if self.config.dryrun else self._wanted(args)
+        wanted: Wanted = {} if self.config.dryrun else self._wanted(args)
         if not wanted:
             return self.compiled(wanted)(*args)
         compiled = self.compiled(wanted)  # first, so that a failure to compile comes before any conversion
         with torch_private.no_tracing(), ledger.lock:
             weights = self._convert(args, sorted(wanted))
-        if weights.keys() != wanted:
-            compiled = self.compiled(frozenset(weights))
+        if weights.keys() != wanted.keys():
+            compiled = self.compiled({index: wanted[index] for index in weights})
         return compiled(*expand(args, {index: list(weight.operands().values()) for index, weight in weights.items()}))
 
-    def compiled(self, wanted: frozenset[int], inputs: Sequence[Any] | None = None) -> Callable[..., Any]:
+    def compiled(self, wanted: Wanted, inputs: Sequence[Any] | None = None) -> Callable[..., Any]:
         """Returns the graph compiled with the inputs at these positions replaced by the operands of weight ops.
 
         Args:
-            wanted: The positions.
+            wanted: The positions, and the options of the weight at each.
             inputs: Dynamo's, while it compiles; None later, when a model in another mode than the captured one runs.
         """
-        if wanted not in self._variants:
+        key = frozenset(wanted.items())
+        if key not in self._variants:
             if inputs is not None:
-                self._variants[wanted] = self._compile(wanted, inputs)
+                self._variants[key] = self._compile(wanted, inputs)
             else:
                 with torch_private.resume(self._context):
-                    self._variants[wanted] = self._compile(wanted, self.captured_inputs)
-        return self._variants[wanted]
+                    self._variants[key] = self._compile(wanted, self.captured_inputs)
+        return self._variants[key]
 
-    def _compile(self, wanted: frozenset[int], inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(self, wanted: Wanted, inputs: Sequence[Any]) -> Callable[..., Any]:
         gm, inputs, _ = self.parameterize(wanted, inputs)
         torch_private.add_artifact("slcompile_before", lambda: "\n".join(lines(self.gm.graph).values()))
         torch_private.add_artifact("slcompile_after", lambda: "\n".join(lines(gm.graph).values()))
@@ -193,7 +198,7 @@ class CapturedGraph:
         return compiled
 
     def parameterize(
-        self, wanted: frozenset[int], inputs: Sequence[Any], watch: Watch | None = None
+        self, wanted: Wanted, inputs: Sequence[Any], watch: Watch | None = None
     ) -> tuple[fx.GraphModule, list[Any], dict[int, FactorizedWeight]]:
         """Copies the graph; in the copy the inputs at these positions are the operands of weight ops.
 
@@ -202,7 +207,7 @@ class CapturedGraph:
         """
         gm = _copy(self.gm)
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        weights = {index: template(inputs[index], self.config, self.uses[index].input_dim) for index in wanted}
+        weights = {index: template(inputs[index], own, self.uses[index].input_dim) for index, own in wanted.items()}
         table = {placeholders[index].name: (placeholders[index].name, weight) for index, weight in weights.items()}
         if wanted:
             run([functools.partial(parameterize_weights, weights=table)], gm, watch)

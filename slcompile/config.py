@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-SUPPORTS = ("stratified", "vector", "uniform")
+SUPPORTS = ("vector", "stratified", "uniform")
 VECTOR = 16
 """Rows that share their columns in the vector support, unless the user says otherwise."""
 VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -29,21 +29,26 @@ SKIPPABLE = (
 STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 AUTO = "auto"
+BASES = (None, "frozen")
+BY_PATTERN = ("rank", "density", "alpha")
+"""Options that may be a mapping from fnmatch patterns on names to values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLConfig:
     """Options of a sparse-plus-low-rank conversion, ``W = scale * B @ A + S``.
 
+    ``rank``, ``density`` and ``alpha`` may each be a mapping from fnmatch patterns on fully qualified names to values,
+    of which the first that matches counts: ``{"*q_proj*": 0.1, "*": 0.25}``. A weight that none matches stays dense.
+
     Args:
         rank: Columns of ``B`` and rows of ``A``: an int, or a fraction of ``min(rows, columns)`` in (0, 1).
-        density: Share of the entries of ``W`` that ``S`` holds, in (0, 1].
+        density: Share of the entries of ``W`` that ``S`` holds, in (0, 1]; 0 for no sparse part, with a frozen base.
         alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
             (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
-        support: Where the non-zeros of ``S`` are. ``"stratified"`` has one in each of ``density * columns``
-            groups of a row and stores no index; ``"vector"`` is the same for blocks of ``vector`` rows that share their
-            columns, which vector and matrix units multiply several times as fast; ``"uniform"`` is the paper's random
-            subset, stored as int32.
+        support: Where the non-zeros of ``S`` are. ``"vector"`` has one in each of ``density * columns`` groups of a
+            row, the same for blocks of ``vector`` rows, which vector units multiply fast; no index is stored.
+            ``"stratified"`` draws them for each row; ``"uniform"`` is the paper's random subset, stored as int32.
         vector: Rows of a block of the vector support, a power of two up to 128; the last block of a weight may have
             fewer. 1 is the stratified support. Only with ``support="vector"``.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
@@ -64,16 +69,19 @@ class SLConfig:
             device's default.
         dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.
         structure: What takes a dense weight's place; ``"sparse_low_rank"`` is SLTrain's.
+        base: ``"frozen"`` keeps the model's own weight ``W0`` and trains what is added to it, ``W = W0 + scale * B @ A
+            + S``, which is zero at first; with ``density=0`` that is LoRA (arXiv 2106.09685). Weights that do not
+            require a gradient get factors, too. None replaces the weight.
         skip_passes: Names of passes that are left out, to find the one that is to blame for a wrong number.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names it.
     """
 
-    rank: int | float = 0.25
-    density: float = 0.03
-    alpha: float | str = AUTO
-    support: str = "stratified"
+    rank: int | float | Mapping[str, int | float] = 0.25
+    density: float | Mapping[str, float] = 0.03
+    alpha: float | str | Mapping[str, float | str] = AUTO
+    support: str = "vector"
     vector: int = VECTOR
     init: str = "auto"
     seed: int | None = None
@@ -86,27 +94,14 @@ class SLConfig:
     autotune: bool = False
     dryrun: bool = False
     structure: str = "sparse_low_rank"
+    base: str | None = None
     skip_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        if _is_int(self.rank):
-            _require(self.rank >= 1, "rank", self.rank, "an int >= 1, or a fraction of min(rows, columns) in (0, 1)")
-        else:
-            _require(
-                _is_number(self.rank) and 0 < self.rank < 1,
-                "rank",
-                self.rank,
-                "an int >= 1, or a fraction of min(rows, columns) in (0, 1)",
-            )
-        _require(_is_number(self.density) and 0 < self.density <= 1, "density", self.density, "a number in (0, 1]")
-        _require(
-            self.alpha == AUTO if isinstance(self.alpha, str) else _is_number(self.alpha) and self.alpha > 0,
-            "alpha",
-            self.alpha,
-            "a finite number > 0, or 'auto'",
-        )
+        for name in BY_PATTERN:
+            self._require_setting(name)
         _require_choice("support", self.support, SUPPORTS)
         _require(_is_int(self.vector) and self.vector in VECTORS, "vector", self.vector, f"one of {VECTORS}")
         if self.vector != VECTOR and self.support != "vector":
@@ -122,6 +117,9 @@ class SLConfig:
         _require_choice("lowering", self.lowering, LOWERINGS)
         _require_choice("save", self.save, SAVES)
         _require_choice("structure", self.structure, STRUCTURES)
+        if self.base is not None:
+            _require_choice("base", self.base, [each for each in BASES if each])
+            self._require_possible_base()
         skipped = (self.skip_passes,) if isinstance(self.skip_passes, str) else self.skip_passes
         _require(isinstance(skipped, (list, tuple)), "skip_passes", skipped, "a sequence of names of passes")
         for name in skipped:
@@ -129,6 +127,56 @@ class SLConfig:
         object.__setattr__(self, "skip_passes", tuple(skipped))
         for name in ("keep_weights", "autotune", "dryrun"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+
+    def _require_setting(self, name: str) -> None:
+        """Raises ValueError where an option that may be a mapping has a value that is not allowed."""
+        is_allowed, allowed = {
+            "rank": (_is_rank, "an int >= 1, or a fraction of min(rows, columns) in (0, 1)"),
+            "density": (self._is_density, "a number in (0, 1], or 0 with base='frozen'"),
+            "alpha": (_is_alpha, "a finite number > 0, or 'auto'"),
+        }[name]
+        given = getattr(self, name)
+        if not isinstance(given, Mapping):
+            _require(is_allowed(given), name, given, allowed)
+            return
+        _require(bool(given), name, given, f"{allowed}, or a mapping of patterns to such values")
+        for pattern, value in given.items():
+            _require(isinstance(pattern, str) and bool(pattern), f"{name} pattern", pattern, "a non-empty string")
+            _require(is_allowed(value), f"{name}[{pattern!r}]", value, allowed)
+        object.__setattr__(self, name, dict(given))
+
+    def _is_density(self, value: Any) -> bool:
+        return _is_number(value) and (0 < value <= 1 or (value == 0 and self.base is not None))
+
+    @property
+    def is_by_pattern(self) -> bool:
+        """Whether a weight's name decides on one of its settings."""
+        return any(isinstance(getattr(self, name), Mapping) for name in BY_PATTERN)
+
+    def at(self, *names: str) -> SLConfig | None:
+        """Returns the options of the weight of these names, each setting plain; None where no pattern matches."""
+        plain: dict[str, Any] = {}
+        for field in BY_PATTERN:
+            given = getattr(self, field)
+            if not isinstance(given, Mapping):
+                continue
+            values = [value for pattern, value in given.items() if any(fnmatchcase(name, pattern) for name in names)]
+            if not values:
+                return None
+            plain[field] = values[0]
+        return replace(self, **plain) if plain else self
+
+    def _require_possible_base(self) -> None:
+        if not STRUCTURES[self.structure].takes_base:
+            raise ValueError(f"base={self.base!r} needs a structure that adds to a weight, got {self.structure!r}")
+        if self.init == "spectral":
+            raise ValueError(
+                f"init='spectral' approximates the weight, which base={self.base!r} keeps as it is: what is added to "
+                "it starts at zero"
+            )
+        densities = self.density.values() if isinstance(self.density, Mapping) else [self.density]
+        if 0 in densities and self.support != SUPPORTS[0]:
+            raise ValueError(f"support={self.support!r} needs a density above 0: without a sparse part there is none")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[SLConfig, dict[str, Any]]:
@@ -147,8 +195,15 @@ class SLConfig:
                 raise ValueError(f"unknown option {key!r:.200}{did_you_mean(key, [*known, 'inductor'])}")
         return cls(**options), dict(inductor)
 
+    @property
+    def plain_density(self) -> float:
+        """The density, of the options of one weight."""
+        assert not isinstance(self.density, Mapping), "the options of one weight are those that `at` returns"
+        return self.density
+
     def rank_for(self, rows: int, columns: int) -> int:
         """Returns the rank of a weight of this shape."""
+        assert not isinstance(self.rank, Mapping), "the options of one weight are those that `at` returns"
         if isinstance(self.rank, int):
             return self.rank
         return max(1, round(self.rank * min(rows, columns)))
@@ -162,7 +217,9 @@ class SLConfig:
         ``scale * B @ A``, where B = 0, by ``scale * lr * sqrt(outputs * rank) * norm(A)``. A starts with entries
         U(+-1/sqrt(inputs)), whose norm is ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``. The result is a multiple
         of 1/4096, so that ``alpha = scale * rank`` is exact, and a checkpoint that holds it brings it back to the bit.
+        The same holds with a frozen base, to which ``scale * B @ A`` is added.
         """
+        assert not isinstance(self.alpha, Mapping), "the options of one weight are those that `at` returns"
         if not isinstance(self.alpha, str):
             return self.alpha / rank
         norm = (math.sqrt(inputs) + math.sqrt(rank)) / math.sqrt(3 * inputs)
@@ -178,7 +235,8 @@ class SLConfig:
         """Raises ValueError where a pattern that the user gave matches none of ``names``."""
         names = list(names)
         defaults = {pattern for field in fields(self) if isinstance(field.default, tuple) for pattern in field.default}
-        for field, patterns in (("include", self.include), ("exclude", self.exclude)):
+        settings = {name: getattr(self, name) for name in BY_PATTERN if isinstance(getattr(self, name), Mapping)}
+        for field, patterns in {"include": self.include, "exclude": self.exclude, **settings}.items():
             for pattern in patterns:
                 if pattern not in defaults and not any(fnmatchcase(name, pattern) for name in names):
                     hint = did_you_mean(pattern.strip("*"), names)
@@ -203,6 +261,14 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"{name} must be a sequence of non-empty fnmatch patterns, got {value!r:.200}")
     return tuple(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return value >= 1 if _is_int(value) else _is_number(value) and 0 < value < 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return value == AUTO if isinstance(value, str) else _is_number(value) and value > 0
 
 
 def _is_int(value: Any) -> bool:

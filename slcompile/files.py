@@ -59,10 +59,10 @@ def move_into_place(scratch: Path, directory: Path, *, last: str, stale: Set[str
         stale: Names that only the old one used; removed at the end.
     """
     files = sorted(scratch.iterdir(), key=lambda each: each.name == last)
-    for each in files:
-        with each.open("rb+") as handle:
+    for file in files:
+        with file.open("rb+") as handle:
             os.fsync(handle.fileno())
-        os.replace(each, directory / each.name)
+        os.replace(file, directory / file.name)
     for name in stale - {each.name for each in files}:
         (directory / name).unlink(missing_ok=True)
 

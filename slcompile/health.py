@@ -216,8 +216,8 @@ class _Checker:
     def __init__(self, model: nn.Module, runner: _Runner) -> None:
         self.model, self.runner = model, runner
         self.names = list(factors(model))
-        eager = _by_formula(copy.deepcopy(model))
-        exact = _by_formula(copy.deepcopy(model).double())
+        eager = composed_by_formula(copy.deepcopy(model))
+        exact = composed_by_formula(copy.deepcopy(model).double())
         self.eager = {mode: runner.measure(eager, mode) for mode in MODES}
         self.exact = {mode: runner.measure(exact, mode) for mode in MODES}
 
@@ -253,7 +253,9 @@ class _Checker:
         eager = self.runner.measure(merged, mode)
         with torch_private.unlimited_recompiles():
             found = self.runner.measure(merged, mode, torch.compile(merged, options={"fallback_random": True}))
-        return any(not _share(found[name], eager[name], exact[name])[1] <= 1 for name in exact.keys() & found.keys())
+        return any(
+            not share_of_budget(found[name], eager[name], exact[name])[1] <= 1 for name in exact.keys() & found.keys()
+        )
 
     def blame(self, run: str) -> str:
         """Says what a wrong run has to be blamed on, by leaving out passes, then weights."""
@@ -293,17 +295,29 @@ class _Checker:
         distances = []
         for name, truth in exact.items():
             if name in found:
-                distances.append(Distance(run, name, *_share(found[name], eager[name], truth)))
+                distances.append(Distance(run, name, *share_of_budget(found[name], eager[name], truth)))
             elif bool(truth.any()) and lowering != "merged":
                 distances.append(Distance(run, f"{name}, which is missing", 1.0, math.inf))
         return distances
 
 
-def _share(found: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Returns the distance of a tensor from the exact one, relative to its norm, and as a share of what is allowed."""
-    ulp = torch.finfo(eager.dtype).eps / 2
-    error, norm = (found.double() - exact).norm(), exact.norm()
-    allowed = LUCK * (eager.double() - exact).norm() + ULPS * ulp * norm
+def share_of_budget(
+    found: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype | None = None
+) -> tuple[float, float]:
+    """Returns the distance of a tensor from the exact one, relative to its norm, and as a share of what is allowed.
+
+    Infinities of the same places, as of masked logits, have no distance.
+
+    Args:
+        found, eager, exact: What a compiled run gave, what eager mode gave, and what it gave in float64.
+        dtype: What was computed in; by default eager's.
+    """
+    ulp = torch.finfo(eager.dtype if dtype is None else dtype).eps / 2
+    found, eager = found.double(), eager.double()
+    same = (found == exact) & (eager == exact) & exact.isinf()
+    found, eager, exact = (each.masked_fill(same, 0) for each in (found, eager, exact))
+    error, norm = (found - exact).norm(), exact.norm()
+    allowed = LUCK * (eager - exact).norm() + ULPS * ulp * norm
     if not bool(error):
         return 0.0, 0.0
     return (error / norm).item(), (error / allowed).item()
@@ -323,7 +337,7 @@ def _default_loss(outputs: Any) -> Tensor:
     return torch.stack([part.reshape(()) for part in parts]).sum()
 
 
-def _by_formula(model: nn.Module) -> nn.Module:
+def composed_by_formula(model: nn.Module) -> nn.Module:
     """Lets a model compose its weights by their formula, and not by the op that is checked."""
     for module in model.modules():
         if isinstance(module, FactorizedWeight):

@@ -126,14 +126,15 @@ def _fastest(run: Callable[[], object], device: torch.device, seconds: float) ->
     times: list[float] = []
     run()
     while len(times) < 3 or sum(times) < seconds:
-        _synchronize(device)
+        synchronize(device)
         begin = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what was launched on a device; a CPU has nothing to wait for."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

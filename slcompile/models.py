@@ -55,28 +55,47 @@ LLAMAS = {
     "llama-350m": (1024, 2736, 24, 16),
     "llama-1b": (2048, 5461, 24, 32),
     "llama-7b": (4096, 11008, 32, 32),
+    "llama-13b": (5120, 13824, 40, 40),
+    "llama-33b": (6656, 17920, 60, 52),
 }
-"""The paper's models: width, intermediate width, layers, heads; a vocabulary of 32000 and a head of its own."""
+"""The paper's models, and two larger ones of the first LLaMA: width, intermediate width, layers, heads. They have a
+vocabulary of 32000 and a head of its own."""
+
+LLAMAS_3 = {
+    "llama-3-8b": (4096, 14336, 32, 32),
+    "llama-3-70b": (8192, 28672, 80, 64),
+    "llama-3-405b": (16384, 53248, 126, 128),
+}
+"""Likewise; 8 key-value heads and a vocabulary of 128256."""
+
+MIXTURES = {"mixtral-8x7b": (4096, 14336, 32, 32)}
+"""Likewise; 8 key-value heads, a vocabulary of 32000, and 8 experts, two of which serve a token."""
+
+KNOWN = (*LLAMAS, *LLAMAS_3, *MIXTURES)
 
 
-def llama_config(name: str) -> Any:
-    """Returns the transformers configuration of one of ``LLAMAS``.
+def known_config(name: str) -> Any:
+    """Returns the transformers configuration of one of ``KNOWN``.
 
     Raises:
         ValueError: There is none of that name.
         ImportError: transformers is not installed.
     """
-    if name not in LLAMAS:
-        raise ValueError(f"model got {name!r}{did_you_mean(name, LLAMAS)}")
-    width, intermediate, layers, heads = LLAMAS[name]
-    return _transformers().LlamaConfig(
-        hidden_size=width,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    )
+    if name not in KNOWN:
+        raise ValueError(f"model got {name!r}{did_you_mean(name, KNOWN)}")
+    width, intermediate, layers, heads = (LLAMAS | LLAMAS_3 | MIXTURES)[name]
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": 128256 if name in LLAMAS_3 else 32000,
+        "tie_word_embeddings": False,
+        **({} if name in LLAMAS else {"num_key_value_heads": 8}),
+    }
+    if name in MIXTURES:
+        return _transformers().MixtralConfig(**shape)
+    return _transformers().LlamaConfig(**shape)
 
 
 def hf_config(path: str | os.PathLike[str]) -> Any:

@@ -128,8 +128,8 @@ def test_results_that_leave_a_subgraph_lie_as_they_were_traced(model_class):
     run = torch.compile(model, backend="sltrain", options={"lowering": "factored"})
     x = torch.randn(40, 64)
     with torch.no_grad():
-        for each in (x - x.mean() + 0.1, x - x.mean() - 0.1):
-            assert_no_further(run(each), model(each), wide(each.double()))
+        for shifted in (x - x.mean() + 0.1, x - x.mean() - 0.1):
+            assert_no_further(run(shifted), model(shifted), wide(shifted.double()))
 
 
 def test_factors_and_values_of_one_shape_under_autocast():

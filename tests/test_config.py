@@ -27,6 +27,7 @@ def test_defaults() -> None:
         "autotune": False,
         "dryrun": False,
         "structure": "sparse_low_rank",
+        "base": None,
         "skip_passes": (),
     }
 
@@ -48,6 +49,7 @@ BAD: dict[str, list[Any]] = {
     "autotune": [0, 1, None, "yes"],
     "dryrun": [0, 1, None, "yes"],
     "structure": ["", "Sparse_low_rank", "dense", None, 1],
+    "base": ["", "Frozen", "dense", 1, True],
     "skip_passes": ["", "merge_weights", 1, {"lower_ops": 1}],
 }
 
@@ -74,6 +76,7 @@ GOOD: dict[str, list[Any]] = {
     "autotune": [False, True],
     "dryrun": [False, True],
     "structure": ["sparse_low_rank"],
+    "base": [None, "frozen"],
     "skip_passes": [(), ("lower_ops",), ("lower_ops", "choose_lowering")],
 }
 

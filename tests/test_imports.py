@@ -16,9 +16,9 @@ ROOT = Path(slcompile.__file__).parent
 
 def test_public_names():
     assert set(slcompile.__all__) == set(
-        """CheckReport Decision Explanation ExportReport Factors GraphDiff MemoryReport PassReport SLConfig SLWeight
-        Spectra StepLimit check estimate_memory explain export_onnx factorize_ factors graph_diff last_report
-        limit_steps load_factorized merge_ merged_state_dict optim rewrite save_factorized save_merged
+        """BenchReport CheckReport Decision Explanation ExportReport Factors GraphDiff MemoryReport PassReport SLConfig
+        SLWeight Spectra StepLimit bench check estimate_memory explain export_onnx factorize_ factors graph_diff
+        last_report limit_steps load_factorized merge_ merged_state_dict optim rewrite save_factorized save_merged
         spectra""".split()
     )
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
@@ -45,7 +45,7 @@ FLOORS = (
     ("measure", "optim", "passes"),
     ("convert",),
     ("captured", "factorize", "rewrite"),
-    ("backend", "export", "health", "inspect", "memory"),
+    ("backend", "benchmark", "export", "health", "inspect", "memory"),
     ("__init__", "cli"),
     ("__main__",),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 
@@ -255,16 +254,60 @@ def test_parameters_come_and_thaw(block, batch):
     train(block, block, optimizer, batch, 1)
 
 
-def test_accumulation_is_refused(block, batch):
-    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
-    (F.cross_entropy(block(batch[0]), batch[1]) / 2).backward()
-    with pytest.raises(RuntimeError, match=r"second gradient of a parameter .* call step\(\) after each backward"):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_accumulated_gradients_update_as_plain_ones_do(block_class, batch, compiled, aten_kernels):
+    """Three passes a step, of which one leaves a parameter out; then a step of fewer passes, as at an epoch's end."""
+    done = []
+    for make in (torch.optim.AdamW, lambda params, **kw: per_layer(torch.optim.AdamW, params, accumulate=3, **kw)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = slcompile.factorize_(block_class(), CONFIG)
+        forward = torch.compile(model, backend="sltrain", options=OPTIONS) if compiled else model
+        optimizer = make(groups_of(model), lr=1e-2)
+        for passes in (3, 3, 2):
+            for number in range(passes):
+                rows = slice(number * 4, number * 4 + 4)
+                model.head.bias.requires_grad_(number != 1)
+                (F.cross_entropy(forward(batch[0][rows]), batch[1][rows]) / passes).backward()
+            if isinstance(optimizer, PerLayer):
+                left = {name for name, p in model.named_parameters() if p.grad is not None}
+                everything = {name for name, _ in model.named_parameters()}
+                assert left == ({"head.bias"} if passes == 3 else everything)
+            optimizer.step()
+            optimizer.zero_grad()
+        done.append((model, optimizer))
+    assert_same_state(done[0][0], done[1][0])
+    ours, theirs = (optimizer.state_dict()["state"] for _, optimizer in done)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_more_passes_than_agreed_are_refused(block, batch, accumulate):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1, accumulate=accumulate)
+    for _ in range(accumulate):
+        (F.cross_entropy(block(batch[0]), batch[1]) / 2).backward()
+    message = rf"got more gradients of a parameter .* than accumulate={accumulate}: call step\(\) after so many"
+    with pytest.raises(RuntimeError, match=message):
         (F.cross_entropy(block(batch[0]), batch[1]) / 2).backward()
     with pytest.raises(RuntimeError, match="that no backward pass brought"):
         optimizer.step()
     optimizer.zero_grad()
     optimizer.step()
-    train(block, block, optimizer, batch, 1)
+    for _ in range(accumulate):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert all(p.grad is None for p in block.parameters())
+
+
+def test_zero_grad_discards_what_is_being_accumulated(block, batch):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1, accumulate=2)
+    before = copy.deepcopy(block.state_dict())
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name])
+    F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert not any(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
 def test_a_parameter_shared_by_reentrant_checkpoints_is_refused(batch):
@@ -272,7 +315,7 @@ def test_a_parameter_shared_by_reentrant_checkpoints_is_refused(batch):
     optimizer = per_layer(torch.optim.SGD, layer.parameters(), lr=0.1)
     hidden = checkpoint(layer, batch[0].clone().requires_grad_(), use_reentrant=True)
     output = checkpoint(layer, hidden, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="several reentrant checkpoints that share a parameter"):
+    with pytest.raises(RuntimeError, match="Several reentrant"):
         output.sum().backward()
     del optimizer  # alive until here, since its hooks are what refuses
 
@@ -303,20 +346,37 @@ def test_a_disabled_grad_scaler_changes_nothing(block, batch):
     assert not any(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
-@pytest.mark.parametrize("sync", [True, False], ids=["sync", "no_sync"])
-def test_ddp_is_refused_before_anything_is_updated(block, batch, tmp_path, sync):
-    slcompile.factorize_(block, CONFIG)
+def test_a_group_of_one_process_updates_as_plain(block_class, batch, tmp_path):
+    """DDP made before and after the optimizer; ``tests/stacks/test_updates.py`` has two processes."""
     with process_group(tmp_path):
-        optimizer = per_layer(torch.optim.AdamW, block.parameters())
-        wrapped = DistributedDataParallel(block)
-        before = copy.deepcopy(block.state_dict())
-        with contextlib.nullcontext() if sync else wrapped.no_sync():
-            loss = F.cross_entropy(wrapped(batch[0]), batch[1])
-            with pytest.raises(RuntimeError, match="inside DistributedDataParallel"):
-                loss.backward()
-        for name, value in block.state_dict().items():
-            assert torch.equal(value, before[name])
-        assert optimizer.state == {}
+        done = []
+        for kind in ("plain", "before", "after"):
+            torch.manual_seed(0)
+            model = slcompile.factorize_(block_class(), CONFIG)
+            wrapped = DistributedDataParallel(model) if kind != "after" else None
+            make = torch.optim.AdamW if kind == "plain" else lambda p, **kw: per_layer(torch.optim.AdamW, p, **kw)
+            optimizer = make(model.parameters(), lr=1e-2)
+            wrapped = wrapped or DistributedDataParallel(model)
+            done.append((train(model, wrapped, optimizer, batch), model))
+        for losses, model in done[1:]:
+            assert losses == done[0][0]
+            assert_same_state(model, done[0][1])
+
+
+def test_wrappers_that_do_not_tell_are_refused(block, batch):
+    wrapped = nn.DataParallel(block)
+    with pytest.raises(ValueError, match=r"cannot update \w+ of \w+ inside DataParallel: it does not say when"):
+        per_layer(torch.optim.AdamW, wrapped.parameters())
+    del wrapped
+    gc.collect()
+    optimizer = per_layer(torch.optim.AdamW, block.parameters())
+    wrapped = nn.DataParallel(block)
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match="inside DataParallel"):
+        F.cross_entropy(wrapped(batch[0]), batch[1]).backward()
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert optimizer.state == {}
 
 
 class GroupCounter(torch.optim.SGD):
@@ -341,6 +401,9 @@ def test_bad_arguments_are_refused_and_leave_no_hook(block, batch):
         per_layer("adamw", parameters)
     with pytest.raises(ValueError, match="optimizer_cls got LBFGS, which needs a closure"):
         per_layer(torch.optim.LBFGS, parameters)
+    for bad in (0, -1, 1.0, True, "2"):
+        with pytest.raises(ValueError, match="accumulate must be an int >= 1, got"):
+            per_layer(torch.optim.SGD, parameters, lr=0.1, accumulate=bad)
     for bad in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="max_grad_norm must be a positive number or None, got"):
             per_layer(torch.optim.SGD, parameters, lr=0.1, max_grad_norm=bad)

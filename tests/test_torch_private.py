@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from slcompile import torch_private
+from tests.testing import process_group
 
 
 def capture(model: nn.Module, *args: torch.Tensor, dynamic: bool | None = None, within=lambda gm, inputs: None):
@@ -204,8 +205,8 @@ def test_what_is_disabled():
     assert torch_private.is_disabled(function)
     assert torch_private.without_disable(function) is looped
     assert torch_private.is_disabled(torch.compiler.disable(module))
-    for each in (looped, module, torch.compile(module), None):
-        assert not torch_private.is_disabled(each)
+    for enabled in (looped, module, torch.compile(module), None):
+        assert not torch_private.is_disabled(enabled)
 
 
 def test_no_code_is_generated_for_a_forward_graph_that_is_only_traced(block, batch):
@@ -262,6 +263,16 @@ def test_a_library_of_compiled_functions():
 def test_amx_is_what_the_cpu_says():
     flags = re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     assert torch_private.has_amx() == ("amx_tile" in " ".join(flags[:1]).split())
+
+
+def test_a_fresh_cache_is_empty_and_the_old_one_comes_back(monkeypatch, tmp_path):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with torch_private.fresh_cache():
+        assert Path(cache_dir()) not in (tmp_path, Path(default_cache_dir()))
+        assert list(Path(cache_dir()).iterdir()) == []
+    assert Path(cache_dir()) == tmp_path
 
 
 def test_lite_mode_is_known():
@@ -470,3 +481,33 @@ def test_recurrent_layers_are_captured_on_request():
         with context:
             torch.compile(lambda x: layer(x + 1)[0], backend=lambda gm, _, graphs=graphs: graphs.append(gm) or gm)(x)
         assert len(graphs) == count
+
+
+def test_ddp_leaves_gradients_in_its_buckets_and_calls_back_before_it_ends(tmp_path):
+    calls: list[bool] = []
+    with process_group(tmp_path):
+        layer = nn.Linear(4, 4)
+        wrapped = nn.parallel.DistributedDataParallel(layer)
+
+        def hook(state, bucket):
+            def callback() -> None:
+                calls.append(torch_private.in_backward())
+                for parameter in bucket.parameters():
+                    parameter.grad = None
+
+            torch_private.after_backward(callback)
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        assert torch_private.bucket_hooks(wrapped) == []
+        wrapped.register_comm_hook(None, hook)
+        assert torch_private.bucket_hooks(wrapped) == [hook]
+        wrapped(torch.ones(2, 4)).sum().backward()
+        assert calls == [True]
+        assert all(each.grad is not None for each in layer.parameters())  # copied after that
+        layer.zero_grad()
+        torch_private.leave_gradients_in_buckets(wrapped)
+        wrapped(torch.ones(2, 4)).sum().backward()
+        assert calls == [True, True]
+        assert all(each.grad is None for each in layer.parameters())

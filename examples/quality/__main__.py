@@ -41,23 +41,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run = commands.add_parser("run", help="make the runs that the table lacks")
     one = commands.add_parser("one", help="make one run")
     table = commands.add_parser("table", help="print the table")
-    for each in (run, table):
-        each.add_argument("--widths", nargs="+", type=int, choices=list(RUNGS), default=list(RUNGS), help="rungs")
-        each.add_argument("--corpora", nargs="+", default=list(CORPORA), help="prose, code, or names that --text gives")
-        each.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what is searched, of every row")
+    for sub in (run, table):
+        sub.add_argument("--widths", nargs="+", type=int, choices=list(RUNGS), default=list(RUNGS), help="rungs")
+        sub.add_argument("--corpora", nargs="+", default=list(CORPORA), help="prose, code, or names that --text gives")
+        sub.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what is searched, of every row")
     run.add_argument("--rows", nargs="+", choices=[each.name for each in ROWS], help="of the table; default: all")
     length = run.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="of every run")
     length.add_argument("--tokens-per-parameter", type=float, default=20.0, help="of the dense model (default: 20)")
     run.add_argument("--seeds", type=int, default=3, help="at the chosen settings")
     one.add_argument("settings", nargs="+", metavar="NAME=VALUE", help="fields of Settings")
-    for each in (run, one):
-        each.add_argument("--text", nargs="+", default=[], metavar="CORPUS=FILE", help="UTF-8 files of a corpus")
-        each.add_argument("--out", type=Path, default=Path("quality-run"), help="directory of checkpoints and tokens")
-        each.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-        each.add_argument("--threads", type=int, default=1, help="CPU threads")
-    for each in (run, one, table):
-        each.add_argument("--runs", type=Path, default=RUNS, help="JSON-lines file of the runs")
+    for sub in (run, one):
+        sub.add_argument("--text", nargs="+", default=[], metavar="CORPUS=FILE", help="UTF-8 files of a corpus")
+        sub.add_argument("--out", type=Path, default=Path("quality-run"), help="directory of checkpoints and tokens")
+        sub.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+        sub.add_argument("--threads", type=int, default=1, help="CPU threads")
+    for sub in (run, one, table):
+        sub.add_argument("--runs", type=Path, default=RUNS, help="JSON-lines file of the runs")
     table.add_argument("--plot", type=Path, help="draw loss curves, and perplexity against parameters (.png, .svg)")
     args = parser.parse_args(argv)
     try:
@@ -88,10 +88,10 @@ def setting(text: str) -> tuple[str, Any]:
 def text_files(given: list[str]) -> dict[str, list[Path]]:
     """The files of each corpus."""
     files: dict[str, list[Path]] = {}
-    for each in given:
-        corpus, separator, path = each.partition("=")
+    for entry in given:
+        corpus, separator, path = entry.partition("=")
         if not separator or not Path(path).is_file():
-            raise ValueError(f"--text must be CORPUS=FILE with an existing file, got {each!r}")
+            raise ValueError(f"--text must be CORPUS=FILE with an existing file, got {entry!r}")
         files.setdefault(corpus, []).append(Path(path))
     return files
 

@@ -106,21 +106,21 @@ def _table(records: Records, rung: tuple[str, int, int], complete: list[Result])
     columns = ("", "lr", "embed_lr", "init_std", "alpha", "test loss, mean ± sd (seeds)", "perplexity", "÷ dense")
     for name in (*columns, "projections", "÷ dense"):
         table.add_column(name, justify="right" if name else "left")
-    for each in complete:
-        chosen, losses = each.settings, each.losses
+    for row in complete:
+        chosen, losses = row.settings, row.losses
         alpha = "" if chosen.kind == "dense" else str(chosen.alpha)
-        described = [each.name, f"{chosen.lr:g}", f"{chosen.embed_lr:g}", f"{chosen.init_std:g}", alpha]
+        described = [row.name, f"{chosen.lr:g}", f"{chosen.embed_lr:g}", f"{chosen.init_std:g}", alpha]
         if not losses:
-            table.add_row(*described, f"diverged at step {each.runs[0]['diverged']}")
+            table.add_row(*described, f"diverged at step {row.runs[0]['diverged']}")
             continue
         mean = statistics.fmean(losses)
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         against = math.exp(mean - statistics.fmean(dense.losses)) if dense and dense.losses else math.nan
-        size = each.runs[0]["projections"]
+        size = row.runs[0]["projections"]
         smaller = size / dense.runs[0]["projections"] if dense else math.nan
         loss = f"{mean:.4f}{spread} ({len(losses)})"
-        if len(losses) < len(each.runs):
-            loss += f", {len(each.runs) - len(losses)} diverged"
+        if len(losses) < len(row.runs):
+            loss += f", {len(row.runs) - len(losses)} diverged"
         table.add_row(*described, loss, f"{math.exp(mean):.2f}", f"{against:.3f}", f"{size:,}", f"{smaller:.2f}")
     return table
 
@@ -174,13 +174,13 @@ def draw(drawn: Mapping[tuple[str, int, int], list[Result]], path: Path) -> None
         for (name, _, steps), rung in drawn.items():
             if name != corpus:
                 continue
-            for each in rung:
-                run = each.runs[0]
+            for row in rung:
+                run = row.runs[0]
                 tokens = [step * run["tokens"] / run["steps"] for step, _ in run["curve"]]
-                curves.plot(tokens, [loss for _, loss in run["curve"]], color=colors[each.name], linewidth=1)
-                if each.losses:
-                    perplexity = math.exp(statistics.fmean(each.losses))
-                    points.setdefault((each.name, steps), []).append((run["parameters"], perplexity))
+                curves.plot(tokens, [loss for _, loss in run["curve"]], color=colors[row.name], linewidth=1)
+                if row.losses:
+                    perplexity = math.exp(statistics.fmean(row.losses))
+                    points.setdefault((row.name, steps), []).append((run["parameters"], perplexity))
         for name, color in colors.items():
             curves.plot([], [], color=color, label=name)
         for (name, _), places in points.items():

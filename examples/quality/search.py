@@ -53,6 +53,11 @@ ROWS = (
     Row("SL as in the paper, dense's rates", PAPER, follows="dense, tuned"),
     Row("SL, dense's rates", {"kind": "sl"}, follows="dense, tuned"),
     Row("SL, faster values, dense's rates", {"kind": "sl", "values_rate": 4.0}, follows="dense, tuned"),
+    Row(
+        "SL, vector support, faster values, dense's rates",
+        {"kind": "sl", "support": "vector", "values_rate": 4.0},
+        follows="dense, tuned",
+    ),
     Row("SL, tuned", {"kind": "sl"}, (5e-4, 1e-3, 2e-3, 4e-3), ("values_rate", (1.0, 4.0, 12.0))),
 )
 

@@ -38,7 +38,7 @@ class Settings:
         corpus, width, steps, seed: Of the run; a width is a rung of the ladder.
         lr, embed_lr: Peak learning rates of the projections, and of embedding, head and norms.
         init_std: Of random dense weights; embedding and head have it in every row.
-        rank, density, alpha, support, init: Of the factors, as in ``slcompile.SLConfig``.
+        rank, density, alpha, support, vector, init: Of the factors, as in ``slcompile.SLConfig``.
         b_rate, a_rate, values_rate: Learning rates of the factors relative to ``lr``.
         values_start: The values' start is multiplied by it.
         restart: Steps between restarts of the factors; 0: none.
@@ -57,6 +57,7 @@ class Settings:
     density: float = 0.03
     alpha: float | str = "auto"
     support: str = "stratified"
+    vector: int = 16
     init: str = "kaiming"
     b_rate: float = 1.0
     a_rate: float = 1.0
@@ -92,13 +93,15 @@ class Settings:
 
     def sl_config(self) -> slcompile.SLConfig:
         """The options of the conversion."""
-        names = ("rank", "density", "alpha", "support", "init", "seed")
+        names = ("rank", "density", "alpha", "support", "vector", "init", "seed")
         return slcompile.SLConfig(**{name: getattr(self, name) for name in names})
 
     def deciding(self) -> dict[str, Any]:
         """The settings that have an effect on a run of this kind; two runs with equal ones are one."""
         values = asdict(self)
         factors = ("rank", "density", "alpha", "support", "init", "b_rate", "a_rate", "values_rate", "values_start")
+        if self.kind == "dense" or self.support != "vector":
+            del values["vector"]
         if self.kind == "dense":
             for name in (*factors, "restart", "precondition"):
                 del values[name]

@@ -71,8 +71,8 @@ def make_model(settings: Settings, device: str = "cpu") -> LlamaForCausalLM:
     if settings.kind != "dense":
         slcompile.factorize_(model, settings.sl_config())
         with torch.no_grad():
-            for each in slcompile.factors(model).values():
-                each.values.mul_(0 if settings.kind == "low rank" else settings.values_start)
+            for factors in slcompile.factors(model).values():
+                factors.values.mul_(0 if settings.kind == "low rank" else settings.values_start)
         if settings.kind == "low rank":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(not name.endswith("_sl.values"))

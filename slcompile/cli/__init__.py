@@ -1,13 +1,13 @@
-"""The command line: ``slcompile check``, ``diff``, ``export``, ``memory`` and ``rates``."""
+"""The command line: ``slcompile bench``, ``check``, ``diff``, ``export``, ``memory``, ``rates`` and ``suggest``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from slcompile.cli import check, diff, export, memory, rates
+from slcompile.cli import bench, check, diff, export, memory, rates, suggest
 
-COMMANDS = (check, diff, export, memory, rates)
+COMMANDS = (bench, check, diff, export, memory, rates, suggest)
 """Modules with ``add(commands)``, which adds a parser, and ``run(args)``, which does what it parsed and may return
 an exit code."""
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from slcompile.cli.sources import DTYPES, errors_of, from_factory
-from slcompile.config import LOWERINGS, SAVES, SUPPORTS, SLConfig
+from slcompile.config import BASES, LOWERINGS, SAVES, SUPPORTS, SLConfig
 from slcompile.files import writable_file, write_text
 from slcompile.memory.estimate import COMPILED, DEVICES, estimate_memory
+from slcompile.memory.many import ManyReport, estimate_many
 from slcompile.memory.optimizer_bytes import OPTIMIZERS
-from slcompile.models import LLAMAS, hf_config, llama_config
+from slcompile.memory.report import MemoryReport
+from slcompile.memory.sharding import Layout
+from slcompile.models import KNOWN, hf_config, known_config
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -25,7 +28,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", choices=LLAMAS, help="estimate one of the paper's models")
+    which.add_argument(
+        "--model", choices=KNOWN, help="estimate a known model: the paper's, Llama 3, a mixture of experts"
+    )
     which.add_argument(
         "--hf", type=Path, metavar="CONFIG.json", help="estimate this configuration of a causal language model"
     )
@@ -44,6 +49,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--density", type=float, default=defaults.density, help="give S this share of non-zeros")
     parser.add_argument("--support", choices=SUPPORTS, default=defaults.support, help="place the non-zeros so")
+    parser.add_argument(
+        "--base", choices=[each for each in BASES if each], help="keep the weights, frozen, and train what is added"
+    )
     parser.add_argument("--save", choices=SAVES, default=defaults.save, help="save so much of factored matmuls")
     parser.add_argument("--lowering", choices=LOWERINGS, default=defaults.lowering, help="run matmuls so")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="count the state of this optimizer")
@@ -54,13 +62,19 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="compile the whole model (the default), or each layer by itself (with --per-layer)",
     )
     parser.add_argument(
-        "--batch", type=int, help="train on so many sequences a step, 1 if not given; a factory gives its own arguments"
+        "--batch",
+        "--micro-batch",
+        type=int,
+        help="train on so many sequences a step, 1 if not given; a factory gives its own arguments",
     )
     parser.add_argument("--seq-len", type=int, help="train on so many tokens a sequence, 256 if not given; likewise")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="hold weights in this dtype; bfloat16 if not given, and a factory's own"
     )
     parser.add_argument("--device", choices=DEVICES, default="cuda", help="count the kernels of this device")
+    parser.add_argument("--gpus", type=int, help="spread the model over so many, and estimate each")
+    parser.add_argument("--fsdp", action="store_true", help="shard by FSDP2 on --gpus; they use DDP if not given")
+    parser.add_argument("--tp", type=int, help="let so many of --gpus share each matmul, 1 if not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it here, .png or .svg")
     return parser
@@ -73,39 +87,46 @@ def run(args: argparse.Namespace) -> None:
         if size is not None and (size < 1 or args.factory):
             allowed = "left out with a factory, which gives its own arguments" if args.factory else "at least 1"
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {size}")
+    if args.gpus is None and (args.fsdp or args.tp is not None):
+        raise ValueError(f"--{'fsdp' if args.fsdp else 'tp'} needs --gpus")
+    if args.gpus is not None and (args.plot is not None or args.compiled is not None):
+        raise ValueError(f"--{'plot' if args.plot is not None else 'compiled'} is for one GPU, got --gpus {args.gpus}")
+    layout = None if args.gpus is None else Layout(args.gpus, args.fsdp, 1 if args.tp is None else args.tp)
     json_file = None if args.json is None else writable_file(args.json)
     if args.plot is not None:
         from slcompile.files import plot_file
         from slcompile.memory.chart import plot_memory
 
         plot_file(args.plot)
-    config = SLConfig(**{name: getattr(args, name) for name in ("rank", "density", "support", "lowering", "save")})
+    names = ("rank", "density", "support", "base", "lowering", "save")
+    config = SLConfig(**{name: getattr(args, name) for name in names})
     if args.factory:
         title = args.factory
         source, inputs, kwargs = from_factory(args.factory)
     else:
         batch, length = args.batch or 1, args.seq_len or 256
-        title = f"{args.model or args.hf}, batch {batch} x {length} tokens"
-        source = hf_config(args.hf) if args.model is None else llama_config(args.model)
+        title = f"{args.model or args.hf}, batch {batch} x {length} tokens{' on each GPU' if layout else ''}"
+        source = hf_config(args.hf) if args.model is None else known_config(args.model)
         ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
         inputs, kwargs = (), {"input_ids": ids, "labels": ids}
+    common: dict[str, Any] = {
+        "config": config,
+        "optimizer": args.optimizer,
+        "per_layer": args.per_layer,
+        "dtype": DTYPES.get(args.dtype) or (None if args.factory else torch.bfloat16),
+        "device": args.device,
+    }
+    report: ManyReport | MemoryReport
     with errors_of(f"estimating {title}"):
-        report = estimate_memory(
-            source,
-            inputs,
-            kwargs,
-            config=config,
-            optimizer=args.optimizer,
-            per_layer=args.per_layer,
-            dtype=DTYPES.get(args.dtype) or (None if args.factory else torch.bfloat16),
-            device=args.device,
-            compiled=args.compiled,
-        )
+        if layout is not None:
+            (report,) = estimate_many(source, inputs, kwargs, layouts=[layout], **common)
+        else:
+            report = estimate_memory(source, inputs, kwargs, compiled=args.compiled, **common)
     print(title)
     print(report)
     if json_file is not None:
         write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
-    if args.plot is not None:
+    if args.plot is not None and isinstance(report, MemoryReport):
         print(f"chart in {plot_memory(report, args.plot)}")
 
 

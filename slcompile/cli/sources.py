@@ -24,19 +24,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def sl_config(settings: list[str]) -> SLConfig:
     """Returns the config that ``key=value`` words give; values are Python literals, or text."""
-    options: dict[str, Any] = {}
-    for each in settings:
-        key, equals, value = each.partition("=")
-        if not equals:
-            raise ValueError(f"--config takes KEY=VALUE, got {each!r}")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval says it raises
-            options[key] = value
-    config, inductor = SLConfig.from_options(options)
+    config, inductor = SLConfig.from_options(literals("--config", settings))
     if inductor:
-        raise ValueError("--config takes fields of SLConfig; Inductor's settings do not count, nothing is compiled")
+        raise ValueError("--config takes fields of SLConfig, and Inductor's settings are none")
     return config
+
+
+def literals(flag: str, settings: list[str]) -> dict[str, Any]:
+    """Returns what the ``key=value`` words of a flag say; values are Python literals, or text."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} takes KEY=VALUE, got {setting!r}")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval says it raises
+            found[key] = value
+    return found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ def decide(
     reason, detail = structural_reason(weight, use, config)
     if not reason:
         reason, detail = nominal_reason(names, owners, config)
+    if not reason and config.is_by_pattern:
+        reason, detail = setting_reason(names, weight, config)
+    if not reason and config.base is not None:
+        detail = "stays, frozen; what is added to it is trained"
     return Decision(names[0] if names else "?", reason, detail, tuple(weight.shape), len(use.matmuls))
 
 
@@ -28,7 +33,7 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
 
     Depends only on what Dynamo guards on, so it holds for every model that reuses the graph. The codes, in the order in
     which they are looked for: ``no_matmul``, ``other_use`` (``tied`` to an embedding), ``no_grad``, ``not_2d``,
-    ``dtype``, ``frozen``, ``too_small``, ``no_saving``.
+    ``dtype``, ``frozen``, ``too_small``, ``no_saving`` (where rank and density do not depend on names).
     """
     if not use.matmuls:
         return "no_matmul", f"read by {', '.join(sorted(set(use.others))) or 'nothing'}, not by a matmul"
@@ -44,14 +49,26 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
         return "not_2d", f"is a stack of matrices, of which the structure {config.structure!r} takes none"
     if not weight.is_floating_point():
         return "dtype", f"{weight.dtype} is not a floating-point type"
-    if not weight.requires_grad:
+    if not weight.requires_grad and config.base is None:  # it is to be frozen: what is added to it is trained
         return "frozen", "requires_grad is False"
     if min(weight.shape[-2:]) < config.min_dim:
         return "too_small", f"has fewer than {config.min_dim} rows or columns (min_dim)"
+    return ("", "") if config.is_by_pattern else _saving_reason(weight, config)
+
+
+def _saving_reason(weight: Tensor, config: SLConfig) -> tuple[str, str]:
     size = structure_of(config).size(weight.shape, config)
     if size >= weight.numel():
         return "no_saving", f"its factors take {size} parameters at this rank, dense {weight.numel()}"
     return "", ""
+
+
+def setting_reason(names: Sequence[str], weight: Tensor, config: SLConfig) -> tuple[str, str]:
+    """Says why a weight has no place under options that depend on names: ``unmatched`` or ``no_saving``."""
+    own = config.at(*names)
+    if own is None:
+        return "unmatched", "no pattern of rank, density or alpha matches it"
+    return _saving_reason(weight, own)
 
 
 def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SLConfig) -> tuple[str, str]:
@@ -78,11 +95,22 @@ def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SL
 def require_possible_rank(shapes: Iterable[Sequence[int]], config: SLConfig) -> None:
     """Raises ValueError where the rank, an int, is more than the smaller side of every one of these matrices.
 
-    Of a stack of matrices the last two sizes are those of its matrices.
+    With a base, it does so where the factors of every one take as many parameters as the matrix. Of a stack of matrices
+    the last two sizes are those of its matrices.
     """
+    shapes = list(shapes)
     smaller_sides = [min(shape[-2:]) for shape in shapes]
     if isinstance(config.rank, int) and smaller_sides and config.rank > max(smaller_sides):
         raise ValueError(
             f"rank must be at most {max(smaller_sides)}, the smaller side of the largest eligible weight, got "
             f"{config.rank}"
+        )
+    if config.base is None or config.is_by_pattern:
+        return
+    sizes = [(structure_of(config).size(shape, config), math.prod(shape)) for shape in shapes]
+    if sizes and all(size >= dense for size, dense in sizes):
+        least, dense = min(sizes, key=lambda each: each[0] / each[1])
+        raise ValueError(
+            f"rank={config.rank} with density={config.density} saves nothing beside base={config.base!r}: what is "
+            f"added takes {least} parameters, and the weight itself has {dense}; take a smaller rank"
         )

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slcompile.passes import Decision, PassReport
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
+from slcompile.weight.structure import FactorizedWeight
 
 log = logging.getLogger("slcompile")
 
@@ -46,6 +47,7 @@ class Ledger:
         lock: Is held from choosing what to convert until it is converted.
         newest: The report of the model that was converted, or dry-run, last.
         warned: Models of which it was said that nothing was factorized.
+        configs: A dense weight -> the options that it is, or was, converted with, settled for its name.
         other_reads: A dense weight -> how a graph has read it in training, other than by matmuls. Such a weight must
             stay dense in every later graph of the step, too; otherwise one step would see two copies of it.
     """
@@ -59,6 +61,7 @@ class Ledger:
         """Forgets everything."""
         self.newest: PassReport | None = None
         self.warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.configs: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.other_reads: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._records: weakref.WeakKeyDictionary[nn.Module, ModelRecord] = weakref.WeakKeyDictionary()
         self._dry_runs: weakref.WeakKeyDictionary[nn.Module, PassReport] = weakref.WeakKeyDictionary()
@@ -90,7 +93,7 @@ class Ledger:
         self,
         record: ModelRecord,
         roots: Sequence[nn.Module],
-        weights: Sequence[tuple[nn.Parameter, nn.Module]],
+        weights: Sequence[tuple[nn.Parameter, FactorizedWeight]],
         init: str,
         report: PassReport,
     ) -> None:
@@ -109,17 +112,19 @@ class Ledger:
         self.add(record, roots, report)
         if self._silent:
             return
+        start = f"init {init}, which replaces the weights{'' if init == 'kaiming' else ' by their best approximation'}"
+        if any(weight.has_base for _, weight in weights):
+            start = "which begin at zero and are added to the weights, which are frozen"
+        trained = (each for _, weight in weights for each in weight.parameters() if each.requires_grad)
         log.log(
             logging.WARNING if is_first else logging.INFO,
-            "slcompile: factorized %d weights of %s (%d left dense): %s -> %s parameters in them, init %s, which "
-            "replaces the weights%s",
+            "slcompile: factorized %d weights of %s (%d left dense): %s -> %s parameters in them, %s",
             len(weights),
             _kinds(roots),
             len(record.report.left),
             f"{sum(dense.numel() for dense, _ in weights):,}",
-            f"{sum(factor.numel() for _, weight in weights for factor in weight.parameters()):,}",
-            init,
-            "" if init == "kaiming" else " by their best approximation",
+            f"{sum(each.numel() for each in trained):,}",
+            start,
         )
         log.debug("%s", record.report)
 
@@ -151,8 +156,8 @@ class Ledger:
         if held:
             log.warning(
                 "slcompile: %d converted dense weights (%s bytes) are still held by something that is no module and no "
-                "optimizer, such as a list of parameters made before: they take memory, and clipping or averaging that "
-                "list misses the factors",
+                "optimizer, such as a list of parameters made before: they take memory, unless they are a frozen base, "
+                "and clipping or averaging that list misses the factors",
                 len(held),
                 f"{sum(parameter.nbytes for parameter in held):,}",
             )

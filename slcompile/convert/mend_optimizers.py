@@ -75,8 +75,8 @@ def mend(
             new: list[tuple[nn.Parameter, str]] = []
             for parameter, name in zip(old, old_names or [""] * len(old), strict=True):
                 if id(parameter) in weights:
-                    factors = weights[id(parameter)].named_parameters()
-                    new += [(factor, f"{name}{SUFFIX}.{suffix}") for suffix, factor in factors]
+                    parts = weights[id(parameter)].named_parameters()
+                    new += [(part, f"{name}{SUFFIX}.{suffix}") for suffix, part in parts if part.requires_grad]
                 else:
                     new.append((parameter, name))
             places = [before.get(id(p), -1) for p in old]

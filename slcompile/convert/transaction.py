@@ -48,14 +48,18 @@ def convert(
         _require_convertible(candidate, live)
     require_mendable(live.optimizers, {id(candidate.weight): candidate.name for candidate in checked})
     init = config.init
-    if init == "auto":
+    if config.base is not None:
+        init = "kaiming"
+    elif init == "auto":
         init = record.auto_init = record.auto_init or _init_of(checked)
     weights = [
-        structure_of(config).from_dense(
-            candidate.weight.detach(), config, init, name=candidate.name, input_dim=candidate.input_dim
+        structure_of(own).from_dense(
+            candidate.weight.detach(), own, init, name=candidate.name, input_dim=candidate.input_dim
         )
         for candidate in candidates
+        for own in [candidate.config or config]
     ]
+    ledger.configs.update((candidate.weight, candidate.config or config) for candidate in candidates)
     _swap(candidates, weights, live, roots)
     for candidate, weight in zip(candidates, weights, strict=True):
         retire(candidate.weight, f"{candidate.name} was converted to factors", weight)

@@ -15,6 +15,7 @@ from slcompile.config import SLConfig
 from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import WeightUse, find_matmuls, is_weight
+from slcompile.weight.placing import base_class
 
 # They read a matrix in ATen as they do in the captured graph.
 _PLAIN = {functional.embedding, functional.linear, operator.matmul, torch.addmm, torch.matmul, torch.mm}
@@ -99,7 +100,8 @@ def captured_uses(
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Yields path, module and input dimension of every nn.Linear and transformers' Conv1D."""
     for path, module in model.named_modules():
-        is_conv1d = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+        kind = base_class(module)
+        is_conv1d = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
         if isinstance(module, nn.Linear) or is_conv1d:
             yield plain_name(path), module, 0 if is_conv1d else 1
 

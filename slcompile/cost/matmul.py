@@ -67,7 +67,8 @@ SPLIT = 512
 class Matmul:
     """One matmul with a factorized weight, or the product that makes its gradient: N rows, K columns, rank R.
 
-    ``vector`` rows share their columns: 1 but for the vector support.
+    ``vector`` rows share their columns: 1 but for the vector support. ``base`` is whether all is added to a dense
+    matrix that stays.
     """
 
     rows: int
@@ -76,6 +77,7 @@ class Matmul:
     nonzeros: int
     dtype: torch.dtype
     vector: int = 1
+    base: bool = False
 
     @property
     def _name(self) -> str:
@@ -85,7 +87,13 @@ class Matmul:
         moved = (m * k + k * n + m * n) * self.dtype.itemsize
         return max(2 * m * n * k / (share * rates.matmul[self._name]), moved / rates.memory) + rates.launch
 
+    def _added(self, rows: int, columns: int, rates: Rates) -> float:
+        """Returns seconds to read a matrix and to write it: another one is added to it."""
+        return 2 * rows * columns * self.dtype.itemsize / rates.memory
+
     def _sparse(self, tokens: int, rates: Rates) -> float:
+        if not self.nonzeros:
+            return 0.0
         if self.vector > 1 and self._name in rates.vector:
             moved = (tokens * (self.rows + self.columns) + self.nonzeros) * self.dtype.itemsize
             return max(2 * tokens * self.nonzeros / rates.vector[self._name], moved / rates.memory) + rates.launch
@@ -96,30 +104,39 @@ class Matmul:
 
     def _tiled(self, tokens: int, rates: Rates) -> float:
         """Returns seconds of x @ S in dense tiles, and of its partial sums in float32, written and read."""
+        if not self.nonzeros:
+            return 0.0
         operations = 2 * tokens * self.rows * self.columns / (rates.tiled * rates.matmul[self._name])
         sums = 2 * 4 * tokens * self.columns * math.ceil(self.rows / SPLIT)
         return operations + sums / rates.memory + 2 * rates.launch
 
     def _at_support(self, sectors: int, rates: Rates) -> float:
         """Returns seconds to go through a dense matrix at the support; ``sectors`` are moved for each entry."""
+        if not self.nonzeros:
+            return 0.0
         moved = self.nonzeros * (sectors * rates.sector + self.dtype.itemsize) if rates.sector else 0
         return self.nonzeros / rates.entries + moved / rates.memory + rates.launch
 
     def compose(self, rates: Rates) -> float:
         """Returns seconds to write W once: the product of its factors, to which the values are added."""
         product = self._product(self.rows, self.columns, self.rank, rates, rates.narrow)
-        return product + self._at_support(2, rates)
+        base = self._added(self.rows, self.columns, rates) if self.base else 0.0
+        return product + base + self._at_support(2, rates)
 
     def composed(self, tokens: int, rates: Rates, composes: float = 1.0) -> float:
         """Returns seconds of a product with W, and of its share of the compositions."""
         return self._product(tokens, self.rows, self.columns, rates) + composes * self.compose(rates)
 
     def factored(self, tokens: int, rates: Rates, transposed: bool = False) -> float:
-        """Returns seconds of the products through the rank and with S; ``transposed`` of x W, else of x W^T."""
+        """Returns seconds of the products through the rank, with S and a base; ``transposed`` of x W, else of x W^T."""
         through = self._product(tokens, self.rank, self.columns, rates) + self._product(
             tokens, self.rows, self.rank, rates
         )
-        return through + (self._tiled if transposed and rates.tiled else self._sparse)(tokens, rates)
+        through += (self._tiled if transposed and rates.tiled else self._sparse)(tokens, rates)
+        if self.base:
+            through += self._product(tokens, self.rows, self.columns, rates)
+            through += self._added(tokens, self.columns if transposed else self.rows, rates)
+        return through
 
     @property
     def compose_flops(self) -> int:
@@ -132,7 +149,10 @@ class Matmul:
         return 4 * self.rows * self.columns * self.rank
 
     def factored_flops(self, tokens: int) -> int:
-        """Counts the operations of one product through the rank and with S, or of the factors' gradients."""
+        """Counts the operations of one product through the rank and with S, or of the factors' gradients.
+
+        That with a base is not among them: the gradients do without.
+        """
         return 2 * tokens * (self.rank * (self.rows + self.columns) + self.nonzeros)
 
     def grads_composed(self, tokens: int, rates: Rates) -> float:

@@ -28,7 +28,7 @@ def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:
     weights = {
         parameters[plain_name(path).removesuffix(SUFFIX)]: module
         for path, module in model.named_modules()
-        if isinstance(module, SLWeight)
+        if isinstance(module, SLWeight) and not module.has_base  # with a base, factors make no smaller file
     }
     first = graph.graph[0]
     for name in list(graph.graph.initializers):

@@ -80,11 +80,11 @@ class ExportReport:
             f"{self.path.name}: opset {self.opset}, {self.metadata['dtype']}, {len(self.merged)} merged weights"
             f"{absent}, {sum(self.files.values()) / 1e6:.1f} MB in {len(self.files)} file{'s' * (len(self.files) > 1)}"
         ]
-        for each in self.comparisons:
-            agree = "" if each.same_argmax is None else f", arg-max equal at {each.same_argmax:.2%}"
+        for comparison in self.comparisons:
+            agree = "" if comparison.same_argmax is None else f", arg-max equal at {comparison.same_argmax:.2%}"
             lines.append(
-                f"  {each.against} against the trained model, {each.output} {list(each.shape)}: largest difference "
-                f"{each.max_abs:.2e} absolute, {each.max_rel:.2e} relative{agree}"
+                f"  {comparison.against} against the trained model, {comparison.output} {list(comparison.shape)}: "
+                f"largest difference {comparison.max_abs:.2e} absolute, {comparison.max_rel:.2e} relative{agree}"
             )
         if self.max_abs is None:
             lines.append("  not run in onnxruntime")

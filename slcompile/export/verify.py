@@ -84,11 +84,12 @@ def compare_calls(trained: nn.Module, calls: Sequence[Call], dtype: torch.dtype,
 
 def require_close(comparisons: Sequence[Comparison], dtype: torch.dtype) -> None:
     """Raises ValueError for an output that differs by more than ``TOLERANCE``."""
-    for each in comparisons:
-        if not each.max_rel <= TOLERANCE[dtype]:  # also where it is NaN
+    for comparison in comparisons:
+        if not comparison.max_rel <= TOLERANCE[dtype]:  # also where it is NaN
             raise ValueError(
-                f"output {each.output} of {each.against} differs from the trained model by {each.max_rel:.2e} "
-                f"relative, more than the tolerance {TOLERANCE[dtype]:.0e} of {dtype}; nothing was written"
+                f"output {comparison.output} of {comparison.against} differs from the trained model by "
+                f"{comparison.max_rel:.2e} relative, more than the tolerance {TOLERANCE[dtype]:.0e} of {dtype}; "
+                "nothing was written"
             )
 
 

@@ -323,10 +323,10 @@ class _Collector:
                     use.add(read, captured)
 
             def collect(report: PassReport) -> None:
-                for each in [*report.replaced, *report.left]:
-                    if each.factor in uses:
-                        decision = replace(each, node=origins.get(each.node, ""))
-                        uses[each.factor].weight.lowered.append((number, decision))
+                for matmul in [*report.replaced, *report.left]:
+                    if matmul.factor in uses:
+                        decision = replace(matmul, node=origins.get(matmul.node, ""))
+                        uses[matmul.factor].weight.lowered.append((number, decision))
 
             before = snapshot(graph, labels, self.paths)
             run(joint_passes(self.config), graph_module, self._watch(number, stage, collect))
@@ -381,8 +381,8 @@ def _row(weight: _Weight, read: _Read, config: SLConfig) -> MatmulRow:
     lowerings = {each.lowering for each in [*own, *rest]}
     costs = Counter[str]()
     for part, decisions in ((1 / max(1, len(own)), own), (share, rest)):
-        for each in decisions:
-            costs.update({name: part * seconds for name, seconds in each.costs.items()})
+        for decision in decisions:
+            costs.update({name: part * seconds for name, seconds in decision.costs.items()})
     return MatmulRow(
         name=weight.name,
         shape=tuple(weight.dense.shape),
@@ -418,7 +418,8 @@ def _flops(weight: _Weight, read: _Read, config: SLConfig, own: Sequence[Decisio
         return sum(found) / len(found) if found else 0.0
 
     def products(part: float, composes: float) -> float:
-        return part * factors.factored_flops(tokens) + (1 - part) * (product + composes * factors.compose_flops)
+        apart = factors.factored_flops(tokens) + (product if factors.has_base else 0)
+        return part * apart + (1 - part) * (product + composes * factors.compose_flops)
 
     grads = factored("gradients", rest)
     after = products(factored("forward", own), share)

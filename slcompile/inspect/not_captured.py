@@ -83,8 +83,8 @@ def _disabled_function(module: nn.Module, child: str) -> str:
 def _codes(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Yields file and line of a module's forward, and of each function that decorators made of it."""
     function: Any = inspect.unwrap(module.forward)
-    for each in (module.forward, function):
-        code = getattr(each, "__code__", None)
+    for called in (module.forward, function):
+        code = getattr(called, "__code__", None)
         if code is not None:
             yield code.co_filename, code.co_firstlineno
 

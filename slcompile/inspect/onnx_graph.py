@@ -113,8 +113,8 @@ def _value(onnx: Any, attribute: Any) -> str:
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, onnx.TensorProto):
         size = 1
-        for each in value.dims:
-            size *= each
+        for dim in value.dims:
+            size *= dim
         numbers = onnx.numpy_helper.to_array(value).tolist() if size <= 16 else f"{size} numbers"
         return f"{numbers} {_dtype(onnx, value.data_type)}"
     if isinstance(value, onnx.GraphProto):

@@ -25,7 +25,7 @@ class Spectra:
     Args:
         low_rank: Of ``s * B @ A``, [..., min(rank, rows, columns)].
         sparse: Of ``S``, [..., min(rows, columns)].
-        weight: Of ``W = s * B @ A + S``, [..., min(rows, columns)].
+        weight: Of ``W = s * B @ A + S``, [..., min(rows, columns)]; with a frozen base of that and the rest.
     """
 
     low_rank: Tensor
@@ -94,11 +94,12 @@ def _of(parts: Factors) -> Spectra:
     support = parts.index if parts.index is not None else torch.tensor([parts.seed], device=B.device)
     S = B.new_zeros(*B.shape[:-1], A.shape[-1])
     S.view(-1)[flat_positions(values, support, A.shape[-1], parts.vector).long()] = values.flatten()
+    whole = S.clone() if parts.base is None else S + parts.base.float()
     core = torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT
     return Spectra(
         low_rank=(parts.scale * torch.linalg.svdvals(core)).cpu(),
         sparse=torch.linalg.svdvals(S).cpu(),
-        weight=torch.linalg.svdvals(S.add_(B @ A, alpha=parts.scale)).cpu(),
+        weight=torch.linalg.svdvals(whole.add_(B @ A, alpha=parts.scale)).cpu(),
     )
 
 

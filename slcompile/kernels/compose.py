@@ -22,6 +22,7 @@ def compose(
     scale: float,
     dtype: torch.dtype | None = None,
     vector: int = 1,
+    base: Tensor | None = None,
 ) -> Tensor:
     """Composes a weight, or one for each of E experts.
 
@@ -34,24 +35,31 @@ def compose(
         scale: Factor of the low-rank part.
         dtype: Of the result, to which the factors are rounded for their product, as autocast does; None is B's.
         vector: Rows that share their columns.
+        base: [N, K] or [E, N, K], which the rest is added to, rounded like the factors; None for nothing.
 
     Returns:
         [N, K] or [E, N, K], its rows neighbours in memory with a gap where that aligns them.
     """
     dtype = dtype or B.dtype
     columns = A.shape[-1]
-    W = scaled_product(B.to(dtype), aligned_rows(A.to(dtype)), scale)
+    onto = None if base is None else aligned_rows(base.to(dtype))
+    W = scaled_product(B.to(dtype), aligned_rows(A.to(dtype)), scale, onto)
+    if not values.numel():
+        return W.narrow(-1, 0, columns)
     groups = values if values.dim() == 1 else values.flatten(end_dim=-2)
     # Experts are further rows of one support.
     add_(W.view(-1, W.shape[-1]), groups, support, columns, vector)
     return W.narrow(-1, 0, columns)
 
 
-def scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
-    """Computes ``scale * first @ second``, of one or of several matrices."""
+def scaled_product(first: Tensor, second: Tensor, scale: float, onto: Tensor | None = None) -> Tensor:
+    """Computes ``scale * first @ second``, of one or of several matrices, added to another one if there is one."""
     if first.dim() == 3:
         # Inductor would scale the result in a pass of its own; scaling the smaller operand is exact for powers of two.
-        return first * scale @ second if first.numel() <= second.numel() else first @ (second * scale)
+        product = first * scale @ second if first.numel() <= second.numel() else first @ (second * scale)
+        return product if onto is None else onto + product
+    if onto is not None:
+        return torch.addmm(onto, first, second, alpha=scale)
     # beta=0: the first argument counts for nothing, but Inductor's own matmuls read it, so that it has to be a number.
     # A number that is there saves the launch that would make one. The product is scaled before it is rounded.
     return torch.addmm(first.narrow(0, 0, 1).narrow(1, 0, 1), first, second, beta=0, alpha=scale)

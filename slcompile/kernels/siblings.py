@@ -112,8 +112,8 @@ def strides(factors: Sequence[Tensor]) -> list[Any]:
 def partial_sums(x: Tensor, outputs: Sequence[Tensor], terms: int) -> tuple[Tensor, list[Any]]:
     """Makes room for the pieces of long sums, float32 [splits, all elements]; says where outputs 1, 2, 3 begin."""
     begins = [0]
-    for each in outputs:
-        begins.append(begins[-1] + each.numel())
+    for output in outputs:
+        begins.append(begins[-1] + output.numel())
     partial = torch.empty(triton.cdiv(terms, SPLIT), begins[-1], dtype=torch.float32, device=x.device)
     return partial, four(begins[:-1])[1:]
 

@@ -6,6 +6,7 @@ T tokens, N rows, K columns, R rank.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from slcompile.cost.devices import aligned
@@ -40,6 +41,8 @@ def compose_backward(
     grad_B = scaled_product(G, aligned_rows(A.to(G.dtype)).narrow(-1, 0, columns).mT, scale)
     grad_A = scaled_product(B.to(G.dtype).mT, G, scale)
     rows = values if values.dim() == 1 else values.flatten(end_dim=-2)
+    if not values.numel():
+        return grad_B.to(B.dtype), grad_A.to(A.dtype), torch.empty_like(values)
     grad_values = read(G.reshape(-1, columns) if G.dim() == 3 else G, rows, support, vector).view(values.shape)
     return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_values
 

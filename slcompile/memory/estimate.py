@@ -78,18 +78,19 @@ def estimate_memory(
     kind = OPTIMIZERS[optimizer]
     plan = Plan(device, kind.scratch_on(device), kind.together, per_layer, compiled == "layers")
     call = (tuple(args), dict(kwargs or {}))
-    build, layers = _builder(model_or_config, dtype)
+    build, layers = builder(model_or_config, dtype)
     usages, depths = {}, []
     described: set[str] = set()
     for factorized in (True, False):
-        make = _factorizing(build, config, call) if factorized else build
-        events, depth = _step(make, layers, call, dtype, plan, config if factorized else None)
+        make = factorizing(build, config, call) if factorized else build
+        events, depth = step_of(make, layers, call, dtype, plan, config if factorized else None)
         model = make(layers)
         depths.append(depth)
         described |= {key for each in model.modules() if isinstance(each, FactorizedWeight) for key in each.describe()}
         for name in ("sltrain", "low_rank") if factorized else ("dense",):
             usages[name] = _usage(model, events, kind, with_values=name != "low_rank")
-    asked: dict[str, Any] = {key: getattr(config, key) for key in ("rank", "density", "support") if key in described}
+    options = ("rank", "density", "support", "base")
+    asked: dict[str, Any] = {key: getattr(config, key) for key in options if key in described}
     settings: dict[str, Any] = {
         "optimizer": optimizer + (" per layer" if per_layer else ""),
         **({} if config.structure == SLConfig.structure else {"structure": config.structure}),
@@ -113,8 +114,8 @@ def held_memory(
     Returns:
         ``"sltrain"``, ``"low_rank"`` and ``"dense"``.
     """
-    build, layers = _builder(model_or_config, dtype)
-    factorized = _factorizing(build, config, None)(layers)
+    build, layers = builder(model_or_config, dtype)
+    factorized = factorizing(build, config, None)(layers)
     kind = OPTIMIZERS[optimizer]
     return {
         "sltrain": _usage(factorized, [], kind, with_values=True),
@@ -123,7 +124,7 @@ def held_memory(
     }
 
 
-def _builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]:
+def builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]:
     """Returns what makes the dense model, and its number of layers where that can be chosen."""
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
@@ -152,7 +153,7 @@ def _builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]
     return build, layers
 
 
-def _factorizing(build: Build, config: SLConfig, call: Call | None) -> Build:
+def factorizing(build: Build, config: SLConfig, call: Call | None) -> Build:
     """Makes the factorized model; weights are found on the graph of a call, or without one by the kind of module."""
 
     def make(depth: int | None) -> nn.Module:
@@ -172,7 +173,7 @@ def _factorizing(build: Build, config: SLConfig, call: Call | None) -> Build:
     return make
 
 
-def _step(
+def step_of(
     make: Build, layers: int | None, call: Call, dtype: torch.dtype | None, plan: Plan, config: SLConfig | None
 ) -> tuple[list[Event], int | None]:
     """Returns the events of a step of a model of this depth, and the depth of the deepest graphs made for them."""

@@ -1,11 +1,15 @@
 """compose: W_NK = scale * B_NR @ A_RK + S_NK, with S holding ``values`` at the support (SLTrain, eq. 2).
 
-Backward, with G_NK = dL/dW:  dB = scale * G @ A^T,  dA = scale * B^T @ G,  dvalues = G at the support.
+A weight that stays, the frozen base, is one more term: W_NK = base_NK + scale * B_NR @ A_RK + S_NK.
+
+Backward, with G_NK = dL/dW:  dB = scale * G @ A^T,  dA = scale * B^T @ G,  dvalues = G at the support; dbase = G,
+which is not made where the base is frozen.
 
 N rows, K columns, R rank, P non-zeros. ``values`` and ``support`` are [N, groups] and the seed (one element) for
 the stratified and the vector support, [P] and the flat index [P] for the uniform one. ``vector`` is how many rows
 share their columns: 1 but for the vector support. A stack of E matrices (the experts of a mixture)
-has B [E, N, R], A [E, R, K] and values [E, N, groups]; its support is that of one matrix of E * N rows.
+has B [E, N, R], A [E, R, K] and values [E, N, groups]; its support is that of one matrix of E * N rows. Without a
+sparse part there are no groups.
 
 The ops are opaque (``custom_op``, not ``triton_op``) so that they reach the joint graph whole: passes find them
 there, and AOTAutograd decomposes a triton_op before any custom pass runs.
@@ -22,12 +26,15 @@ from torch import Tensor
 from slcompile.ops.support import flat_positions
 
 
-def compose_reference(B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1) -> Tensor:
+def compose_reference(
+    B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1, base: Tensor | None = None
+) -> Tensor:
     """Computes the formula as the paper writes it, in ops that every transform of autograd can differentiate."""
     shape = (*B.shape[:-1], A.shape[-1])
     sparse = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
     sparse = sparse.scatter(0, flat_positions(values, support, A.shape[-1], vector).long(), values.flatten())
-    return scale * (B @ A) + sparse.view(shape)
+    added = scale * (B @ A) + sparse.view(shape)
+    return added if base is None else base + added
 
 
 @torch.library.custom_op("slcompile::compose", mutates_args=())
@@ -39,6 +46,7 @@ def compose(
     scale: float,
     dtype: torch.dtype | None = None,
     vector: int = 1,
+    base: Tensor | None = None,
 ) -> Tensor:
     """Composes a weight.
 
@@ -50,19 +58,20 @@ def compose(
         scale: Factor of the low-rank part.
         dtype: Of the result; None is B's.
         vector: Rows that share their columns.
+        base: [N, K] or [E, N, K], which the rest is added to; rounded to B's dtype.
 
     Returns:
         [N, K] or [E, N, K], contiguous, whatever autocast says.
     """
     with torch.autocast(B.device.type, enabled=False):
-        weight = _scaled_product(B, A, scale)
+        weight = _scaled_product(B, A, scale) if base is None else _added_product(base.to(B.dtype), B, A, scale)
         # The support has no repetition, so this is exact and deterministic.
         weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[-1], vector), values.flatten())
         return weight if dtype is None else weight.to(dtype)
 
 
 @compose.register_fake
-def _(B, A, values, support, scale, dtype=None, vector=1):
+def _(B, A, values, support, scale, dtype=None, vector=1, base=None):
     return B.new_empty((*B.shape[:-1], A.shape[-1]), dtype=dtype)
 
 
@@ -70,6 +79,10 @@ def _scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
     # beta=0: the first argument is not read, and alpha is applied before rounding to the operands' dtype.
     product = torch.addmm if first.dim() == 2 else torch.baddbmm
     return product(first.new_empty((1,) * first.dim()), first, second, beta=0, alpha=scale)
+
+
+def _added_product(base: Tensor, first: Tensor, second: Tensor, scale: float) -> Tensor:
+    return (torch.addmm if first.dim() == 2 else torch.baddbmm)(base, first, second, alpha=scale)
 
 
 @torch.library.custom_op("slcompile::compose_backward", mutates_args=())
@@ -92,12 +105,14 @@ def _(grad, B, A, values, support, scale, vector=1):
 
 
 def _setup_compose(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    B, A, values, support, ctx.scale, _, ctx.vector = inputs
+    B, A, values, support, ctx.scale, _, ctx.vector, base = inputs
+    ctx.base_dtype = base.dtype if base is not None and base.requires_grad else None
     ctx.save_for_backward(B, A, values, support)
 
 
 def _compose_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *compose_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.vector), None, None, None, None
+    base_grad = None if ctx.base_dtype is None else grad.to(ctx.base_dtype)
+    return *compose_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.vector), None, None, None, None, base_grad
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

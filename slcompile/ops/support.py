@@ -127,10 +127,12 @@ def flat_positions(values: Tensor, support: Tensor, columns: int, vector: int = 
         vector: Rows that share their columns; 1 for stratified.
 
     Returns:
-        int32 or int64 of shape [values.numel()], without repetition, ascending.
+        int32 or int64 of shape [values.numel()], without repetition, ascending; of no groups, no positions.
     """
     if values.dim() == 1:
         return support
+    if not values.numel():
+        return support.new_empty(0)
     groups = values.shape[-1]
     rows = values.numel() // groups
     row_start = (torch.arange(rows, device=values.device).unsqueeze(1) + _zero(support)) * columns

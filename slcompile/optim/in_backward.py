@@ -7,15 +7,16 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile import torch_private
+from slcompile.optim.buckets import are_watched, watch_buckets
 from slcompile.weight.marks import require_steppable
-from slcompile.weight.owners import LiveObjects, wrapper_of
+from slcompile.weight.owners import LiveObjects, data_parallel_wrappers
 
 
 def per_layer(
@@ -23,6 +24,7 @@ def per_layer(
     params_or_groups: Iterable[Any],
     *,
     max_grad_norm: float | None = None,
+    accumulate: int = 1,
     **kwargs: Any,
 ) -> PerLayer:
     """Makes an optimizer that updates each parameter as soon as its gradient is there, and frees the gradient.
@@ -33,9 +35,15 @@ def per_layer(
 
     - The learning rate must be set before ``backward()``; gradients are gone after it.
     - Clipping is per parameter. ``clip_grad_norm_`` over a model finds no gradients.
-    - A backward pass is a step. Accumulating gradients over several, closures, GradScaler and models inside DDP, FSDP
-      or DataParallel are refused. Wrappers and closures are noticed before anything is updated; accumulation in the
-      second backward pass and GradScaler in its first ``step()``, when one update was made with what the first brought.
+    - With ``accumulate=k``, the gradients of the first k - 1 backward passes are added up as ever, and the k-th pass
+      updates. More than k passes before a ``step()`` are refused, in the first one too many, when an update was made
+      with what k of them brought. After fewer, ``step()`` updates with what is there.
+    - Under FSDP2 (``fully_shard``) a shard is updated after its reduce-scatter, and under DistributedDataParallel a
+      bucket's parameters after its all-reduce. Passes in which the processes do not exchange gradients (``no_sync()``,
+      ``set_requires_gradient_sync(False)``) do not count among the k. Wrap or shard the model before you make the
+      optimizer. DDP's own buckets hold a whole set of gradients: only the second one, in ``grad``, is saved.
+    - Closures, GradScaler, FullyShardedDataParallel (the first FSDP), DataParallel, communication hooks of DDP and its
+      ``find_unused_parameters`` are refused: GradScaler in its first ``step()``, the others before anything is updated.
     - A compiled graph returns the gradients of all its parameters at once. To free them layer by layer, compile layer
       by layer: ``for layer in layers: layer.compile(backend="sltrain")``.
     - Hooks registered on the optimizer's ``step`` run once a step, after all updates.
@@ -47,11 +55,13 @@ def per_layer(
         params_or_groups: As ``optimizer_cls`` takes them. May be dense weights that the first training step of
             ``backend="sltrain"`` turns into factors: those are adopted.
         max_grad_norm: Each parameter's gradient is scaled down to this 2-norm; None: no clipping.
+        accumulate: Backward passes in a step.
         **kwargs: For ``optimizer_cls``.
 
     Raises:
-        ValueError: The class needs all parameters at once, ``max_grad_norm`` is not positive, a parameter already has
-            a gradient or another per-layer optimizer.
+        ValueError: The class needs all parameters at once, ``max_grad_norm`` or ``accumulate`` is not positive, a
+            parameter already has a gradient or another per-layer optimizer, it is inside a wrapper that is refused, or
+            it is sharded and the class is one of bitsandbytes'.
     """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise ValueError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}")
@@ -62,10 +72,13 @@ def per_layer(
         raise ValueError(f"optimizer_cls got {optimizer_cls.__name__}, which needs a closure: it steps all at once")
     if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
         raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ValueError(f"accumulate must be an int >= 1, got {accumulate!r}")
     plain: Any = optimizer_cls  # mypy takes an unbound __hash__ for the class's own
     optimizer = _per_layer_class(plain)(params_or_groups, **kwargs)
-    optimizer.max_grad_norm = max_grad_norm
+    optimizer.max_grad_norm, optimizer.accumulate = max_grad_norm, accumulate
     optimizer.watch()
+    optimizer.watch_wrappers()
     return optimizer
 
 
@@ -76,10 +89,22 @@ class Update:
         self.optimizer = weakref.ref(optimizer)
 
     def __call__(self, parameter: Tensor) -> None:
-        """Updates a parameter whose gradient is whole."""
+        """Tells the optimizer that a gradient was accumulated: by autograd, or by FSDP2 after its reduce-scatter."""
         optimizer = self.optimizer()
+        if optimizer is not None and not optimizer.is_averaged_later(parameter):
+            optimizer.arrived(parameter)
+
+
+def _is_updated(parameter: nn.Parameter) -> bool:
+    return any(isinstance(hook, Update) for hook in torch_private.post_accumulate_hooks(parameter))
+
+
+def _averaged(parameter: nn.Parameter) -> None:
+    """Tells a parameter's optimizer that DDP has averaged its gradient."""
+    for hook in torch_private.post_accumulate_hooks(parameter):
+        optimizer = hook.optimizer() if isinstance(hook, Update) else None
         if optimizer is not None:
-            optimizer.update(parameter)
+            optimizer.arrived(parameter)
 
 
 class PerLayer(Optimizer):
@@ -89,6 +114,7 @@ class PerLayer(Optimizer):
     """The class whose update is used."""
 
     max_grad_norm: float | None
+    accumulate: int
     _step_supports_amp_scaling = True  # GradScaler then calls step(), which says what is wrong, as no scaler would
 
     def __init__(self, params: Iterable[Any], **kwargs: Any) -> None:
@@ -96,7 +122,9 @@ class PerLayer(Optimizer):
         self._handles: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> of the hook on it
         self._group_of: dict[int, int] = {}  # id of a parameter -> position of its group
         self._updated: set[int] = set()  # ids of those updated since the last step()
-        self._alone = True  # False: whether a wrapper holds the parameters is to be found out
+        self._passes: dict[int, int] = {}  # id of one not updated yet -> gradients that came since the last step()
+        self._averaged_by: dict[int, weakref.ref[nn.Module]] = {}  # id of a parameter -> the DDP module that it is in
+        self._wrappers_known = True  # False: which wrappers hold the parameters is to be found out
         self._made = False
         super().__init__(params, **kwargs)
         self._made = True
@@ -123,6 +151,12 @@ class PerLayer(Optimizer):
         if new:
             require_steppable(self)
         for parameter in new:
+            if type(parameter.data) is not Tensor and self.plain.__module__.startswith("bitsandbytes."):
+                raise ValueError(
+                    f"{self.plain.__name__} of bitsandbytes cannot update a parameter of shape "
+                    f"{tuple(parameter.shape)} that is a {type(parameter.data).__name__}: its kernels read plain "
+                    "memory. Take the optimizer of torchao"
+                )
             if parameter.grad is not None:
                 raise ValueError(
                     f"a parameter of shape {tuple(parameter.shape)} already has a gradient, to which the next backward "
@@ -140,25 +174,47 @@ class PerLayer(Optimizer):
         for parameter in new:
             self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._hook)
         if new:
-            self._alone = False
+            self._wrappers_known = False
         self._group_of = group_of
         self._updated &= group_of.keys()
+        for gone_id in self._passes.keys() - group_of.keys():
+            del self._passes[gone_id]
+
+    def is_averaged_later(self, parameter: Tensor) -> bool:
+        """Returns whether a gradient that autograd has accumulated is yet to be averaged by DDP, which then says so.
+
+        Raises:
+            ValueError: A wrapper that is refused holds a parameter.
+        """
+        if not self._wrappers_known:
+            self.watch_wrappers()
+            self._wrappers_known = True
+        wrapper = self._averaged_by.get(id(parameter))
+        return wrapper is not None and wrapper() is not None
+
+    def arrived(self, parameter: Tensor) -> None:
+        """Counts a gradient, averaged where there are several processes; the last one of a step updates.
+
+        Raises:
+            RuntimeError: The parameter was updated already since the last ``step()``.
+            ValueError: As ``update``.
+        """
+        if id(parameter) in self._updated:
+            raise RuntimeError(
+                f"{type(self).__name__} got more gradients of a parameter of shape {tuple(parameter.shape)} since its "
+                f"last step() than accumulate={self.accumulate}: call step() after so many backward passes. Several "
+                "reentrant checkpoints that share a parameter bring several in one pass"
+            )
+        self._passes[id(parameter)] = self._passes.get(id(parameter), 0) + 1
+        if self._passes[id(parameter)] == self.accumulate:
+            self.update(parameter)
 
     def update(self, parameter: Tensor) -> None:
         """Updates one parameter with its gradient, and frees the gradient.
 
         Raises:
-            RuntimeError: It was updated already since the last ``step()``, or a wrapper averages its gradients later.
             ValueError: The optimizer's class keeps something for all parameters together.
         """
-        if not self._alone:
-            self._require_alone()
-        if id(parameter) in self._updated:
-            raise RuntimeError(
-                f"{type(self).__name__} got a second gradient of a parameter of shape {tuple(parameter.shape)} since "
-                "its last step(): call step() after each backward(). It cannot accumulate gradients, over several "
-                "backward passes or over several reentrant checkpoints that share a parameter"
-            )
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
         groups = self.param_groups
@@ -176,13 +232,14 @@ class PerLayer(Optimizer):
                 "for all its parameters together"
             )
         parameter.grad = None
+        self._passes.pop(id(parameter), None)
         self._updated.add(id(parameter))
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # torch's overloads return a loss, which a step without a closure has not
         """Ends a step: every parameter was updated in the backward pass.
 
-        One that was frozen when it was given, and has a gradient now, is updated here, from the next step on in the
-        backward pass.
+        One that was frozen when it was given and has a gradient now, and one that got fewer gradients than
+        ``accumulate``, are updated here.
 
         Raises:
             ValueError: There is a closure.
@@ -195,38 +252,64 @@ class PerLayer(Optimizer):
                 f"{type(self).__name__} cannot be used with GradScaler: backward() has already updated the parameters "
                 "with scaled gradients, and overflows cannot be skipped. Train in bfloat16, which needs no scaler"
             )
+        # So a distributed checkpoint makes a new optimizer's state before it loads one: gradients and rates of zero.
+        is_start = not self.state and all(float(group.get("lr", 1)) == 0 for group in self.param_groups)
         left = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
         for parameter, group in left:
-            if parameter in self._handles:
+            if parameter in self._handles and id(parameter) not in self._passes and not is_start:
                 raise RuntimeError(
                     f"{type(self).__name__}.step() found the gradient of a parameter of shape "
-                    f"{tuple(parameter.shape)} that no backward pass brought: set by hand, or by a pass that failed. "
-                    "Call zero_grad() to discard it"
+                    f"{tuple(parameter.shape)} that no backward pass brought: set by hand, by a pass that failed, or "
+                    "by passes under no_sync() alone. Call zero_grad() to discard it"
                 )
             self._group_of[id(parameter)] = group
             self.update(parameter)
         self.watch()
         self._updated.clear()
+        self._passes.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discards gradients, also those that are being accumulated."""
+        super().zero_grad(set_to_none)
+        self._passes.clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled: its hooks are on these parameters; use state_dict()"
         )
 
-    def _require_alone(self) -> None:
-        """Raises RuntimeError where a wrapper combines the gradients of several processes after the hooks have run."""
+    def watch_wrappers(self) -> None:
+        """Finds the wrappers that combine the gradients of several processes, and what they say when they have.
+
+        Raises:
+            ValueError: One of them cannot be waited for.
+        """
         live = LiveObjects.find()
-        parameters = list(self._handles)
-        owners = live.owners(parameters)
-        for parameter in parameters:
+        owners = live.owners(self._handles)
+        ddp: dict[int, nn.parallel.DistributedDataParallel] = {}
+        self._averaged_by.clear()
+        for parameter in self._handles:
             for module, name in owners[id(parameter)]:
-                wrapper = wrapper_of(live.ancestors(module), parameter)
-                if wrapper is not None:
-                    raise RuntimeError(
-                        f"{type(self).__name__} cannot update {name} of {type(module).__name__} inside {wrapper}: "
-                        "gradients are combined across processes only after each was accumulated"
-                    )
-        self._alone = True
+                for kind, wrapper in data_parallel_wrappers(live.ancestors(module)):
+                    if kind == "DistributedDataParallel":
+                        ddp[id(wrapper)] = cast(nn.parallel.DistributedDataParallel, wrapper)
+                        self._averaged_by[id(parameter)] = weakref.ref(wrapper)
+                    elif kind != "FSDPModule":
+                        raise ValueError(
+                            f"{type(self).__name__} cannot update {name} of {type(module).__name__} inside {kind}: it "
+                            "does not say when it has combined a parameter's gradients. Use DistributedDataParallel or "
+                            "fully_shard"
+                        )
+        for each in ddp.values():
+            if are_watched(each):
+                continue
+            trained = [p for p in each.parameters() if p.requires_grad]
+            if torch_private.in_backward() and not all(_is_updated(p) for p in trained):
+                raise ValueError(
+                    f"{type(self).__name__} was made before DistributedDataParallel, of some of its parameters only: "
+                    "the reduction of others may have begun. Make it after DistributedDataParallel"
+                )
+            watch_buckets(each, _averaged)
 
 
 @functools.cache

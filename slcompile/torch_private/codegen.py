@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -29,9 +30,9 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        for each in gm.modules():
-            if each is not gm and isinstance(each, fx.GraphModule):
-                each.meta[_SUBGRAPH] = True
+        for submodule in gm.modules():
+            if submodule is not gm and isinstance(submodule, fx.GraphModule):
+                submodule.meta[_SUBGRAPH] = True
         return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
 
     _mend_inductor()
@@ -152,6 +153,13 @@ def cpp_library(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)
+
+
+def fresh_cache() -> contextlib.AbstractContextManager[Any]:
+    """While it is entered, Inductor and Triton find nothing that was compiled before."""
+    from torch._inductor.utils import fresh_cache
+
+    return fresh_cache()
 
 
 def calls_aten() -> bool:

@@ -131,12 +131,12 @@ def skipped_frames() -> Iterator[list[SkippedFrame]]:
     try:
         yield found
     finally:
-        for each in utils.get_compilation_metrics()[before:]:
-            if each.fail_type is not None:
-                code = (each.co_filename or "", each.co_firstlineno or 0)
-                at = (each.fail_user_frame_filename or code[0], each.fail_user_frame_lineno or code[1])
-                trace = traceback.format_list([traceback.FrameSummary(*at, each.co_name or "")])
-                found.append(SkippedFrame(code, (each.fail_reason or each.fail_type).strip(), "".join(trace)))
+        for metrics in utils.get_compilation_metrics()[before:]:
+            if metrics.fail_type is not None:
+                code = (metrics.co_filename or "", metrics.co_firstlineno or 0)
+                at = (metrics.fail_user_frame_filename or code[0], metrics.fail_user_frame_lineno or code[1])
+                trace = traceback.format_list([traceback.FrameSummary(*at, metrics.co_name or "")])
+                found.append(SkippedFrame(code, (metrics.fail_reason or metrics.fail_type).strip(), "".join(trace)))
         utils.set_compilation_metrics_limit(limit or utils.DEFAULT_COMPILATION_METRICS_LIMIT)
 
 

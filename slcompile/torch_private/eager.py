@@ -31,6 +31,21 @@ def post_accumulate_hooks(parameter: Tensor) -> list[Any]:
     return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
+def after_backward(callback: Callable[[], None]) -> None:
+    """Calls ``callback`` at the end of the backward pass that runs, before what is asked for after this."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def leave_gradients_in_buckets(wrapper: torch.nn.parallel.DistributedDataParallel) -> None:
+    """Keeps DDP from copying reduced gradients to ``grad`` at the end of a backward pass: its hook has used them."""
+    cast(Any, wrapper.reducer)._set_optimizer_in_backward()
+
+
+def bucket_hooks(wrapper: torch.nn.parallel.DistributedDataParallel) -> list[Any]:
+    """Returns the communication hooks that DDP was given."""
+    return [hook for hook, _ in wrapper._comm_hooks]
+
+
 def step_without_hooks(optimizer_cls: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     """Returns a class's ``step`` without the step hooks around it, which the first instance of the class puts there."""
     step: Any = optimizer_cls.step

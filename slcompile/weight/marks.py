@@ -25,7 +25,7 @@ def successor_of(parameter: torch.Tensor) -> Any:
     return getattr(parameter, _SUCCESSOR, None)
 
 
-def mark_values(parameter: nn.Parameter) -> None:
+def mark_values(parameter: torch.Tensor) -> None:
     """Marks a weight's ``values``, which have the shape of a matrix and are none: not for matrix-only optimizers."""
     _watch()
     setattr(parameter, _VALUES, True)

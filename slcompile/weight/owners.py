@@ -94,12 +94,22 @@ def owners_among(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> 
     return wanted
 
 
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel")
+
+
+def data_parallel_wrappers(modules: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Returns those of some modules that are wrappers of DDP, FSDP or FSDP2, and the names of these."""
+    kinds = (
+        (next((base.__name__ for base in type(each).__mro__ if base.__name__ in _WRAPPERS), ""), each)
+        for each in modules
+    )
+    return [(kind, each) for kind, each in kinds if kind]
+
+
 def wrapper_of(ancestors: Iterable[nn.Module], parameter: Tensor) -> str | None:
     """Returns name of the DDP or FSDP wrapper that already holds a parameter, if there is one."""
-    for ancestor in ancestors:
-        for base in type(ancestor).__mro__:
-            if base.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
-                return base.__name__
+    for kind, _ in data_parallel_wrappers(ancestors):
+        return kind
     return type(parameter.data).__name__ if type(parameter.data) is not Tensor else None
 
 

@@ -34,6 +34,7 @@ class Factors:
         index: Flat positions of the uniform support, ascending; None for the others.
         scale: Of the low-rank part.
         vector: Rows that share their columns: 1 but for the vector support.
+        base: What they are added to, of the weight's shape; None for nothing.
     """
 
     B: Tensor
@@ -43,6 +44,7 @@ class Factors:
     index: Tensor | None
     scale: float
     vector: int = 1
+    base: Tensor | None = None
 
 
 @register
@@ -54,17 +56,23 @@ class SLWeight(FactorizedWeight):
     ``rows_of_block`` (one int64), so that a state dict says it. A stack of matrices [experts, rows, columns] has stacks
     of factors; its support is that of one matrix of ``experts * rows`` rows.
 
-    ``config`` gives rank, density, alpha and support; ``config.seed`` and ``name`` give the seed. The factor at the
-    side of ``input_dim`` is the one that starts random. For the other arguments see ``FactorizedWeight``.
+    With a frozen base there is one more parameter, ``base`` of the weight's shape, without gradient, and ``W = base +
+    scale * B @ A + S``. There the density may be 0: ``values`` and ``seed`` are then empty buffers that no state dict
+    holds.
+
+    ``config`` gives rank, density, alpha, support and base; ``config.seed`` and ``name`` give the seed. The factor at
+    the side of ``input_dim`` is the one that starts random. For the other arguments see ``FactorizedWeight``.
     """
 
     structure = "sparse_low_rank"
     op = torch.ops.slcompile.compose.default
     takes_stacks = True
+    takes_base = True
 
     B: nn.Parameter
     A: nn.Parameter
-    values: nn.Parameter
+    values: Tensor  # a parameter, but where there is no sparse part
+    base: nn.Parameter | None
     seed: Tensor
     index: Tensor  # of the uniform support only
     rows_of_block: Tensor  # of the vector support only
@@ -81,18 +89,25 @@ class SLWeight(FactorizedWeight):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape, config, input_dim=input_dim)
-        self.density, self.support = config.density, config.support
+        self.density, self.support = config.plain_density, config.support
         self.vector = config.vector if config.support == "vector" else 1
         *stack, rows, columns = self.shape
         self.rank = config.rank_for(rows, columns)
         self._scale_ratio = config.scale_for(self.rank, self.shape[-2:][input_dim]).as_integer_ratio()
-        self.drawn_seed = draw_seed(config.seed, name)
+        self.drawn_seed = draw_seed(config.seed, name) if self.density else 0
         new = functools.partial(torch.empty, device=device, dtype=dtype)
         self.B = nn.Parameter(new(*stack, rows, self.rank))
         self.A = nn.Parameter(new(*stack, self.rank, columns))
-        self.values = nn.Parameter(new(values_shape(self.shape, config)))
-        mark_values(self.values)
-        self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device))
+        values = new(values_shape(self.shape, config))
+        if self.density:
+            self.values = nn.Parameter(values)
+            mark_values(self.values)
+        else:
+            self.register_buffer("values", values, persistent=False)
+        self.register_parameter("base", None)
+        if config.base is not None:
+            self.base = nn.Parameter(new(self.shape), requires_grad=False)
+        self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device), persistent=bool(self.density))
         if self.support == "uniform":
             index_dtype = uniform_dtype(*self.as_matrix)
             self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
@@ -134,25 +149,36 @@ class SLWeight(FactorizedWeight):
 
     @property
     def _matmul(self) -> Matmul:
-        return Matmul(*self.as_matrix, self.rank, self.nonzeros, self.dtype, self.vector)
+        return Matmul(*self.as_matrix, self.rank, self.nonzeros, self.dtype, self.vector, self.has_base)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        mark_values(self.values)  # copies of a parameter do not carry its marks
+        self._parameters.setdefault("base", None)  # of weights that were pickled before there was one
+        if self.density:
+            mark_values(self.values)  # copies of a parameter do not carry its marks
 
     @override
     def operands(self) -> dict[str, Tensor]:
         where = "index" if self.support == "uniform" else "seed"
-        return {name: getattr(self, name) for name in ("B", "A", "values", where)}
+        return {name: getattr(self, name) for name in ("B", "A", "values", where, *self._base_name)}
 
     @override
     def op_args(self) -> tuple[Any, ...]:
-        return (self.scale, None, self.vector) if self.vector > 1 else (self.scale,)
+        return (self.scale, None, self.vector) if self.vector > 1 or self.has_base else (self.scale,)
+
+    @override
+    def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        return (*operands[:4], *self.op_args(), *operands[4:])  # the base comes last
+
+    @property
+    def _base_name(self) -> tuple[str, ...]:
+        return ("base",) if self.has_base else ()
 
     @override
     def parts(self) -> dict[str, list[Tensor]]:
         indices = [self.index] if self.support == "uniform" else []
-        buffers = [self.seed, self.rows_of_block] if self.vector > 1 else [self.seed]
+        names = ("seed", *(["rows_of_block"] if self.vector > 1 else ()), *self._base_name)
+        buffers = [getattr(self, name) for name in names]
         return {"factors": [self.B, self.A], "values": [self.values], "indices": indices, "buffers": buffers}
 
     @override
@@ -163,6 +189,7 @@ class SLWeight(FactorizedWeight):
             "density": self.density,
             "support": self.support,
             **({"vector": self.vector} if self.support == "vector" else {}),
+            **({"base": "frozen"} if self.has_base else {}),
             "input_dim": self.input_dim,
         }
 
@@ -171,30 +198,40 @@ class SLWeight(FactorizedWeight):
         # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
         # translate none, and a program that was exported may run where slcompile is not installed.
         is_opaque = not (torch_private.is_transforming() or torch.compiler.is_exporting())
-        return self._composed(compose, self.op_args()) if is_opaque else self.reference()
+        return self._composed(compose) if is_opaque else self.reference()
 
     @override
     def reference(self) -> Tensor:
-        return self._composed(compose_reference, (self.scale, self.vector))
+        def by_formula(*arguments: Any) -> Tensor:
+            B, A, values, support, scale, *_ = arguments
+            return compose_reference(B, A, values, support, scale, self.vector, self.base)
 
-    def _composed(self, op: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+        return self._composed(by_formula)
+
+    def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
-        B, A, values = self.B, self.A, self.values
-        return op(B, A, values, self.index if self.support == "uniform" else self.seed, *arguments)
+        operands = [self.B, self.A, self.values, self.index if self.support == "uniform" else self.seed]
+        if self.base is not None:
+            operands.append(self.base)
+        return op(*self.arguments(operands))
 
     @torch.no_grad()
     @override
     def reset_parameters(self) -> None:
         """Draws the paper's start and restores the support's buffers.
 
-        The factor that reads the input is Kaiming-uniform(a=sqrt(5)), the other zero, values U(+-1/sqrt(in)).
+        The factor that reads the input is Kaiming-uniform(a=sqrt(5)), the other zero, values U(+-1/sqrt(in)); with a
+        base, values are zero, so that the weight is the base.
         """
         fan_in = self.shape[-2:][self.input_dim]
         bound = 1 / math.sqrt(fan_in)
         reading, other = (self.A, self.B) if self.input_dim == 1 else (self.B, self.A)
         reading.uniform_(-bound, bound)
         other.zero_()
-        self.values.uniform_(-bound, bound)
+        if self.has_base:
+            self.values.zero_()
+        else:
+            self.values.uniform_(-bound, bound)
         self._restore_support()
 
     @override
@@ -215,7 +252,8 @@ class SLWeight(FactorizedWeight):
         self.check_support()
         index = self.index if self.support == "uniform" else None
         B, A, values = self.B.detach(), self.A.detach(), self.values.detach()
-        return Factors(B, A, values, self.drawn_seed, index, self.scale, self.vector)
+        base = None if self.base is None else self.base.detach()
+        return Factors(B, A, values, self.drawn_seed, index, self.scale, self.vector, base)
 
     @override
     def check_support(self) -> None:
@@ -224,7 +262,7 @@ class SLWeight(FactorizedWeight):
         ``to_empty`` leaves garbage in it and averaging buffers in low precision changes it; either would silently
         move every non-zero.
         """
-        if self.seed.device.type == "meta":
+        if self.seed.device.type == "meta" or not self.density:
             return
         if int(self.seed) != self.drawn_seed:
             raise RuntimeError(
@@ -267,6 +305,8 @@ class SLWeight(FactorizedWeight):
             args[-1].append(error)  # which load_state_dict raises, all of them together
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.density:
+            return
         mark_values(self.values)  # load_state_dict(assign=True) brings another parameter
         if not self.seed.is_meta:
             self.drawn_seed = int(self.seed)
@@ -274,6 +314,9 @@ class SLWeight(FactorizedWeight):
 
 def values_shape(shape: Sequence[int], config: SLConfig) -> tuple[int, ...]:
     """Returns the shape of ``values``: [non-zeros] of the uniform support, [..., rows, groups] of the others."""
+    density = config.plain_density
+    if not density:
+        return (*shape[:-1], 0)
     if config.support != "uniform":
-        return (*shape[:-1], groups_per_row(shape[-1], config.density))
-    return (uniform_count(math.prod(shape[:-1]), shape[-1], config.density),)
+        return (*shape[:-1], groups_per_row(shape[-1], density))
+    return (uniform_count(math.prod(shape[:-1]), shape[-1], density),)

@@ -38,11 +38,14 @@ class FactorizedWeight(nn.Module):
         structure: Name in the table of structures, and in checkpoints.
         op: The op that composes the weight, ``op(*operands, *op_args) -> Tensor``, in ``slcompile.ops.WEIGHT_OPS``.
         takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
+        takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape``, where
+            ``config.base`` asks for one. It is the last operand then, and ``arguments`` says where the op takes it.
     """
 
     structure: ClassVar[str]
     op: ClassVar[torch._ops.OpOverload]
     takes_stacks: ClassVar[bool] = False
+    takes_base: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,8 +75,12 @@ class FactorizedWeight(nn.Module):
         """Returns what ``op`` takes after its operands."""
         return ()
 
+    def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns what ``op`` is called with, from what stands for the operands: tensors, or nodes of a graph."""
+        return (*operands, *self.op_args())
+
     def reset_parameters(self) -> None:
-        """Draws a random start, and restores buffers that are computed."""
+        """Draws a random start, and restores buffers that are computed; a base stays as it is."""
         raise NotImplementedError
 
     def approximate(self, dense: Tensor) -> None:
@@ -109,6 +116,11 @@ class FactorizedWeight(nn.Module):
         return 0
 
     @property
+    def has_base(self) -> bool:
+        """Whether the parts are added to a weight that stays, the parameter ``base``."""
+        return self._parameters.get("base") is not None
+
+    @property
     def nonzeros(self) -> int:
         """Entries of the sparse part; 0 where there is none."""
         return 0
@@ -120,7 +132,11 @@ class FactorizedWeight(nn.Module):
             ``"factors"`` and ``"values"``: the trained parameters, those of a sparse part apart. ``"indices"``: stored
             positions. ``"buffers"``: all else.
         """
-        return {"factors": list(self.parameters()), "values": [], "indices": [], "buffers": list(self.buffers())}
+        factors: list[Tensor] = []
+        rest: list[Tensor] = list(self.buffers())
+        for name, parameter in self.named_parameters():
+            (rest if name == "base" else factors).append(parameter)
+        return {"factors": factors, "values": [], "indices": [], "buffers": rest}
 
     def check_support(self) -> None:
         """Raises RuntimeError where a buffer that says where the parts go was overwritten."""
@@ -141,12 +157,15 @@ class FactorizedWeight(nn.Module):
         """Makes the weight that takes a dense one's place.
 
         Args:
-            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised.
+            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a base, it is
+                that, and shares its memory.
             config: The options.
             how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
             name, input_dim: As for the class.
         """
         weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
+        if config.base is not None:
+            weight.base = nn.Parameter(dense, requires_grad=False)
         if dense.is_meta:
             return weight
         if how == "spectral":
@@ -157,7 +176,7 @@ class FactorizedWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Composes the weight, of ``shape``."""
-        return type(self).op(*self.operands().values(), *self.op_args())
+        return type(self).op(*self.arguments(list(self.operands().values())))
 
     def reference(self) -> Tensor:
         """Composes the weight by its formula, in ops that every transform can differentiate; by default the op itself.
@@ -188,7 +207,7 @@ class FactorizedWeight(nn.Module):
         wide = torch.promote_types(self.dtype, torch.float32)
         operands = (each.detach() for each in self.operands().values())
         return type(self).op(
-            *(each.to(wide) if each.is_floating_point() else each for each in operands), *self.op_args()
+            *self.arguments([each.to(wide) if each.is_floating_point() else each for each in operands])
         )
 
     def merged(self) -> Tensor:

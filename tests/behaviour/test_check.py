@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.cli import main
+from slcompile.health import share_of_budget
 from slcompile.passes.lower_ops import _aten
 
 WIDTH = 64
-CONFIG = slcompile.SLConfig(rank=8, density=0.1, seed=3)
+CONFIG = slcompile.SLConfig(rank=8, density=0.1, seed=3, support="stratified")
 
 
 class Net(nn.Module):
@@ -64,6 +65,16 @@ def test_a_factorized_model_is_checked_as_it_stands(net, batch, aten_kernels):
     report = slcompile.check(net, batch)
     assert report.is_healthy, str(report)
     assert not any("converting" in each.run for each in report.worst)
+
+
+def test_infinities_in_the_same_places_have_no_distance():
+    exact = torch.tensor([1.0, 2.0, -torch.inf], dtype=torch.double)
+    eager = exact.float()
+    assert share_of_budget(eager * (1 + 1e-7), eager, exact)[1] < 1
+    for wrong in (torch.tensor([1.0, 2.1, -torch.inf]), torch.tensor([1.0, 2.0, 3.0]), -eager):
+        assert not share_of_budget(wrong, eager, exact)[1] <= 1
+    low = torch.tensor([1.0, 2.01, -torch.inf])
+    assert share_of_budget(low, eager, exact)[1] > 1 > share_of_budget(low, eager, exact, torch.bfloat16)[1]
 
 
 def scaled(function: Callable[..., Any], by: float = 1.01) -> Callable[..., Any]:

@@ -77,9 +77,9 @@ def test_eight_bit_states_learn_as_float32_adamw_does(library):
         optimizer = make(model.parameters(), **hyper)
         curves[name], models[name] = curve(model, optimizer, sentences()), model
         if name != "AdamW":
-            for each in model.modules():
-                if isinstance(each, slcompile.SLWeight):
-                    assert all(is_eight_bit(optimizer.state[p]) for p in (each.B, each.A, each.values))
+            for module in model.modules():
+                if isinstance(module, slcompile.SLWeight):
+                    assert all(is_eight_bit(optimizer.state[p]) for p in (module.B, module.A, module.values))
     final = {name: sum(losses[-10:]) / 10 for name, losses in curves.items()}
     for name, losses in curves.items():
         print(f"{name:24}", *(f"{each:.3f}" for each in losses[9::10]), f"mean of the last ten {final[name]:.4f}")

@@ -51,13 +51,13 @@ def generate(
     Args:
         model: On the meta device; factorized here unless the backend is ``"inductor"``.
         args: Shape and dtype of each argument; those of floating numbers need gradients.
-        options: Of the backend; ``rank``, ``density`` and ``support`` of the factors.
+        options: Of the backend; ``rank``, ``density``, ``support`` and ``base`` of the factors.
         backend: ``"sltrain"`` or ``"inductor"``.
         training: Whether gradients are needed.
         dynamic: Whether the first axis of the first argument, the tokens, is symbolic.
     """
     if backend == "sltrain":
-        config = {key: value for key, value in options.items() if key in ("rank", "density", "support")}
+        config = {key: value for key, value in options.items() if key in ("rank", "density", "support", "base")}
         examples = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in args)
         slcompile.factorize_(model, slcompile.SLConfig(**config, seed=0), example_args=examples)
     found: list[Generated] = []
@@ -96,7 +96,9 @@ def _give_memory(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                module._parameters[name] = nn.Parameter(
+                    torch.empty_like(parameter, device="cpu"), parameter.requires_grad
+                )
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
 

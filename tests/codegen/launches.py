@@ -131,10 +131,10 @@ class _Recorder:
         return made
 
     def add(self, call: Call) -> None:
-        for each in call.read:
-            assert each.untyped_storage()._cdata not in self.unwritten, f"{call.name} reads no number"
-        for each in call.written:
-            self.unwritten.pop(each.untyped_storage()._cdata, None)
+        for tensor in call.read:
+            assert tensor.untyped_storage()._cdata not in self.unwritten, f"{call.name} reads no number"
+        for tensor in call.written:
+            self.unwritten.pop(tensor.untyped_storage()._cdata, None)
         self.calls.append(call)
 
 

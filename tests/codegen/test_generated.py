@@ -171,8 +171,8 @@ def test_max_autotune_reads_only_what_was_written(dtype: torch.dtype) -> None:
 def test_cudagraphs_take_all_of_it() -> None:
     modules = step(options={"inductor": {"triton.cudagraphs": True}})
     assert [counted(each) for each in calls(modules)] == [counted(each) for each in calls(step())]
-    for each in modules:
-        assert each.code.count("def partition_") <= 1
+    for module in modules:
+        assert module.code.count("def partition_") <= 1
 
 
 @pytest.mark.parametrize(
@@ -226,3 +226,18 @@ def test_all_kernels_spill_nothing(
         step(inner=inner, dtype=dtype, autocast=autocast, options=options, tokens=tokens), tmp_path
     )
     assert found
+
+
+@pytest.mark.parametrize("inner", [EVEN, ODD])
+def test_lora_beside_a_frozen_base_is_products_alone(inner: int) -> None:
+    """Composed: W twice, by a product that is added to W0. Factored: two thin products beside each with W0."""
+    lora = {"base": "frozen", "rank": 16, "density": 0}
+    forward, backward = calls(step(inner=inner, options=lora))
+    assert counted(forward) == {"product": 3 + 3}
+    assert counted(backward) == {"product": 3 + 3 + 9}
+    forward, backward = calls(step(inner=inner, options={**lora, "lowering": "factored"}))
+    assert counted(forward) == {"product": 3 * 3}
+    # Of the gradients those with W0, through the rank and back, and of B and A; no dense one of a weight.
+    assert counted(backward) == {"product": 3 * 3 + 3 * 2}
+    dense = {(HIDDEN, inner), (inner, HIDDEN)}
+    assert dense.isdisjoint(tuple(each.written[0].shape) for each in backward if each.name.startswith("extern_kernels"))

@@ -32,8 +32,8 @@ def test_what_fits_loads_in_part_as_ever(block, block_class):
     twin = block_class()
     assert block.load_state_dict({"mix": twin.mix}, strict=False).unexpected_keys == []
     assert torch.equal(block.mix, twin.mix)
-    for each in (block, twin):
-        slcompile.factorize_(each, CONFIG)
+    for module in (block, twin):
+        slcompile.factorize_(module, CONFIG)
     part = {name: value for name, value in twin.state_dict().items() if name.startswith("up.")}
     assert block.load_state_dict(part, strict=False).unexpected_keys == []
     assert torch.equal(block.up.weight, twin.up.weight)

@@ -27,15 +27,33 @@ def rows_of(out: str) -> dict[str, list[float]]:
     return {label.strip(): [float(number) for number in numbers] for label, *numbers in rows}
 
 
-def test_every_part_that_runs_here_prints_medians_and_their_ratios(benchmark, capsys):
+def test_train_and_decode_are_reports_of_bench(benchmark, monkeypatch, capsys):
+    calls = []
+
+    def bench(model, *args, **kwargs):
+        calls.append((model, kwargs))
+        return slcompile.BenchReport("Net", "training", "CPU", {}, {}, 32, 3, {"dense": timing, "sltrain auto": timing})
+
+    timing = slcompile.benchmark.Timing(0.25, (0.2, 0.3), 128.0, 4000, 1.0)
+    monkeypatch.setattr(slcompile, "bench", bench)
     benchmark.console.file = sys.stdout
-    benchmark.main([*TINY, "--runs=3", "--lowering=factored", "--only", "train", "matmul"])
+    benchmark.main([*TINY, "--runs=3", "--only", "train", "decode"])
     out = capsys.readouterr().out
     assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in out
-    rows = rows_of(out)
-    dense, factored, eager, *ratios = rows["float32"]
-    assert ratios == pytest.approx([factored / dense, eager / dense], abs=0.01, rel=0.01)
+    (llama, training), (stack, decoding) = calls
+    assert (llama.config.hidden_size, training["config"].rank, training["runs"]) == (64, 8, 3)
+    assert training["lowerings"] == ("auto", "composed", "eager")
+    assert isinstance(stack, benchmark.Stack)
+    assert (decoding["mode"], decoding["config"].rank) == ("inference", 512)
+
+
+def test_the_products_are_timed_by_lowering_and_tokens(benchmark, capsys):
+    benchmark.console.file = sys.stdout
+    benchmark.main([*TINY, "--runs=3", "--only", "matmul"])
+    rows = rows_of(capsys.readouterr().out)
     assert {"float32 64x64, 1 tokens", "float32 96x64, 8192 tokens"} < rows.keys()
+    for dense, composed, factored, *ratios in rows.values():
+        assert ratios == pytest.approx([composed / dense, factored / dense], abs=0.01, rel=0.01)
 
 
 def test_the_sparse_part_beside_that_of_rows_that_share_their_columns(benchmark, capsys):
@@ -43,26 +61,6 @@ def test_the_sparse_part_beside_that_of_rows_that_share_their_columns(benchmark,
     benchmark.main([*TINY, "--runs=3", "--only", "sparse"])
     stratified, short, long, *ratios = rows_of(capsys.readouterr().out)["float32"]
     assert ratios == pytest.approx([short / stratified, long / stratified], abs=0.01, rel=0.01)
-
-
-def test_what_fresh_processes_measure(benchmark):
-    args = benchmark.parse_args(TINY)
-    found = benchmark.in_children(args, "float32", ("sltrain eager memory",), 1)
-    # MB, of a model with some ten thousand parameters.
-    assert 0.1 < found["sltrain eager memory"] < 10
-    args.hidden = 32  # no heads of 64: the process fails, and says so
-    with pytest.raises(SystemExit, match="the process that measured 'sltrain eager memory' failed"):
-        benchmark.in_children(args, "float32", ("sltrain eager memory",), 1)
-
-
-def test_peak_memory_is_that_of_what_is_alive_at_once(benchmark):
-    def run() -> None:
-        torch.empty(1000).fill_(1)
-        kept = torch.empty(2000)
-        torch.empty(3000)
-        del kept
-
-    assert 4 * 5000 <= benchmark.peak_above(run, "cpu") < 4 * 5100
 
 
 def test_on_a_gpu_products_are_timed_as_they_are_compiled(benchmark, monkeypatch):
@@ -91,13 +89,6 @@ def test_on_a_gpu_products_are_timed_as_they_are_compiled(benchmark, monkeypatch
     assert runs.keys() == eager.keys()
     benchmark.check(runs, "float32")
     assert not any(run().requires_grad for run in runs.values())
-
-
-def test_variants_take_turns(benchmark):
-    order: list[str] = []
-    times = benchmark.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 3, "cpu")
-    assert "".join(order) == "aaabbb" + "ababab"
-    assert times.keys() == {"a", "b"}
 
 
 def test_a_variant_that_computes_something_else_is_not_timed(benchmark):

@@ -182,9 +182,9 @@ def test_round_trip(architecture, dtype, tmp_path):
     # Names, of inputs, outputs and axes.
     assert tuple(each.name for each in session.get_outputs()) == output_names
     assert tuple(each.name for each in session.get_inputs()) == input_names
-    for each in session.get_inputs():
-        assert each.shape[0] == "batch_size", each.name
-        assert each.name == "pixel_values" or each.shape[1] == "sequence_length", each.name
+    for given in session.get_inputs():
+        assert given.shape[0] == "batch_size", given.name
+        assert given.name == "pixel_values" or given.shape[1] == "sequence_length", given.name
 
 
 @pytest.mark.parametrize("tied", [True, False])

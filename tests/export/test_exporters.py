@@ -37,10 +37,10 @@ def test_a_program_holds_the_factors_and_aten_alone(trained, strict):
     x, tokens = torch.randn(8, 64), torch.export.Dim("tokens", min=2)
     program = torch.export.export(trained, (x,), dynamic_shapes=({0: tokens},), strict=strict)
     assert "up.weight_sl.B" in program.state_dict
-    for each in (program, program.run_decompositions()):
-        assert ops_of(each) == {"aten"}
+    for exported in (program, program.run_decompositions()):
+        assert ops_of(exported) == {"aten"}
         for rows in (x, torch.randn(5, 64)):
-            assert_same(each.module()(rows), trained, rows)
+            assert_same(exported.module()(rows), trained, rows)
 
 
 def test_a_saved_program_runs_where_slcompile_is_not_installed(trained, tmp_path):

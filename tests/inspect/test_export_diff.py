@@ -52,11 +52,11 @@ def test_matmuls_are_linked_by_the_weights_names(block, batch, tmp_path, is_fact
 def test_what_is_missing_and_what_only_the_file_has(block, batch, tmp_path):
     path = slcompile.export_onnx(block, (batch[0],), tmp_path / "m.onnx", verify=False, dtype=torch.float16).path
     proto = onnx.load(path)
-    for each in proto.graph.initializer:
-        if each.name == "mix":
-            each.name = "strange"
-    for each in proto.graph.node:
-        each.input[:] = ["strange" if name == "mix" else name for name in each.input]
+    for initializer in proto.graph.initializer:
+        if initializer.name == "mix":
+            initializer.name = "strange"
+    for node in proto.graph.node:
+        node.input[:] = ["strange" if name == "mix" else name for name in node.input]
     onnx.save(proto, path)
     found = export_diff(block, slcompile.explain(block, (batch[0],)), path)
     mix, strange = (link for link in found.matmuls if link.weight in ("mix", "strange"))

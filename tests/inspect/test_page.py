@@ -392,9 +392,9 @@ def test_modules_open_and_close_on_both_sides(visit):
 @needs_browser
 def test_layers_that_differ_are_not_folded(visit):
     document = explanation(5)
-    for each in document["graphs"][0]["after"]["nodes"]:
-        if each["id"] == "mm_model_layers_2_mlp_up_proj":
-            each["status"] = "kept"
+    for node in document["graphs"][0]["after"]["nodes"]:
+        if node["id"] == "mm_model_layers_2_mlp_up_proj":
+            node["status"] = "kept"
     page = visit(document)
     labels = page.locator('.pane[data-side="before"] .box', has_text="LlamaDecoderLayer").locator("b").all_inner_texts()
     assert [label for label in labels if label.startswith("layers")] == [
@@ -593,9 +593,9 @@ def test_hostile_names_are_text(visit):
     document["matmuls"][0] |= {"name": HOSTILE, "detail": HOSTILE, "source": HOSTILE}
     document["passes"][0] |= {"name": HOSTILE, "diff": f"+ {HOSTILE}"}
     document["breaks"][0]["reason"] = HOSTILE
-    for each in document["graphs"][0]["before"]["nodes"]:
-        each |= {"target": HOSTILE, "args": HOSTILE, "source": HOSTILE, "shape": HOSTILE}
-        each["module"] = [[path, HOSTILE] for path, _ in each["module"]]
+    for node in document["graphs"][0]["before"]["nodes"]:
+        node |= {"target": HOSTILE, "args": HOSTILE, "source": HOSTILE, "shape": HOSTILE}
+        node["module"] = [[path, HOSTILE] for path, _ in node["module"]]
     page = visit(document)
     page.keyboard.press("n")
     page.locator("summary.pass").click()
@@ -633,8 +633,8 @@ def test_large_graphs_open_with_few_boxes(visit, layers, elementwise, is_flat):
     document = explanation(layers, elementwise)
     nodes = [each for side in ("before", "after") for each in document["graphs"][0][side]["nodes"]]
     if is_flat:
-        for each in nodes:
-            each["module"] = []
+        for node in nodes:
+            node["module"] = []
     page = visit(document)
     boxes = page.locator(".box")
     assert boxes.count() < 100

@@ -109,12 +109,12 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     (exact, _), (eager, sparse) = (reference(case, each) for each in (moved(operands, torch.float64), operands))
     weight, without_B = found
     dtype = case.result or case.dtype
-    for each in found:
-        assert each.dtype == dtype
-        assert each.shape == exact.shape
+    for weight in found:
+        assert weight.dtype == dtype
+        assert weight.shape == exact.shape
         # Rows begin where the vendors' matmuls can load them fast.
-        assert each.stride(-1) == 1
-        assert each.stride(-2) * dtype.itemsize % 16 == 0
+        assert weight.stride(-1) == 1
+        assert weight.stride(-2) * dtype.itemsize % 16 == 0
     assert_within_error(weight, eager.to(dtype), exact, dtype)
     assert torch.equal(without_B, sparse.to(dtype))
     assert int((without_B != 0).sum()) == operands[2].numel()
@@ -123,6 +123,26 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[Tensor]], case: Case) -> None:
     assert_within_the_references_error(case, interpreted[name_of(case)])
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+@pytest.mark.parametrize("shape", ["odd", "aligned"])  # with a gap after each row, and without
+def test_a_base_and_no_sparse_part_need_no_kernel_of_ours(shape: str, experts: int) -> None:
+    from slcompile.kernels.compose import compose
+    from slcompile.kernels.weight_grads import compose_backward
+
+    case = Case(shape, "stratified", torch.bfloat16, experts=experts)
+    B, A, values, seed = make_operands(case)
+    values = values[..., :0]
+    random = Random(6)
+    base = random(*B.shape[:-1], A.shape[-1], dtype=torch.bfloat16)
+    found = compose(B, A, values, seed, SCALE, None, 1, base)
+    exact = base.double() + SCALE * (B.double() @ A.double())
+    assert_within_error(found, base + SCALE * (B @ A), exact, torch.bfloat16)
+    assert found.stride(-2) * 2 % 16 == 0
+    assert torch.equal(compose(torch.zeros_like(B), A, values, seed, SCALE, None, 1, base), base)
+    grads = compose_backward(found, B, A, values, seed, SCALE)
+    assert [each.shape for each in grads] == [B.shape, A.shape, values.shape]
 
 
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])

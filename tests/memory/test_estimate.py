@@ -88,8 +88,8 @@ class TestAgainstReality:
             optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9 * name.endswith("momentum"), fused=True)
         else:
             optimizer = torch.optim.AdamW(parameters, fused=name == "adamw" or None, foreach="foreach" in name or None)
-        for each in parameters:
-            each.grad = torch.randn_like(each)
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         # Step counters, and the tables of 8-bit codes that all parameters share.
         left_out = ("step", "qmap1", "qmap2")
@@ -303,6 +303,6 @@ class TestReport:
         with pytest.raises(ValueError, match="frozen"):
             estimate_memory(frozen, (torch.empty(8, 64),))
         with pytest.raises(ValueError, match="model got 'llama-7', did you mean 'llama-7b'"):
-            models.llama_config("llama-7")
+            models.known_config("llama-7")
         with pytest.raises(ValueError, match="path of the configuration must be a file or a directory"):
             models.hf_config("no/such/file.json")

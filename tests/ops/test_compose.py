@@ -319,6 +319,48 @@ class TestVector:
         assert torch.autograd.gradgradcheck(function, operands.parameters())
 
 
+class TestBase:
+    """A weight that stays, which the rest is added to; without a sparse part, too."""
+
+    @staticmethod
+    def make(shape: tuple[int, ...], has_values: bool, dtype: torch.dtype = torch.float64) -> tuple[Operands, Tensor]:
+        operands = make_operands("stratified", shape, dtype)
+        if not has_values:
+            operands = operands._replace(values=operands.values[..., :0].clone())
+        return operands.trained(), make_grad(operands, seed=6)
+
+    @pytest.mark.parametrize("has_values", [False, True])
+    @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
+    def test_opcheck(self, shape: tuple[int, ...], has_values: bool) -> None:
+        operands, base = self.make(shape, has_values, torch.bfloat16)
+        torch.library.opcheck(compose, (*operands, SCALE, None, 1, base))
+        torch.library.opcheck(compose, (*operands, SCALE, torch.float32, 1, base.requires_grad_()))
+
+    @pytest.mark.parametrize("has_values", [False, True])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_is_added_and_stays_where_nothing_is(self, shape: tuple[int, ...], has_values: bool) -> None:
+        operands, base = self.make(shape, has_values)
+        expected = base + SCALE * (operands.B @ operands.A) + (scattered(operands) if has_values else 0)
+        torch.testing.assert_close(compose(*operands, SCALE, base=base), expected)
+        torch.testing.assert_close(compose_reference(*operands, SCALE, base=base), expected)
+        zeros = Operands(torch.zeros_like(operands.B), operands.A, torch.zeros_like(operands.values), operands.support)
+        for dtype in (torch.float64, *LOW_PRECISION):
+            assert torch.equal(compose(*zeros.to(dtype), SCALE, base=base.to(dtype)), base.to(dtype))
+
+    @pytest.mark.parametrize("has_values", [False, True])
+    @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
+    def test_gradcheck_and_gradgradcheck(self, shape: tuple[int, ...], has_values: bool) -> None:
+        operands, base = self.make(shape, has_values)
+
+        def function(B: Tensor, A: Tensor, values: Tensor, base: Tensor) -> Tensor:
+            return compose(B, A, values, operands.support, SCALE, base=base)
+
+        trained = operands.parameters() if has_values else (*operands[:2], operands.values.detach())
+        for each in (base, base.requires_grad_()):
+            assert torch.autograd.gradcheck(function, (*trained, each))
+            assert torch.autograd.gradgradcheck(function, (*trained, each))
+
+
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW_PRECISION])
 @pytest.mark.parametrize("support", SUPPORTS)

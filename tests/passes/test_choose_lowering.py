@@ -106,11 +106,11 @@ def test_auto_takes_the_cheaper_and_says_both_costs(stratified_joint, monkeypatc
         report = choose_lowering(gm)
         decisions = report.replaced + report.left
         assert [each.lowering for each in decisions] == [lowering] * 3
-        for each in decisions:
-            assert min(each.costs, key=each.costs.__getitem__) == lowering
-            assert f"composed {1e3 * each.costs['composed']:.3g} ms" in each.detail
-            assert f"factored {1e3 * each.costs['factored']:.3g} ms at 24 tokens" in each.detail
-            assert each.reason == ("slower" if lowering == "composed" else "")
+        for decision in decisions:
+            assert min(decision.costs, key=decision.costs.__getitem__) == lowering
+            assert f"composed {1e3 * decision.costs['composed']:.3g} ms" in decision.detail
+            assert f"factored {1e3 * decision.costs['factored']:.3g} ms at 24 tokens" in decision.detail
+            assert decision.reason == ("slower" if lowering == "composed" else "")
         stratified_joint.assert_close(gm(*inputs), expected)
 
 

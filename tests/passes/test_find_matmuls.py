@@ -303,8 +303,8 @@ def test_uses_in_two_graphs_are_added() -> None:
     second = use_of(lambda x, W: x @ W, "aten", x_TK, W_NK)
     third = use_of(lambda x, W: F.linear(x, W), "aten", x_TK, W_NK)
     total = WeightUse()
-    for each in (first, second, third):
-        total.add(each)
+    for matmul in (first, second, third):
+        total.add(matmul)
     assert total.matmuls == second.matmuls + third.matmuls
     assert total.others == ["sum"]
     assert total.input_dim == 0  # of the first graph that has a matmul

@@ -90,6 +90,30 @@ def fsdp(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shards": shards}
 
 
+def frozen(folder: Path) -> dict[str, Any]:
+    """What is added to a frozen base, under DDP and sharded by FSDP2; the base stays what it was."""
+    config = slcompile.SLConfig(rank=4, density={"*up*": 0.05, "*": 0}, base="frozen", seed=0)
+    rank, world, found = dist.get_rank(), dist.get_world_size(), {}
+    for name in ("ddp", "fsdp"):
+        torch.manual_seed(0)
+        model = slcompile.factorize_(transformer().requires_grad_(False), config)
+        before = model.layers[0].up.weight_sl.base.clone()
+        if name == "ddp":
+            run: Any = nn.parallel.DistributedDataParallel(model)
+        else:
+            run = model
+            for layer in model.layers:
+                layer.compile(backend="sltrain", fullgraph=True, options=LIGHT)
+                fully_shard(layer)
+            fully_shard(model)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        losses = train(run, torch.optim.AdamW(trained, lr=3e-3), range(STEPS), world, rank)
+        base = model.layers[0].up.weight_sl.base
+        base = base.full_tensor() if name == "fsdp" else base
+        found[name] = {"losses": losses, "trained": len(trained), "is_kept": torch.equal(base, before)}
+    return found
+
+
 def meta(folder: Path) -> dict[str, Any]:
     """The example's start from the meta device, and every allocation on the way."""
     with torch.device("meta"):
@@ -109,8 +133,13 @@ def meta(folder: Path) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main(functions: dict[str, Any]) -> None:
+    """Runs one of some functions, named on the command line, in a process group."""
     dist.init_process_group("gloo")
-    result = globals()[sys.argv[1]](Path(sys.argv[2]))
+    result = functions[sys.argv[1]](Path(sys.argv[2]))
     Path(sys.argv[2], f"{sys.argv[1]}{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(globals())

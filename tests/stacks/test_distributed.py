@@ -64,12 +64,25 @@ def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(t
     assert ranks.train(restored, optimizer, more) == pytest.approx(ranks.train(model, alone[1], more), rel=1e-9)
 
 
+def test_a_frozen_base_trains_under_ddp_and_sharded_as_in_one_process(tmp_path):
+    torch.manual_seed(0)
+    config = slcompile.SLConfig(rank=4, density={"*up*": 0.05, "*": 0}, base="frozen", seed=0)
+    model = slcompile.factorize_(ranks.transformer().requires_grad_(False), config)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    losses = ranks.train(model, torch.optim.AdamW(trained, lr=3e-3), range(ranks.STEPS))
+    first, second = on_two("frozen", tmp_path)
+    for found in (first["ddp"], first["fsdp"], second["ddp"], second["fsdp"]):
+        assert found["losses"] == pytest.approx(losses, rel=1e-9)
+        assert found["trained"] == len(trained)
+        assert found["is_kept"]
+
+
 def test_nothing_dense_is_allocated_from_the_meta_device_to_the_shards(tmp_path):
     first, second = on_two("meta", tmp_path)
-    for each in (first, second):
-        assert each["devices"] == ["cpu"]
-        assert not set(each["dense"]) & set(each["allocated"])
-        assert max(each["allocated"]) < max(each["dense"])
+    for process in (first, second):
+        assert process["devices"] == ["cpu"]
+        assert not set(process["dense"]) & set(process["allocated"])
+        assert max(process["allocated"]) < max(process["dense"])
     assert first["seeds"] == second["seeds"]
     assert len(set(first["seeds"])) == 8
     assert first["drawn"] != second["drawn"]  # each process draws its own rows

@@ -10,8 +10,10 @@ import torch
 import transformers
 from torch import nn
 
+import slcompile
 from tests import zoo
 
+CONFIG = slcompile.SLConfig(rank=8, density=0.05, seed=1)
 BATCH, LENGTH, VOCABULARY, IMAGE, SAMPLES = 2, 16, 128, 32, 1600
 
 SIZES = {
@@ -66,6 +68,8 @@ class Architecture:
         family: decoder, encoder, encoder-decoder, moe, state-space, vision, audio, multimodal or series.
         model_class: Name of the class in transformers.
         config: Of the configuration, on top of which every dropout is 0.
+        options: Of the conversion.
+        exports: Whether it is exported to ONNX.
         inputs: What the model is called with.
     """
 
@@ -73,6 +77,8 @@ class Architecture:
     model_class: str
     inputs: Inputs
     config: dict[str, Any]
+    options: slcompile.SLConfig = CONFIG
+    exports: bool = True
 
     def make(self) -> nn.Module:
         """The model, in float32 and in training mode, its weights drawn from torch's default generator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,39 +14,67 @@ import torch
 from torch import Tensor, nn
 
 import slcompile
+from slcompile.config import LOWERINGS
 from slcompile.passes import Decision
 from tests.sweep import __main__ as sweep
 from tests.sweep import measure as measuring
-from tests.sweep.architectures import ARCHITECTURES, Architecture
-from tests.sweep.measure import ATEN, CPP, LOWERINGS, Row, check_report, compare_gradients, measure
+from tests.sweep.architectures import ARCHITECTURES, CONFIG, Architecture
+from tests.sweep.cases import CASES
+from tests.sweep.compare import Comparison, Run, Yardstick, compare, compare_run, runs_of, same_steps
+from tests.sweep.measure import Row, check_report, compare_gradients, measure
+from tests.sweep.table import HEADER
 
 pytestmark = pytest.mark.slow
 
 QUICK = {
     **dict.fromkeys("qwen3 gpt2 mixtral mamba bert albert vit convnext".split(), LOWERINGS),
-    **dict.fromkeys("t5 whisper clip".split(), ("auto",)),
+    **dict.fromkeys("t5 whisper clip dit".split(), ("auto",)),
 }
+COMPARED = "llama mixtral t5 vit nn.GRUCell".split()
 COMPILED = ["resnet"]
 
 
 def test_the_table_is_as_wide_as_it_says():
-    families = [each.family for each in ARCHITECTURES.values()]
-    assert len(families) - families.count("vision") >= 45
+    families = [each.family for each in CASES.values()]
+    assert len(ARCHITECTURES) == 121
     assert families.count("vision") >= 12
-    assert {ARCHITECTURES[name].family for name in QUICK} == set(families) - {"series"}
+    assert families.count("module") >= 15
+    assert {CASES[name].family for name in [*QUICK, *COMPARED]} == set(families) - {"series"}
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_it_is_found_replaced_trained_and_merged(name):
-    row = measure(name, ATEN, QUICK[name], export=False)
+    row = measure(name, lowerings=QUICK[name], export=False)
     assert row.failures == []
     assert row.replaced > 0
     assert tuple(row.gradients) == QUICK[name]
 
 
+@pytest.mark.parametrize("name", COMPARED)
+def test_it_infers_and_trains_under_autocast(name):
+    found = compare(name, code=False)
+    assert found.failures == []
+    assert found.details == []
+    assert len(found.runs) == 3 + (name in ("llama", "mixtral", "t5"))
+    assert all(0 < share <= 1 for share in found.runs.values())
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_it_trains_in_compiled_kernels_too(name):
-    assert measure(name, CPP, ("auto",), export=False).failures == []
+    assert measure(name, True, ("auto",), export=False).failures == []
+
+
+def test_the_runs_go_round():
+    """Each architecture meets each lowering in inference; all of them together meet everything."""
+    turns = [runs_of(turn) for turn in range(96)]
+    for runs in turns:
+        assert {run.lowering for run in runs if run.mode == "inference"} == set(LOWERINGS)
+        assert {run.dtype for run in runs} == {"float32", "bfloat16"}
+    together = {(run.mode, run.lowering, run.dtype) for runs in turns for run in runs}
+    assert len(together) == 3 * 2 * 2 + 3  # generate runs in float32
+    assert {(run.mode, run.lowering) for runs in turns for run in runs if run.code} == {
+        (mode, lowering) for mode in ("training", "inference") for lowering in LOWERINGS
+    }
 
 
 class Linear(nn.Module):
@@ -71,25 +100,90 @@ class Made(Architecture):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The table of three: one works, one raises, one ends its process."""
-    for name in list(ARCHITECTURES):
-        monkeypatch.delitem(ARCHITECTURES, name)
+    for name in list(CASES):
+        monkeypatch.delitem(CASES, name)
     for name in ("raise", "abort", "linear"):
         inputs = {"x": torch.randn(8, 64)}
-        monkeypatch.setitem(ARCHITECTURES, name, Made("decoder", name, lambda model, inputs=inputs: inputs, {}))
+        monkeypatch.setitem(CASES, name, Made("decoder", name, lambda model, inputs=inputs: inputs, {}))
 
 
 def test_one_failure_does_not_stop_the_table(made, capsys, tmp_path):
-    results = tmp_path / "rows.jsonl"
-    assert sweep.main(["--results", str(results), "--lowering", "auto", "--no-onnx"]) == 1
-    rows = {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
-    assert rows["raise"]["failures"] == ["RuntimeError: cannot be built"]
-    assert rows["abort"]["failures"] == ["the process ended with 3"]
-    assert rows["linear"]["failures"] == []
-    assert rows["linear"]["replaced"] == rows["linear"]["matmuls"] == 1
+    results, document = tmp_path / "rows.jsonl", tmp_path / "sweep.md"
+    settings = ["--results", str(results), "--lowering", "auto", "--no-onnx", "--no-code"]
+    assert sweep.main(settings) == 1
+    rows = {(row["name"], row["part"]): row for row in map(json.loads, results.read_text().splitlines())}
+    assert len(rows) == 6
+    for part in ("training", "inference"):
+        assert rows["raise", part]["failures"] == ["RuntimeError: cannot be built"]
+        assert rows["abort", part]["failures"] == ["the process ended with 3"]
+        assert rows["linear", part]["failures"] == []
+    assert rows["linear", "training"]["replaced"] == rows["linear", "training"]["matmuls"] == 1
     assert "3 architectures, 2 failed: raise, abort" in capsys.readouterr().out
     # What failed is measured again, what did not is not.
-    assert sweep.main(["--results", str(results), "linear"]) == 0
-    assert len(results.read_text().splitlines()) == 3
+    document.write_text("# Title\n\n```bash\ncommand\n```\n\nText.\n\n```\nan older table\n```\n")
+    assert sweep.main(["--results", str(results), "--table", str(document), "linear"]) == 0
+    assert len(results.read_text().splitlines()) == 6
+    head, table = document.read_text().split("Text.\n\n```\n")
+    assert head.startswith("# Title")
+    assert table.startswith(HEADER)
+    assert "FAILED: RuntimeError: cannot be built" in table
+    assert "training: 3 on " in table
+    assert "an older table" not in table
+
+
+def test_nothing_new_begins_when_the_time_is_over(made, capsys, tmp_path):
+    assert sweep.main(["--results", str(tmp_path / "rows.jsonl"), "--minutes", "0"]) == 0
+    assert not (tmp_path / "rows.jsonl").exists()
+    assert "0 architectures" in capsys.readouterr().out
+
+
+def yardstick_of(model: nn.Module) -> Yardstick:
+    slcompile.factorize_(model, CONFIG)
+    return Yardstick(model, Made("vision", "linear", lambda model: {}, {}), {"x": torch.randn(8, 64)})
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_run_that_is_off_fails(mode, monkeypatch):
+    module = importlib.import_module("slcompile.ops.linear_factored")
+    right = module.linear_factored_aten
+    monkeypatch.setattr(module, "linear_factored_aten", lambda *args: [each * 1.0001 for each in right(*args)])
+    found = Comparison("linear", "decoder")
+    yardstick = yardstick_of(Linear())
+    for lowering in ("composed", "factored"):
+        compare_run(found, yardstick, Run(mode, lowering))
+    assert {run: share > 1 for run, share in found.runs.items()} == {
+        f"{mode}, composed, float32": False,
+        f"{mode}, factored, float32": True,
+    }
+    assert found.failures[0].startswith(f"{mode}, factored, float32, ")
+    assert "output logits is off by" in found.failures[0]
+
+
+def test_what_is_wrong_of_the_dense_model_too_is_told_apart(monkeypatch):
+    compiled = Yardstick.compiled
+
+    def wrong(self: Yardstick, run: Run, dense: bool = False) -> Any:
+        return {
+            batch: {name: each * 1.0001 for name, each in numbers.items()}
+            for batch, numbers in compiled(self, run, dense).items()
+        }
+
+    monkeypatch.setattr(Yardstick, "compiled", wrong)
+    found = Comparison("linear", "decoder")
+    compare_run(found, yardstick_of(Linear()), Run("inference", "auto"))
+    assert found.failures == []
+    assert "output logits is off by" in found.details[0]
+    assert "torch alone is as far off" in found.details[0]
+
+
+def test_texts_that_went_apart_are_compared_up_to_there():
+    tokens = torch.arange(12).view(2, 6)
+    logits = {f"logits of step {step}": torch.zeros(2, 3) for step in range(4)}
+    assert same_steps({"tokens": tokens, **logits}, {"tokens": tokens, **logits}) == logits.keys()
+    other = tokens.clone()
+    other[1, 4] = 99  # of the four new ones the third
+    until = {f"logits of step {step}" for step in range(3)}
+    assert same_steps({"tokens": tokens, **logits}, {"tokens": other, **logits}) == until
 
 
 def test_names_are_checked(capsys):
@@ -136,6 +230,6 @@ def test_a_weight_that_was_missed_or_left_for_a_wrong_reason_fails(decision, fai
     report = slcompile.PassReport("parameterize_weights")
     report.add(decision, not decision.reason)
     row = row_of()
-    check_report(row, report, read, dict(model.named_modules()))
+    check_report(row, report, read, dict(model.named_modules()), CONFIG)
     assert len(row.failures) == (failure is not None)
     assert failure is None or failure in row.failures[0]

@@ -1,0 +1,50 @@
+"""``slcompile suggest``: a rank for each weight of a trained model, under one budget of parameters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from slcompile.cli.sources import errors_of, from_factory, sl_config
+from slcompile.files import writable_file, write_text
+from slcompile.inspect.suggest import suggest
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "suggest", help="distribute rank over a trained model's weights, under one budget of parameters"
+    )
+    parser.add_argument(
+        "factory",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="call this function, which returns (model, args) or (model, args, kwargs)",
+    )
+    parser.add_argument("--budget", type=float, required=True, help="take this share of the weights' parameters")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="set fields of SLConfig, such as density=0.05"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ranks here, as the option rank takes them")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    if args.json is not None:
+        writable_file(args.json)  # before the work, not after it
+    config = sl_config(args.config)
+    model, inputs, kwargs = from_factory(args.factory)
+    has_call = bool(inputs) or bool(kwargs)
+    with errors_of(f"looking at the weights of {args.factory}"):
+        found = suggest(
+            model,
+            args.budget,
+            config,
+            example_args=inputs if has_call else None,
+            example_kwargs=kwargs if has_call else None,
+        )
+    print(found)
+    if args.json is not None:
+        print(f"wrote {write_text(args.json, json.dumps(found.rank, indent=1) + chr(10))}")

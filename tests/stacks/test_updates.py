@@ -1,0 +1,85 @@
+"""Per-layer updates on two processes (gloo): the numbers of plain ones, under DDP and FSDP2, and their checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed.checkpoint as dcp
+import updates
+
+from slcompile.optim import per_layer
+from tests.testing import torchrun
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """What both processes found, in one process group; and where their checkpoints are."""
+    folder = tmp_path_factory.mktemp("updates")
+    torchrun(Path(updates.__file__), "updates", folder)
+    first, second = (json.loads((folder / f"updates{rank}.json").read_text()) for rank in range(2))
+    for name in ("orders", "clipped"):
+        assert first[name].keys() == second[name].keys()
+    for name, result in second["equal"].items():  # each process has shards of its own
+        first["equal"][f"{name}, second process"] = result
+    return folder, first
+
+
+def test_parameters_are_those_of_plain_updates_to_the_bit(found):
+    results = found[1]["equal"]
+    assert len(results) == 2 * 3 * 3
+    for name, result in results.items():
+        assert result == {"difference": 0.0, "gone": True, "all moved": True}, name
+
+
+def test_optimizer_and_ddp_come_in_any_order_and_may_be_several(found):
+    orders = found[1]["orders"]
+    assert orders["late"] == orders["two optimizers"] == orders["one per layer, one plain"] == 0.0
+    assert orders["gone"]
+
+
+def test_what_cannot_be_waited_for_is_refused(found):
+    orders = found[1]["orders"]
+    assert "ValueError: PerLayerSGD was made before DistributedDataParallel, of some" in orders["partial and early"]
+    assert "which has fp16_compress_hook already and takes one" in orders["hooked"]
+    assert "need DistributedDataParallel(find_unused_parameters=False)" in orders["unused"]
+    assert "RuntimeError: PerLayerSGD.step() found the gradient" in orders["never averaged"]
+
+
+def test_a_shard_is_clipped_by_the_norm_of_the_whole_gradient(found):
+    clipped = found[1]["clipped"]
+    assert clipped["difference"] == 0.0
+    assert 0 < clipped["clips"] < clipped["parameters"]
+
+
+def test_gradients_of_one_layer_are_there_at_once(found):
+    (plain, everything), (ours, _) = found[1]["most_gradients"].values()
+    assert plain == everything
+    assert ours < 0.35 * everything  # two layers, and what is outside of them
+
+
+def test_sharded_states_are_saved_and_go_on(found):
+    folder, results = found
+    for name, kinds in {"float": ["Tensor"], "8-bit": ["OptimState8bit", "Tensor"]}.items():
+        same = {"difference to plain": 0.0, "difference to restored": 0.0}
+        assert results["checkpoints"][name] == {"step": updates.STEPS, "kinds": kinds, **same}
+    assert (folder / "float" / ".metadata").is_file()
+
+
+def test_one_process_reads_the_states_of_two(found):
+    model = updates.model_of(128).float()
+    optimizer = per_layer(torch.optim.AdamW, model.parameters(), lr=3e-3)
+    assert ranks.example.load(model, optimizer, found[0] / "float") == updates.STEPS
+    described = dcp.FileSystemReader(found[0] / "float").read_metadata().state_dict_metadata
+    moments = {key: value for key, value in described.items() if key.endswith(".exp_avg")}
+    assert len(moments) == len(list(model.parameters()))
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert float(state["step"]) == updates.STEPS
+        assert float(state["exp_avg"].abs().max()) > 0

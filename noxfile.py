@@ -1,4 +1,4 @@
-"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``torch-2.11``, ``docs``.
+"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``torch-2.11``, ``codegen-2.11``, ``docs``.
 
 ``versions`` is the matrix of docs/trust.md, each cell in an environment of its own: ``nox -s versions``, or one cell,
 ``nox -s "versions-3.12(torch='2.13.0')"``. ``transformers-4`` trains with a wheel beside the last major version.
@@ -57,15 +57,27 @@ def tests(session: nox.Session) -> None:
     session.run(*PYTEST, *session.posargs)
 
 
-@nox.session(name="torch-2.11")
-def torch_2_11(session: nox.Session) -> None:
-    """The same tests with the oldest torch that is supported. Arguments go to pytest."""
+def install_with_torch_2_11(session: nox.Session, *packages: str) -> None:
+    """The pins, except that of torch."""
     # torch decides which triton and setuptools it takes; the pins are those of the newest one.
     free = re.compile(r"^(torch|triton|setuptools)==.*\n", flags=re.MULTILINE)
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text(free.sub("", (ROOT / "constraints.txt").read_text()) + "torch==2.11.0\n")
-    session.install("-c", str(constraints), "-e", ".[test]")
+    session.install("-c", str(constraints), *packages)
+
+
+@nox.session(name="torch-2.11")
+def torch_2_11(session: nox.Session) -> None:
+    """The same tests with the oldest torch that is supported. Arguments go to pytest."""
+    install_with_torch_2_11(session, "-e", ".[test]")
     session.run(*PYTEST, *session.posargs)
+
+
+@nox.session(name="codegen-2.11")
+def codegen_2_11(session: nox.Session) -> None:
+    """What torch 2.11 and Triton 3.6 generate for a GPU, the slow tests too; no GPU is needed."""
+    install_with_torch_2_11(session, "triton==3.6.0", "numpy", "pytest", "-e", ".")
+    session.run("pytest", "-m", "slow or not slow", *(session.posargs or ("tests/codegen",)))
 
 
 @nox.session(python=PYTHONS)

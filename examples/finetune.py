@@ -94,8 +94,11 @@ def batches(data: Data, seed: int, args: argparse.Namespace) -> Iterator[Data]:
 def fine_tuned(method: str, lr: float, seed: int, training: Data, unseen: Data, args: argparse.Namespace) -> float:
     """Returns the loss on the held-out passages after so many steps."""
     model = build(method, seed, int(unseen[1].max()) + 1, args)
-    optimizer = torch.optim.AdamW(trained(model), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, args.steps, pct_start=0.1)
+    head = list(model.head.parameters())  # new, and the same in each method: it has a rate of its own
+    factors = trained(model.encoder)
+    groups = [{"params": factors, "lr": lr}, {"params": head, "lr": args.head_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, args.head_lr], args.steps, pct_start=0.1)
     for _, (batch, label) in zip(range(args.steps), batches(training, seed, args), strict=False):
         F.cross_entropy(model(batch), label).backward()
         optimizer.step()
@@ -171,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--density", type=float, default=0.026, help="of the mixed variant")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--head-lr", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)

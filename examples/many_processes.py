@@ -122,14 +122,14 @@ def bytes_sent() -> int:
     """Bytes that this process sent over its open TCP connections so far."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
-        try:
-            connection = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # a file, or what listed the folder
+        link = f"/proc/self/fd/{name}"
+        if not os.path.lexists(link) or not os.readlink(link).startswith("socket:"):
             continue
-        with connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_SENT + 8)
-                total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+        connection = socket.socket(fileno=int(name))
+        if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_SENT + 8)
+            total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+        connection.detach()  # it stays open
     return total
 
 

@@ -20,6 +20,7 @@ from slcompile.memory.report import MemoryReport
 from slcompile.optim.step_limit import StepLimit, limit_steps
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
+from slcompile.weight.parallelize import parallelize
 from slcompile.weight.sl_weight import Factors, SLWeight
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "merge_",
     "merged_state_dict",
     "optim",
+    "parallelize",
     "rewrite",
     "save_factorized",
     "save_merged",

@@ -175,7 +175,7 @@ class SLConfig:
                 "it starts at zero"
             )
         densities = self.density.values() if isinstance(self.density, Mapping) else [self.density]
-        if 0 in densities and self.support != SUPPORTS[0]:
+        if not any(densities) and self.support != SLConfig.support:
             raise ValueError(f"support={self.support!r} needs a density above 0: without a sparse part there is none")
 
     @classmethod

@@ -14,7 +14,7 @@ def test_defaults() -> None:
         "rank": 0.25,
         "density": 0.03,
         "alpha": "auto",
-        "support": "stratified",
+        "support": "vector",
         "vector": 16,
         "init": "auto",
         "seed": None,

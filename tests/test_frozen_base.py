@@ -24,6 +24,7 @@ from tests.testing import saved_for_backward, text_of
 
 FROZEN: dict[str, Any] = {"base": "frozen", "rank": 4, "density": 0.05}
 LORA: dict[str, Any] = {"base": "frozen", "rank": 4, "density": 0}
+STRATIFIED = {**FROZEN, "support": "stratified"}
 EXPERTS = 4
 
 
@@ -86,7 +87,7 @@ def x() -> Tensor:
 
 
 @pytest.mark.usefixtures("aten_kernels")
-@pytest.mark.parametrize("options", [FROZEN, LORA, {**FROZEN, "support": "vector"}, {**FROZEN, "support": "uniform"}])
+@pytest.mark.parametrize("options", [FROZEN, LORA, STRATIFIED, {**FROZEN, "support": "uniform"}])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_step_0_is_the_model_bit_for_bit_and_training_leaves_its_weights(options, lowering, x):
     model = Spellings()
@@ -116,7 +117,7 @@ def test_step_0_is_the_model_bit_for_bit_and_training_leaves_its_weights(options
 
 
 @pytest.mark.usefixtures("aten_kernels")
-@pytest.mark.parametrize("options", [FROZEN, LORA, {**FROZEN, "support": "vector"}])
+@pytest.mark.parametrize("options", [FROZEN, LORA, STRATIFIED])
 @pytest.mark.parametrize("lowering", ["auto", "composed", "factored"])
 def test_gradients_are_those_of_float64(options, lowering, x, assert_eager):
     model = adapted(Spellings(), x, **options)
@@ -214,7 +215,7 @@ def test_state_dicts_copies_and_pickles(options, x):
     model, other = adapted(Spellings(), x, **options), Spellings()
     slcompile.factorize_(other, SLConfig(**options), example_args=(x,))
     state = model.state_dict()
-    own = {"B", "A", "base"} | ({"values", "seed"} if options is FROZEN else set())
+    own = {"B", "A", "base"} | ({"values", "seed", "rows_of_block"} if options is FROZEN else set())
     assert {key.rpartition(".")[2] for key in state if key.startswith("linear.weight_sl.")} == own
     other.load_state_dict(state)
     for each in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -326,7 +327,7 @@ def test_a_checked_model_is_right():
         ({"density": 0}, r"^density must be a number in \(0, 1\], or 0 with base='frozen', got 0"),
         ({"base": "frozne"}, "^base got 'frozne', did you mean 'frozen'"),
         ({"base": "frozen", "init": "spectral"}, "^init='spectral' approximates the weight, which base='frozen' keeps"),
-        ({"base": "frozen", "density": 0, "support": "vector"}, "^support='vector' needs a density above 0"),
+        ({"base": "frozen", "density": 0, "support": "uniform"}, "^support='uniform' needs a density above 0"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

@@ -15,7 +15,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slcompile.passes import Decision, PassReport
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
-from slcompile.weight.structure import FactorizedWeight
 
 log = logging.getLogger("slcompile")
 
@@ -93,7 +92,7 @@ class Ledger:
         self,
         record: ModelRecord,
         roots: Sequence[nn.Module],
-        weights: Sequence[tuple[nn.Parameter, FactorizedWeight]],
+        weights: Sequence[tuple[nn.Parameter, nn.Module]],
         init: str,
         report: PassReport,
     ) -> None:
@@ -103,7 +102,7 @@ class Ledger:
             record: Of the model.
             roots: The model's outermost modules.
             weights: Each dense parameter that was converted, and the module that took its place.
-            init: What the weights start from, ``"kaiming"`` or ``"spectral"``.
+            init: What the weights start from: ``"kaiming"``, ``"spectral"``, or ``"base"`` beside a frozen base.
             report: What the graph, or the call of ``factorize_``, replaced and left.
         """
         is_first, record.begun = not record.begun, True
@@ -112,9 +111,11 @@ class Ledger:
         self.add(record, roots, report)
         if self._silent:
             return
-        start = f"init {init}, which replaces the weights{'' if init == 'kaiming' else ' by their best approximation'}"
-        if any(weight.has_base for _, weight in weights):
-            start = "which begin at zero and are added to the weights, which are frozen"
+        start = {
+            "kaiming": "init kaiming, which replaces the weights",
+            "spectral": "init spectral, which replaces the weights by their best approximation",
+            "base": "which begin at zero and are added to the weights, which are frozen",
+        }[init]
         trained = (each for _, weight in weights for each in weight.parameters() if each.requires_grad)
         log.log(
             logging.WARNING if is_first else logging.INFO,

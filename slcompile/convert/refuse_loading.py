@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from slcompile import torch_private
 from slcompile.names import SUFFIX, qualified
@@ -95,7 +96,7 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _misfits(name: str, own: Tensor, given: Any, assign: bool) -> Iterator[str]:
     """Yields why an entry cannot be loaded into a parameter or buffer."""
-    if isinstance(own, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+    if is_lazy(own):
         return  # it takes any shape
     if not isinstance(given, Tensor):
         yield f"{name} must be a tensor, got {type(given).__name__}"

@@ -22,12 +22,23 @@ from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
 from slcompile.models import hf_config, unwrapped
-from slcompile.names import SUFFIX
+from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.structure import FactorizedWeight
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
+METHOD = "slcompile"
+"""The ``quant_method`` of a ``config.json``, by which transformers finds ``slcompile.integrations.transformers``."""
+
+
+def described_weights(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns what each factorized weight of a model is, by its dense name; JSON holds it."""
+    return {
+        plain_name(path.removesuffix(SUFFIX)): {"structure": module.structure, **module.describe()}
+        for path, module in model.named_modules()
+        if isinstance(module, FactorizedWeight)
+    }
 
 
 def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -40,11 +51,7 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if save_pretrained is None:
         raise ValueError(f"model must have save_pretrained, as transformers' models do, got {type(model).__name__}")
-    described = {
-        path.removesuffix(SUFFIX): {"structure": module.structure, **module.describe()}
-        for path, module in model.named_modules()
-        if isinstance(module, FactorizedWeight)
-    }
+    described = described_weights(model)
     if not described:
         raise ValueError("model has no factorized weight; use its own save_pretrained")
     directory = Path(directory).absolute()
@@ -52,6 +59,9 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:
         save_pretrained(scratch)
+        config = json.loads((scratch / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": METHOD, "weights": described}  # read by from_pretrained
+        (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (scratch / OURS).write_text(json.dumps({"format": 1, "weights": described}, indent=1))
         stale = {each.name for each in directory.glob("model*.safetensors*")}
         files.move_into_place(scratch, directory, last=OURS, stale=stale)
@@ -109,8 +119,7 @@ def _with_weights(model_class: Any, config: Any, dtype: torch.dtype, weights: Ma
         model: nn.Module = model_class(copy.deepcopy(config)).to(dtype)
     except Exception as error:  # of transformers, which config.json makes do anything
         raise ValueError(f"config.json: {type(error).__name__}: {error}"[:500]) from error
-    for name, described in weights.items():
-        _install(model, name, described)
+    install(model, weights)
     return model
 
 
@@ -135,6 +144,16 @@ def _settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(settings, dict) or any(key not in settings for key in needed):
         raise ValueError(f"{file} must be an object with {', '.join(needed)}")
     return settings
+
+
+def install(model: nn.Module, weights: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts empty factorized weights, as ``described_weights`` describes them, in the place of dense ones.
+
+    Raises:
+        ValueError: The model has no such weight, or what is described is not allowed.
+    """
+    for name, described in weights.items():
+        _install(model, name, described)
 
 
 def _install(model: nn.Module, name: str, described: Any) -> None:

@@ -134,8 +134,8 @@ def estimate_many(
 
     The step is that of ``estimate_memory``, with each layer compiled by itself. Sharded parameters are gathered, and
     gradients reduced, in the order and the buffers of FSDP2 (``fully_shard`` on each layer and on the model, with its
-    defaults); DDP keeps a set of gradients in its buckets. Of tensor parallelism, the matmuls of the layers are shared
-    by heads and by intermediate width, and head and embeddings are not.
+    defaults); DDP keeps a set of gradients in its buckets. Tensor parallelism is that of ``parallelize``: the matmuls
+    of the layers are shared by heads and by intermediate width, and head and embeddings are not.
 
     Args:
         model_or_config, args, kwargs, config, optimizer, per_layer, dtype, device: As for ``estimate_memory``; what
@@ -176,9 +176,10 @@ def estimate_many(
             # Sharded parameters are updated after their reduction, which is added to a step that keeps gradients.
             model, full, events = one_process(layout.tp, factorized, per_layer and not layout.shards)
             if layout.shards:
-                trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
                 ways = {"per_layer": per_layer, "together": kind.together, "gloo": device == "cpu"}
-                events = sharded_events(events, trained, layout.data, kind.scratch_on(device), **ways)
+                events = sharded_events(
+                    events, dict(model.named_parameters()), layout.data, kind.scratch_on(device), **ways
+                )
             shares.append(_share(model, full, events, kind, layout, call))
         settings = {
             "optimizer": optimizer + (" per layer" if per_layer else ""),
@@ -230,7 +231,7 @@ def _matching(build_part: Build, make_whole: Build, config: SLConfig) -> Build:
 def _share(
     model: nn.Module, whole: nn.Module, events: Sequence[Event], optimizer: Optimizer, layout: Layout, call: Call
 ) -> Share:
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    parameters = dict(model.named_parameters())
     world = layout.data if layout.shards else 1
     now = dict.fromkeys(MANY_PARTS, 0)
     for each in model.parameters():
@@ -241,7 +242,7 @@ def _share(
     now["indices"] = sum(each.nbytes for each in indices)
     now["buffers"] = sum(each.nbytes for each in model.buffers()) - now["indices"]
     if layout.data > 1 and not layout.fsdp:
-        now[BUCKETS] = sum(each.nbytes for each in trained.values())
+        now[BUCKETS] = sum(each.nbytes for each in parameters.values() if each.requires_grad)
     at_peak, peak, place = dict(now), sum(now.values()), "before the step"
     for event in events:
         now[event.part] += event.size
@@ -250,31 +251,33 @@ def _share(
             at_peak, peak, place = dict(now), total, event.label
     partial, activations = _exchanged(model, whole, call) if layout.tp > 1 else ({}, 0)
     count = sum(each.numel() for each in whole.parameters() if each.requires_grad)
-    return Share(count, peak, place, at_peak, sent(trained, layout, partial, activations))
+    return Share(count, peak, place, at_peak, sent(parameters, layout, partial, activations))
 
 
 def _exchanged(model: nn.Module, whole: nn.Module, call: Call) -> tuple[dict[str, nn.Parameter], int]:
     """Returns what tensor-parallel processes hold whole of weights that they share, and the activations they add up.
 
-    A weight whose columns are shared (a row-parallel one) makes a part of [tokens, rows], which is added up forward;
-    backward so is the gradient of the input of the weights before it, of the same size in a transformer.
+    A weight whose columns are shared (a row-parallel one) makes a part of [tokens, rows], which is added up forward.
+    One whose rows are makes a part of its input's gradient, [tokens, columns], which is added up backward.
     """
     tokens = max(each.numel() for _, each in torch_private.leaves_with_paths(call) if isinstance(each, torch.Tensor))
     partial: dict[str, nn.Parameter] = {}
     activations = 0
     modules = dict(whole.named_modules())
     for path, module in model.named_modules():
+        weights: list[tuple[Any, Any, int]] = []
         if isinstance(module, FactorizedWeight):
             other = modules[path]
-            same = {
-                name: each for name, each in module.named_parameters() if each.shape == other.get_parameter(name).shape
-            }
+            weights.append((module.shape, other.shape, module.dtype.itemsize))
             if module.shape != other.shape:
-                partial |= {f"{path}.{name}": each for name, each in same.items()}
-                if module.shape[-1] != other.shape[-1]:
-                    activations += 2 * tokens * module.shape[-2] * module.dtype.itemsize
-        for name, each in module.named_parameters(recurse=False):
-            full = getattr(modules[path], name)
-            if not isinstance(module, FactorizedWeight) and each.dim() > 1 and each.shape[-1] != full.shape[-1]:
-                activations += 2 * tokens * each.shape[-2] * each.itemsize
+                for name, each in module.named_parameters():
+                    if each.shape == other.get_parameter(name).shape:
+                        partial[f"{path}.{name}"] = each
+        else:
+            for name, each in module.named_parameters(recurse=False):
+                if each.dim() > 1:
+                    weights.append((each.shape, modules[path].get_parameter(name).shape, each.itemsize))
+        for (*_, rows, columns), (*_, all_rows, all_columns), itemsize in weights:
+            added = rows if columns != all_columns else columns if rows != all_rows else 0
+            activations += tokens * added * itemsize
     return partial, activations

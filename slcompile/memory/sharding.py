@@ -80,6 +80,11 @@ def shard_elements(parameter: Tensor, world: int) -> int:
     return math.ceil(rows / world) * math.prod(rest)
 
 
+def trained_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Returns those that have gradients."""
+    return {name: each for name, each in parameters.items() if each.requires_grad}
+
+
 def shards(parameters: Mapping[str, nn.Parameter], world: int) -> dict[int | None, int]:
     """Returns bytes of the shards of each layer, and of what is outside of the layers (None)."""
     found: dict[int | None, int] = {None: 0}
@@ -100,17 +105,23 @@ class _Sharded:
     """
 
     def __init__(
-        self, shards: Mapping[int | None, int], world: int, scratch: Mapping[int | None, Sequence[int]],
-        per_layer: bool, together: bool, gloo: bool,
-    ) -> None:  # fmt: skip
+        self,
+        shards: Mapping[int | None, int],
+        reduced: Mapping[int | None, int],
+        world: int,
+        scratch: Mapping[int | None, Sequence[int]],
+        per_layer: bool,
+        together: bool,
+        gloo: bool,
+    ) -> None:
         self.gloo = gloo
-        self.shards, self.world, self.scratch = shards, world, scratch
+        self.shards, self.reduced, self.world, self.scratch = shards, reduced, world, scratch
         self.per_layer, self.together = per_layer, together
         self.gathering = self.reducing = 0  # bytes of the buffers that are there now
         self.gradients = 0  # bytes of whole gradients that wait for their reduction
 
     def whole(self, layer: int | None) -> int:
-        """Returns the bytes of a layer's gathered parameters, and so of its gradients' buffer."""
+        """Returns the bytes of a layer's gathered parameters."""
         return self.world * self.shards[layer]
 
     def events(self, given: Sequence[Event]) -> Iterator[Event]:
@@ -180,12 +191,12 @@ class _Sharded:
 
     def _reduce(self, where: Event, layer: int | None) -> Iterator[Event]:
         yield self._event(where, REDUCING, -self.reducing)
-        self.reducing = self.whole(layer)
+        self.reducing = self.world * self.reduced.get(layer, 0)
         yield self._event(where, REDUCING, self.reducing)
         yield self._event(where, "gradients", -self.gradients)
         self.gradients = 0
-        yield self._event(where, "gradients", self.shards[layer])
-        yield from self._message(where, self.whole(layer))
+        yield self._event(where, "gradients", self.reduced.get(layer, 0))
+        yield from self._message(where, self.reducing)
         if self.per_layer:
             yield from self._update(where, layer)
 
@@ -203,7 +214,7 @@ class _Sharded:
         for size in () if self.together else self.scratch[layer]:
             yield self._event(where, "temporaries", size)
             yield self._event(where, "temporaries", -size)
-        yield self._event(where, "gradients", -self.shards[layer])
+        yield self._event(where, "gradients", -self.reduced.get(layer, 0))
 
 
 def sharded_events(
@@ -214,7 +225,7 @@ def sharded_events(
 
     Args:
         events: Of a step that keeps each gradient until the optimizer's.
-        parameters: By name.
+        parameters: By name; all of them are gathered, and gradients of trained ones reduced.
         world: Processes among which they are sharded.
         scratch: Bytes that the optimizer's step allocates for one parameter, by its elements and bytes an element.
         per_layer: Whether each shard is updated after its reduction.
@@ -223,9 +234,11 @@ def sharded_events(
     """
     sizes = shards(parameters, world)
     scratches: dict[int | None, list[int]] = {layer: [] for layer in sizes}
-    for name, each in parameters.items():
+    for name, each in trained_of(parameters).items():
         scratches[layer_of(name)].append(scratch(shard_elements(each, world), each.itemsize))
-    sharded = _Sharded(sizes, world, scratches, per_layer, together and not per_layer, gloo)
+    sharded = _Sharded(
+        sizes, shards(trained_of(parameters), world), world, scratches, per_layer, together and not per_layer, gloo
+    )
     return [each for each in sharded.events(events) if each.size]
 
 
@@ -238,7 +251,7 @@ def sent(
     send n * (p - 1) / p each, an all-reduce twice that.
 
     Args:
-        parameters: Trained ones, of one tensor-parallel process.
+        parameters: Of one tensor-parallel process.
         layout: How they are spread.
         partial: Those that each tensor-parallel process has whole, with a part of the gradient.
         activations: Bytes that are all-reduced among the tensor-parallel processes.
@@ -247,11 +260,11 @@ def sent(
     if layout.fsdp:
         for layer, size in shards(parameters, data).items():
             found[GATHER] += (data - 1) * size * (1 if layer is None else 2)  # layers: forward and backward
-            found[SCATTER] += (data - 1) * size
+        found[SCATTER] = (data - 1) * sum(shards(trained_of(parameters), data).values())
     else:
-        found[ALL] = 2 * (data - 1) * sum(each.nbytes for each in parameters.values()) // data
+        found[ALL] = 2 * (data - 1) * sum(each.nbytes for each in trained_of(parameters).values()) // data
     tp = layout.tp
     found[TENSOR] = 2 * (tp - 1) * activations // tp
     # Each exchanges the gradient that it holds after its backward pass: under FSDP2, before its reduction.
-    found[FACTORS] = 2 * (tp - 1) * sum(each.nbytes for each in partial.values()) // tp
+    found[FACTORS] = 2 * (tp - 1) * sum(each.nbytes for each in trained_of(partial).values()) // tp
     return {name: size for name, size in found.items() if size}

@@ -170,7 +170,7 @@ def take_out(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module._parameters[name] = parameter
     orders = vars(module)[_ORDER]
     order = orders.pop(name)
-    for name in [name for name in order if name in module._parameters]:
-        module._parameters[name] = module._parameters.pop(name)
+    for other in [other for other in order if other in module._parameters]:
+        module._parameters[other] = module._parameters.pop(other)
     if not orders:
         del vars(module)[_ORDER]

@@ -89,8 +89,9 @@ class SLWeight(FactorizedWeight):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape, config, input_dim=input_dim)
-        self.density, self.support = config.plain_density, config.support
-        self.vector = config.vector if config.support == "vector" else 1
+        self.density = config.plain_density
+        self.support = config.support if self.density else "stratified"  # of which no non-zero takes no memory
+        self.vector = config.vector if self.support == "vector" else 1
         *stack, rows, columns = self.shape
         self.rank = config.rank_for(rows, columns)
         self._scale_ratio = config.scale_for(self.rank, self.shape[-2:][input_dim]).as_integer_ratio()
@@ -187,7 +188,7 @@ class SLWeight(FactorizedWeight):
             "rank": self.rank,
             "alpha": self.scale * self.rank,
             "density": self.density,
-            "support": self.support,
+            **({"support": self.support} if self.density else {}),
             **({"vector": self.vector} if self.support == "vector" else {}),
             **({"base": "frozen"} if self.has_base else {}),
             "input_dim": self.input_dim,
@@ -305,6 +306,10 @@ class SLWeight(FactorizedWeight):
             args[-1].append(error)  # which load_state_dict raises, all of them together
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.loaded()
+
+    @override
+    def loaded(self) -> None:
         if not self.density:
             return
         mark_values(self.values)  # load_state_dict(assign=True) brings another parameter

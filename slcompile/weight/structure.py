@@ -141,6 +141,9 @@ class FactorizedWeight(nn.Module):
     def check_support(self) -> None:
         """Raises RuntimeError where a buffer that says where the parts go was overwritten."""
 
+    def loaded(self) -> None:
+        """Takes note that parameters and buffers were loaded or replaced from outside, and not by a state dict."""
+
     def misfit(self, state: Mapping[str, Any], prefix: str) -> str:
         """Says why entries of a state dict cannot be this weight's parts, whose shapes they have; empty if they can.
 

@@ -200,7 +200,7 @@ def test_memory_prints_writes_json_and_draws(tmp_path, capsys):
         (["--seq-len", "0"], "--seq-len must be at least 1, got 0"),
         (["--plot", "chart.pdf"], "path of the chart must end in .png or .svg, got 'chart.pdf'"),
         (["--json", "no/such/report.json"], "does not exist"),
-        (["--density", "2"], "density must be a number in (0, 1], got 2.0"),
+        (["--density", "2"], "density must be a number in (0, 1], or 0 with base='frozen', got 2.0"),
     ],
 )
 def test_memory_refuses_before_it_estimates(flags, message, capsys, monkeypatch):

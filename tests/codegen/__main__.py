@@ -8,6 +8,7 @@ Needs Triton, no GPU; some minutes on one core.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -27,15 +28,17 @@ from tests.codegen.models import Layer
 PAGE = Path(__file__).parents[2] / "docs" / "codegen.md"
 TOKENS = (4096, 16384, 65536)
 FEW = 16
+LOWERED = (("composed", TOKENS[1]), ("factored", FEW))
+SUPPORTS = ("stratified", "vector")
 
 
 @functools.cache
-def generated(size: Size, tokens: int, lowering: str, dtype: str = "bfloat16") -> list[Generated]:
+def generated(size: Size, tokens: int, lowering: str, dtype: str, support: str) -> list[Generated]:
     """The modules of a layer's training step; ``lowering`` may be ``"dense"``, ``dtype`` ``"autocast"``."""
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with torch.device("meta"):
         model = Layer(size.hidden, size.inner, autocast=dtype == "autocast").to(kind)
-    options: dict[str, Any] = {"rank": size.rank, "density": size.density, "lowering": lowering}
+    options: dict[str, Any] = {"rank": size.rank, "density": size.density, "lowering": lowering, "support": support}
     args = [((tokens, size.hidden), kind)]
     if lowering == "dense":
         return generate(model, args, {}, backend="inductor")
@@ -57,20 +60,23 @@ def trained(size: Size, dense: bool) -> int:
 def ratio(size: Size, tokens: int) -> float:
     """Estimated seconds of a composed step over those of a dense one."""
     ours, dense = (
-        estimate.step(size, tokens, calls_of(generated(size, tokens, lowering)), trained(size, lowering == "dense"))
-        for lowering in ("composed", "dense")
+        estimate.step(size, tokens, calls_of(generated(size, tokens, lowering, "bfloat16", SUPPORTS[0])), parameters)
+        for lowering, parameters in (("composed", trained(size, dense=False)), ("dense", trained(size, dense=True)))
     )
     return ours / dense
 
 
 def layer_rows() -> Iterator[str]:
     """What a layer's forward and backward call."""
-    cases = [("dense", TOKENS[1]), ("composed", TOKENS[1]), ("factored", FEW)]
+    cases = [("dense", "", TOKENS[1])]
+    cases += [(lowering, each, tokens) for each in SUPPORTS for lowering, tokens in LOWERED]
     for name, size in SIZES.items():
         for dtype in ("bfloat16", "autocast"):
             written = 0
-            for lowering, tokens in cases:
-                calls = calls_of(generated(size, tokens, lowering, dtype))
+            for lowering, support, tokens in cases:
+                if support == "vector" and dtype == "autocast":
+                    continue
+                calls = calls_of(generated(size, tokens, lowering, dtype, support or SUPPORTS[0]))
                 ours = sum(each.ours for each in calls)
                 products = sum(each.name.startswith("extern") for each in calls)
                 large = large_writes(calls, tokens * size.hidden)
@@ -78,19 +84,19 @@ def layer_rows() -> Iterator[str]:
                 copies = "" if lowering == "factored" else str(large - written)
                 times = [1e6 * sum(map(each, calls)) for each in (estimate.seconds, estimate.roofline)]
                 rest = len(calls) - ours - products
-                yield f"| {name} | {lowering} | {dtype} | {tokens} | {products} | {ours} | {rest} | {copies} | " + (
-                    f"{times[0]:.0f} | {times[1]:.0f} |"
-                )
+                counts = f"{products} | {ours} | {rest} | {copies}"
+                estimated = f"{times[0]:.0f} | {times[1]:.0f}"
+                yield f"| {name} | {lowering} | {support} | {dtype} | {tokens} | {counts} | {estimated} |"
 
 
 def kernel_rows() -> Iterator[str]:
     """What our kernels take as Inductor compiles them."""
     for name, size in SIZES.items():
-        for lowering, tokens in (("composed", TOKENS[1]), ("factored", FEW)):
+        for (lowering, tokens), support in itertools.product(LOWERED, SUPPORTS):
             found: dict[str, list[Any]] = {}
             others: list[Any] = []
             with tempfile.TemporaryDirectory() as folder:
-                for index, each in enumerate(generated(size, tokens, lowering)):
+                for index, each in enumerate(generated(size, tokens, lowering, "bfloat16", support)):
                     place = Path(folder, str(index))
                     place.mkdir()
                     for kernel, ours, usage, _ in compiled_kernels(each, place):
@@ -101,7 +107,7 @@ def kernel_rows() -> Iterator[str]:
                     max(getattr(each, field) for each in usages) for field in ("registers", "spilled", "shared")
                 )
                 matrix = "yes" if any(each.has_mma for each in usages) else "no"
-                yield f"| {name} | {lowering} | {kind} | {registers} | {spilled} | {shared} | {matrix} |"
+                yield f"| {name} | {lowering} | {support} | {kind} | {registers} | {spilled} | {shared} | {matrix} |"
 
 
 def step_rows() -> Iterator[str]:
@@ -144,16 +150,16 @@ one is written with aligned rows, which is why it is estimated to be faster ther
 Calls of the vendor's products, of our kernels, of Inductor's own; `copies` are matrices of all tokens that are written
 and that the dense layer does not write. Times are estimated µs, and the least that the vendor's peak figures allow.
 
-| | lowering | dtype | tokens | products | ours | Inductor's | copies | estimated µs | roofline µs |
-|---|---|---|---|---|---|---|---|---|---|
+| | lowering | support | dtype | tokens | products | ours | Inductor's | copies | estimated µs | roofline µs |
+|---|---|---|---|---|---|---|---|---|---|---|
 {layers}
 
 ## Kernels
 
 The most of any kernel of that name, as ptxas compiles what Inductor generates.
 
-| | lowering | kernel | registers | spilled B | shared B | matrix instructions |
-|---|---|---|---|---|---|---|
+| | lowering | support | kernel | registers | spilled B | shared B | matrix instructions |
+|---|---|---|---|---|---|---|---|
 {kernels}
 """)
 

@@ -212,7 +212,7 @@ def test_factored_kernels_multiply_matrices(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
-@pytest.mark.parametrize("support", ["stratified", "uniform"])
+@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize(
     ("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)]
 )

@@ -149,6 +149,32 @@ def test_a_loaded_adapter_trains_on_and_the_rest_stays(tmp_path):
         assert torch.equal(state.get(name, state.get(f"{name}_sl.base")), each), name
 
 
+@pytest.mark.usefixtures("aten_kernels")
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+def test_it_trains_as_peft_does_from_the_same_start(lowering, tmp_path):
+    model = Net()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down", "first"])
+    )
+    theirs.save_pretrained(tmp_path)  # B is zero
+    slcompile.load_peft(model.requires_grad_(False), tmp_path)
+    compiled = torch.compile(model, backend="sltrain", options={"lowering": lowering})
+    x, target = torch.randn(32, 64), torch.randn(32, 64)
+    losses = []
+    for run in (compiled, theirs):
+        trained = [each for each in (theirs if run is theirs else model).parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        losses.append([])
+        for _ in range(8):
+            loss = (run(x) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0] - 0.05
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def write(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -109,12 +109,12 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     (exact, _), (eager, sparse) = (reference(case, each) for each in (moved(operands, torch.float64), operands))
     weight, without_B = found
     dtype = case.result or case.dtype
-    for weight in found:
-        assert weight.dtype == dtype
-        assert weight.shape == exact.shape
+    for result in found:
+        assert result.dtype == dtype
+        assert result.shape == exact.shape
         # Rows begin where the vendors' matmuls can load them fast.
-        assert weight.stride(-1) == 1
-        assert weight.stride(-2) * dtype.itemsize % 16 == 0
+        assert result.stride(-1) == 1
+        assert result.stride(-2) * dtype.itemsize % 16 == 0
     assert_within_error(weight, eager.to(dtype), exact, dtype)
     assert torch.equal(without_B, sparse.to(dtype))
     assert int((without_B != 0).sum()) == operands[2].numel()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slcompile.config import SLConfig
 from slcompile.ops.support import flat_positions, groups_per_row
 from tests.kernels.harness import (
     DTYPES,
@@ -207,6 +208,26 @@ def test_compiles_at_the_papers_shapes_without_spills(target: str, tokens: int, 
         multiplies = launch.kernel.__name__ != "sum_splits_kernel"
         if dtype == torch.bfloat16 or not target.startswith("gfx"):
             assert usage.has_mma == (multiplies and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiles_where_rows_share_their_columns(target: str, tokens: int) -> None:
+    require_compiler()
+    from slcompile.kernels.linear_factored import linear_factored
+    from slcompile.kernels.offline import recorded
+
+    rows, columns, rank, density = PAPER["1B_up"]
+    dtype, vector = torch.bfloat16, SLConfig.vector
+    x, grad = empty(tokens, columns, dtype=dtype), empty(tokens, rows, dtype=dtype)
+    B, A, hidden = empty(rows, rank, dtype=dtype), empty(rank, columns, dtype=dtype), empty(tokens, rank, dtype=dtype)
+    values, seed = empty_sparse("stratified", rows, groups_per_row(columns, density), dtype)
+    with recorded(target) as launches:
+        linear_factored(x, [hidden] * 2, [B] * 2, [values] * 2, [seed] * 2, vector=vector)
+        linear_factored(grad, [hidden] * 2, [A] * 2, [values] * 2, [seed] * 2, transposed=True, vector=vector)
+    products = [launch for launch in launches if launch.kernel.__name__ != "sum_splits_kernel"]
+    assert [launch.arguments["VECTOR"] for launch in products] == [vector, vector]
+    assert [usage.has_mma for _, usage in usages(products, target)] == [True] * 2
 
 
 @pytest.mark.parametrize("name", ["PROJECT", "FACTORED", "TRANSPOSED"])

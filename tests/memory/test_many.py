@@ -140,8 +140,8 @@ class TestShares:
         assert half.dense.parameter_count == whole.dense.parameter_count
         layers = whole.dense.parameter_count - outside - norms
         assert half.dense.at_peak["parameters"] == 4 * (outside + norms + layers // 2)
-        # Attention and MLP: [64 tokens, 128] forward and backward each; twice half of it is sent.
-        assert half.dense.sent == {TENSOR: 2 * 2 * 64 * 128 * 4}
+        # [64 tokens, 128] of o and down forward, of q, k, v, gate and up backward; twice half of it is sent.
+        assert half.dense.sent == {TENSOR: 7 * 64 * 128 * 4}
         # A [16, 128] of q, k, v, gate and up; B [128, 16] of o and down.
         assert half.sltrain.sent == {TENSOR: half.dense.sent[TENSOR], FACTORS: 7 * 16 * 128 * 4}
 

@@ -235,8 +235,8 @@ class TestStratifiedLooksRandom:
         one, other = (columns_of(seed, 1, count * width, count)[0] - start for seed in (1000, 1000 ^ distance))
         exchanged = other[torch.arange(count) ^ distance]
         shifted = other.roll(distance)
-        for other in (exchanged, shifted):
-            matches = int((one == other).sum())
+        for changed in (exchanged, shifted):
+            matches = int((one == changed).sum())
             assert abs(z_score(matches, count / width, count / width * (1 - 1 / width))) < SIGMAS
 
     @pytest.mark.parametrize("seed", [0, 1, SEED_LIMIT - 1])

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHECK = "tests/behaviour/test_check.py"
-LOWERED = "tests/behaviour/test_backend_lowerings.py::test_every_lowering_trains_as_eager_does"
+LOWERED = "tests/behaviour/test_backend_lowerings.py::test_every_lowering_trains_as_eager_does[composed-stratified]"
 FACTORED = "tests/ops/test_linear_factored.py::test_error_is_within_the_references"
 CHOSEN = "tests/passes/test_choose_lowering.py::test_same_numbers_and_twice_changes_nothing"
 GROUPED = "tests/passes/test_group_projections.py::test_siblings_become_one_with_the_same_numbers"

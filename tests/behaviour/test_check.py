@@ -21,7 +21,7 @@ from slcompile.health import share_of_budget
 from slcompile.passes.lower_ops import _aten
 
 WIDTH = 64
-CONFIG = slcompile.SLConfig(rank=8, density=0.1, seed=3)
+CONFIG = slcompile.SLConfig(rank=8, density=0.1, seed=3, support="stratified")
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 def test_mutated_files_are_refused_or_loaded():
     counts = {"examples": 0, "wrong": []}
-    files.batch(0, counts, size=60)
+    files.batch(0, counts, size=40)
     assert counts["wrong"] == []
     assert {target.__name__ for target, _ in files.TARGETS} <= counts.keys()
 

@@ -33,7 +33,7 @@ def test_random_graphs_that_the_backend_captures(mode, steps, width, shape, opti
     check("captured", mode, steps, width, shape, options)
 
 
-@settings(max_examples=3, **few)
+@settings(max_examples=2, **few)
 @given(modes, programs, widths, shapes, options)
 def test_random_graphs_in_generated_code(mode, steps, width, shape, options):
     check("generated", mode, steps, width, shape, options)

@@ -3,7 +3,7 @@
     python examples/many_gpus.py
 
 Estimated without a GPU: parameters sharded by FSDP2, one sequence of 2048 tokens on each GPU, bfloat16, AdamW. Needs
-``pip install "slcompile[examples]"``; about ten minutes on one CPU core.
+``pip install "slcompile[examples]"``; eight minutes up to 13B on a busy CPU core, longer for the larger ones.
 """
 
 from __future__ import annotations

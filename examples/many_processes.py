@@ -34,7 +34,7 @@ from slcompile.models import known_config
 from slcompile.ops.sparse_cpu import kept_bytes
 
 WAYS = ("ddp", "fsdp")
-BYTES_SENT = 200  # where tcpi_bytes_sent lies in the kernel's struct tcp_info
+BYTES_ACKED = 120  # where tcpi_bytes_acked lies in the kernel's struct tcp_info; without what was sent again
 
 
 def loss_of(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def bytes_sent() -> int:
             continue
         connection = socket.socket(fileno=int(name))
         if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_SENT + 8)
-            total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED + 8)
+            total += struct.unpack_from("Q", info, BYTES_ACKED)[0]
         connection.detach()  # it stays open
     return total
 

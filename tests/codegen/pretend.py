@@ -1,6 +1,6 @@
 """A GPU that is not there: what torch, Inductor and Triton ask of one is answered, nothing runs on it.
 
-The answers are of an H100. Tried with torch 2.13.0 (CPU build) and Triton 3.7.1.
+The answers are of an H100. Tried with torch 2.13.0 (CPU build) and Triton 3.7.1, and 2.11.0 (CUDA build) and 3.6.0.
 """
 
 from __future__ import annotations

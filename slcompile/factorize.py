@@ -15,7 +15,7 @@ from slcompile.convert.ledger import EXPLICIT, Ledger, ledger
 from slcompile.convert.refuse_loading import watch_loading
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import captured_uses, uses_by_module_type
-from slcompile.models import unwrapped
+from slcompile.models import forget_factors, unwrapped
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.passes import merge_weights, run
 from slcompile.weight.marks import retire
@@ -96,6 +96,7 @@ def merge_(model: nn.Module) -> nn.Module:
     _merge_places(_places(model))
     for module in model.modules():
         vars(module).pop(EXPLICIT, None)
+        forget_factors(vars(module).get("config"))
         if isinstance(module, fx.GraphModule):
             run([merge_weights], module)
     ledger.forget(model)

@@ -25,6 +25,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return torch_private.without_wrappers(model)
 
 
+METHOD = "slcompile"
+"""The ``quant_method`` of a ``config.json``, by which transformers finds ``slcompile.integrations.transformers``."""
+
+
+def forget_factors(config: Any) -> None:
+    """Takes from a transformers config what says that the model's weights are factors; of other configs nothing."""
+    held = getattr(config, "quantization_config", None)
+    method = held.get("quant_method") if isinstance(held, dict) else getattr(held, "quant_method", None)
+    if method == METHOD:
+        del config.quantization_config
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """Copies a model to the meta device; nothing of its size is allocated, and ties stay ties."""
     memo: dict[int, object] = {}

@@ -66,7 +66,9 @@ def test_the_effective_rank_counts_equal_directions():
 
 
 def test_a_weight_at_its_start_has_no_low_rank_part():
-    model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), slcompile.SLConfig(seed=0, init="kaiming"))
+    model = slcompile.factorize_(
+        nn.Sequential(nn.Linear(64, 64)), slcompile.SLConfig(seed=0, init="kaiming", support="stratified")
+    )
     found = slcompile.spectra(model)["0.weight"]
     assert found.effective_ranks["low_rank"] == 0
     assert found.effective_ranks["sparse"] == found.effective_ranks["weight"] > 20

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
-from slcompile.models import hf_config, unwrapped
+from slcompile.models import METHOD, hf_config, unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.structure import FactorizedWeight
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
-METHOD = "slcompile"
-"""The ``quant_method`` of a ``config.json``, by which transformers finds ``slcompile.integrations.transformers``."""
 
 
 def described_weights(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from slcompile import files
 from slcompile.export.twin import dense_tensors, export_dtype, floating_dtype, meta_twin, require_finite
-from slcompile.models import unwrapped
+from slcompile.models import forget_factors, unwrapped
 from slcompile.weight.placing import base_class
 
 INSTALL = 'pip install "slcompile[safetensors]"'
@@ -84,6 +84,7 @@ def _save_config(model: nn.Module, twin: nn.Module, directory: Path) -> None:
     """Writes config.json and generation_config.json, where the model is one of transformers'."""
     config: Any = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
+        forget_factors(config)
         config.architectures = [base_class(model).__name__]
         config.dtype = floating_dtype(twin)
         config.save_pretrained(directory)

@@ -16,9 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slcompile.config import SLConfig, checked_config
 from slcompile.convert.ledger import EXPLICIT
-from slcompile.export.checkpoint import METHOD, described_weights, install
+from slcompile.export.checkpoint import described_weights, install
 from slcompile.factorize import factorize_
-from slcompile.models import unwrapped
+from slcompile.models import METHOD, unwrapped
 from slcompile.weight.structure import FactorizedWeight
 
 

@@ -166,6 +166,16 @@ def exchange_factors(graph: torch.fx.Graph) -> None:
         second.args = (*second.args[:2], one, *second.args[3:])
 
 
+def another_scale_in_graphs(original):
+    """Of the first training step, whose graph gets factors, and not of the module that the model gets."""
+
+    def arguments(self, operands):
+        in_graph = isinstance(operands[0], torch.fx.Node)
+        return (*operands[:4], 1.0, *original(self, operands)[5:]) if in_graph else original(self, operands)
+
+    return arguments
+
+
 PASSES = "slcompile.passes."
 PLANTED: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]], str]] = {
     # name: module, attribute, what is done to it, a run that must be wrong
@@ -208,8 +218,8 @@ PLANTED: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Callable[..., 
     "merged_wide": ("slcompile.weight.structure.FactorizedWeight", "merged_wide", scaled, "inference, merged"),
     "mend: another start": (
         "slcompile.weight.sl_weight.SLWeight",
-        "op_args",
-        lambda _: lambda self: (1.0,),
+        "arguments",
+        another_scale_in_graphs,
         "training, converting",
     ),
     "recompute_weights": ("slcompile.passes", "recompute_weights", editing(scale_compose), "training, composed"),

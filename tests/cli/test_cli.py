@@ -58,6 +58,7 @@ def test_onnx_and_merged(checkpoint, tmp_path, capsys):
     assert "model.onnx: opset " in out
     assert "onnxruntime against the trained model, logits [2, 16, 128]: largest difference" in out
     assert "onnxruntime against the trained model, logits [1, 8, 128]: largest difference" in out
+    assert "quantization_config" not in json.loads((directory / "config.json").read_text())  # which asks for factors
     wanted = torch_logits(load_factorized(checkpoint))
     assert_close(onnx_logits(file), wanted, torch.float32)
     np.testing.assert_array_equal(torch_logits(AutoModelForCausalLM.from_pretrained(directory)), wanted)

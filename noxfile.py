@@ -1,4 +1,4 @@
-"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``torch-2.11``, ``codegen-2.11``, ``docs``.
+"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``long``, ``torch-2.11``, ``codegen-2.11``, ``docs``.
 
 ``versions`` is the matrix of docs/trust.md, each cell in an environment of its own: ``nox -s versions``, or one cell,
 ``nox -s "versions-3.12(torch='2.13.0')"``. ``transformers-4`` trains with a wheel beside the last major version.
@@ -46,7 +46,7 @@ def quick(session: nox.Session) -> None:
     """Checks, spelling and the quick tests, in the environment that is active. Arguments go to pytest."""
     check(session)
     session.run("codespell")
-    session.run(*PYTEST, "-m", "not slow and not browser and not gpu", *session.posargs)
+    session.run(*PYTEST, "-m", "not slow and not long and not browser and not gpu", *session.posargs)
 
 
 @nox.session
@@ -55,6 +55,12 @@ def tests(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[test]")
     check(session)
     session.run(*PYTEST, *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def long(session: nox.Session) -> None:
+    """The tests that README's command leaves out, in the environment that is active."""
+    session.run(*PYTEST, "-m", "long", *session.posargs)
 
 
 def install_with_torch_2_11(session: nox.Session, *packages: str) -> None:

@@ -238,8 +238,21 @@ def owner_of(name: str) -> ModuleType | type:
     return sys.modules[name]
 
 
+# One of each kind of run; the others are run with the long tests.
+SOME = {
+    "parameterize_weights: scale",
+    "fuse_weight_grads",
+    "choose_lowering: hidden",
+    "compose: product",
+    "vector: gradients",
+    "merged_wide",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.parametrize(
+    "planted", [each if each in SOME else pytest.param(each, marks=pytest.mark.long) for each in PLANTED]
+)
 def test_a_planted_defect_is_found(planted, net, batch, aten_kernels, monkeypatch):
     where, attribute, plant, run = PLANTED[planted]
     owner = owner_of(where)

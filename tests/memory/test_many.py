@@ -53,7 +53,7 @@ def reports():
     return dict(zip((ONE, DDP, FSDP, HALF), estimate(ONE, DDP, FSDP, HALF), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_take_and_send_what_is_estimated(tmp_path):
     torchrun(MEASURED, "measured", tmp_path)
     for rank in range(2):

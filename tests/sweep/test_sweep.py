@@ -30,7 +30,8 @@ QUICK = {
     **dict.fromkeys("qwen3 gpt2 mixtral mamba bert albert vit convnext".split(), LOWERINGS),
     **dict.fromkeys("t5 whisper clip dit".split(), ("auto",)),
 }
-COMPARED = "llama mixtral t5 vit nn.GRUCell".split()
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("mixtral", "t5")]
+COMPARED = ["llama", "vit", "nn.GRUCell", *LONG]
 COMPILED = ["resnet"]
 
 

@@ -1,4 +1,5 @@
-"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``long``, ``torch-2.11``, ``codegen-2.11``, ``docs``.
+"""What to run before a change is handed in: ``nox -s quick``, ``tests``, ``long``, ``torch-2.11``, ``codegen-2.11``,
+``docs``.
 
 ``versions`` is the matrix of docs/trust.md, each cell in an environment of its own: ``nox -s versions``, or one cell,
 ``nox -s "versions-3.12(torch='2.13.0')"``. ``transformers-4`` trains with a wheel beside the last major version.

@@ -39,7 +39,7 @@ CASES: dict[str, Case] = {**ARCHITECTURES, **HANDMADE, **MODULES}
 def longer_or_shorter(case: Case, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Texts of another length; of what is no text, a row more. Empty where nothing may vary."""
     if is_text(inputs):
-        return {name: each[:, :OTHER_LENGTH] for name, each in inputs.items()}
+        return {name: each[:, :OTHER_LENGTH].contiguous() for name, each in inputs.items()}
     if case.family == "module":
         return {}
     return {name: torch.cat([each, each[:1]]) if is_batch(each) else each for name, each in inputs.items()}
@@ -48,7 +48,7 @@ def longer_or_shorter(case: Case, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def fewer(case: Case, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """One text of few tokens; of what is no text, one row. Empty where nothing may vary."""
     if is_text(inputs):
-        return {name: each[:1, :FEW] for name, each in inputs.items()}
+        return {name: each[:1, :FEW].contiguous() for name, each in inputs.items()}
     if case.family == "module":
         return {}
     return {name: each[:1] if is_batch(each) else each for name, each in inputs.items()}

@@ -189,7 +189,7 @@ class TestLiveness:
 
 
 class TestRepeating:
-    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.long)])
     def test_repeated_layers_are_what_their_own_graphs_are(self, device, monkeypatch):
         settings = {"kwargs": IDS, "config": CONFIG, "device": device, "optimizer": "adamw8bit", "per_layer": True}
         short = estimate_memory(llama(6), **settings)

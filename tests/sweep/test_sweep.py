@@ -32,7 +32,7 @@ QUICK = {
 }
 LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("mixtral", "t5")]
 COMPARED = ["llama", "vit", "nn.GRUCell", *LONG]
-COMPILED = ["resnet"]
+COMPILED = [pytest.param("resnet", marks=pytest.mark.long)]
 
 
 def test_the_table_is_as_wide_as_it_says():

@@ -30,9 +30,13 @@ QUICK = {
     **dict.fromkeys("qwen3 gpt2 mixtral mamba bert albert vit convnext".split(), LOWERINGS),
     **dict.fromkeys("t5 whisper clip dit".split(), ("auto",)),
 }
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("mixtral", "t5")]
-COMPARED = ["llama", "vit", "nn.GRUCell", *LONG]
-COMPILED = [pytest.param("resnet", marks=pytest.mark.long)]
+COMPARED = ["llama", "vit", "nn.GRUCell", "mixtral", "t5"]
+COMPILED = ["resnet"]
+LONG = {"mixtral", "t5", "resnet"}
+
+
+def marked(names):
+    return [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in names]
 
 
 def test_the_table_is_as_wide_as_it_says():
@@ -51,7 +55,7 @@ def test_it_is_found_replaced_trained_and_merged(name):
     assert tuple(row.gradients) == QUICK[name]
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", marked(COMPARED))
 def test_it_infers_and_trains_under_autocast(name):
     found = compare(name, code=False)
     assert found.failures == []
@@ -60,7 +64,7 @@ def test_it_infers_and_trains_under_autocast(name):
     assert all(0 < share <= 1 for share in found.runs.values())
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", marked(COMPILED))
 def test_it_trains_in_compiled_kernels_too(name):
     assert measure(name, True, ("auto",), export=False).failures == []
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 # One core a worker: tests compile, and threads that wait for one another are slower than none.
 PYTEST = ("pytest", "-n", "auto", "--dist", "loadfile")
+QUICK = "not slow and not long and not browser and not gpu"
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
@@ -47,7 +48,7 @@ def quick(session: nox.Session) -> None:
     """Checks, spelling and the quick tests, in the environment that is active. Arguments go to pytest."""
     check(session)
     session.run("codespell")
-    session.run(*PYTEST, "-m", "not slow and not long and not browser and not gpu", *session.posargs)
+    session.run(*PYTEST, "-m", QUICK, *session.posargs)
 
 
 @nox.session
@@ -92,7 +93,7 @@ def codegen_2_11(session: nox.Session) -> None:
 def versions(session: nox.Session, torch: str) -> None:
     """One Python and one torch: the quick tests of ``CELL``. Arguments go to pytest."""
     session.install(f"torch=={torch}", *FEW, "-e", ".")
-    session.run("pytest", "-q", "-m", "not slow and not browser and not gpu", *CELL, *session.posargs)
+    session.run("pytest", "-q", "-m", QUICK, *CELL, *session.posargs)
 
 
 @nox.session(name="transformers-4")

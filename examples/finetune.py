@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import slcompile
-from slcompile.benchmark import peak_above
+from slcompile.benchmark import interleaved, peak_above
 from slcompile.ops.sparse_cpu import kept_bytes
 
 Data = tuple[Encoded, Tensor]  # passages, and which play each is from
@@ -142,13 +141,7 @@ def speed(training: Data, args: argparse.Namespace) -> None:
             optimizer.zero_grad()
 
         steps[method] = step
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for run in range(args.runs + 3):
-        for method, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if run >= 3:
-                seconds[method].append(time.perf_counter() - start)
+    seconds = interleaved(steps, args.runs, "cpu")
     table = Table(
         title=f"A step of {args.batch} x {args.tokens} tokens under Inductor, {torch.get_num_threads()} threads"
     )

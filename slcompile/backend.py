@@ -14,11 +14,8 @@ from slcompile import torch_private
 from slcompile.captured import REQUIRED_SETTINGS, CapturedGraph
 from slcompile.config import SLConfig, did_you_mean
 from slcompile.convert.ledger import ledger
-from slcompile.convert.refuse_loading import watch_loading
 
 log = logging.getLogger("slcompile")
-
-watch_loading()  # now: a dense model may be given a checkpoint of factors before anything is converted
 
 
 def sltrain(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile import torch_private
-from slcompile.config import LOWERINGS, SLConfig, checked_config, did_you_mean
+from slcompile.config import LOWERINGS, SLConfig, checked_config, did_you_mean, require_choice
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model, merge_
 from slcompile.measure import synchronize
@@ -175,7 +175,7 @@ def bench(
         mode,
         _described(device),
         {"python": platform.python_version(), **{name: version(name) for name in ("torch", "slcompile")}},
-        {field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        config.to_options(),
         tokens,
         runs,
         found,
@@ -229,10 +229,9 @@ def _require_allowed(
     chosen = (config.lowering,) if lowerings is None else tuple(lowerings)
     if isinstance(lowerings, str) or not chosen:
         raise ValueError(f"lowerings must be a sequence of names, got {lowerings!r}")
-    for name, values, allowed in (("lowerings", chosen, VARIANTS), ("mode", (mode,), MODES)):
-        for value in values:
-            if value not in allowed:
-                raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}; allowed: {', '.join(allowed)}")
+    for each in chosen:
+        require_choice("lowerings", each, VARIANTS)
+    require_choice("mode", mode, MODES)
     if not isinstance(runs, int) or isinstance(runs, bool) or runs < 3:
         raise ValueError(f"runs must be an int of at least 3, got {runs!r}")
     known = torch_private.inductor_settings()
@@ -287,7 +286,7 @@ class _Variants:
             factorize_model(model, self.config, args, kwargs, Ledger(silent=True))
         if lowering == "eager":
             return self._step(model, model)
-        options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        options = self.config.to_options()
         options |= {"lowering": lowering, "inductor": self.inductor}
         return self._step(model, torch.compile(model, backend="sltrain", dynamic=False, options=options))
 

@@ -106,7 +106,7 @@ class CapturedGraph:
         for candidate in found.weights:
             ledger.remember_owners(candidate.weight, candidate.owners)
             self._decisions[candidate.weight] = candidate.decision
-            ledger.configs[candidate.weight] = candidate.config or self.config
+            ledger.configs[candidate.weight] = candidate.config
         return found
 
     def _use_in_all_graphs(self, index: int, parameter: nn.Parameter) -> WeightUse:

@@ -29,7 +29,7 @@ SKIPPABLE = (
 STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 AUTO = "auto"
-BASES = (None, "frozen")
+BASES = ("frozen",)
 BY_PATTERN = ("rank", "density", "alpha")
 """Options that may be a mapping from fnmatch patterns on names to values."""
 
@@ -102,11 +102,11 @@ class SLConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         for name in BY_PATTERN:
             self._require_setting(name)
-        _require_choice("support", self.support, SUPPORTS)
+        require_choice("support", self.support, SUPPORTS)
         _require(_is_int(self.vector) and self.vector in VECTORS, "vector", self.vector, f"one of {VECTORS}")
         if self.vector != VECTOR and self.support != "vector":
             raise ValueError(f"vector={self.vector} needs support='vector', got support={self.support!r}")
-        _require_choice("init", self.init, INITS)
+        require_choice("init", self.init, INITS)
         _require(
             self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
             "seed",
@@ -114,16 +114,16 @@ class SLConfig:
             "None or an int in [0, 2**63)",
         )
         _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
-        _require_choice("lowering", self.lowering, LOWERINGS)
-        _require_choice("save", self.save, SAVES)
-        _require_choice("structure", self.structure, STRUCTURES)
+        require_choice("lowering", self.lowering, LOWERINGS)
+        require_choice("save", self.save, SAVES)
+        require_choice("structure", self.structure, STRUCTURES)
         if self.base is not None:
-            _require_choice("base", self.base, [each for each in BASES if each])
+            require_choice("base", self.base, BASES)
             self._require_possible_base()
         skipped = (self.skip_passes,) if isinstance(self.skip_passes, str) else self.skip_passes
         _require(isinstance(skipped, (list, tuple)), "skip_passes", skipped, "a sequence of names of passes")
         for name in skipped:
-            _require_choice("skip_passes", name, SKIPPABLE)
+            require_choice("skip_passes", name, SKIPPABLE)
         object.__setattr__(self, "skip_passes", tuple(skipped))
         for name in ("keep_weights", "autotune", "dryrun"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
@@ -160,10 +160,11 @@ class SLConfig:
             given = getattr(self, field)
             if not isinstance(given, Mapping):
                 continue
-            values = [value for pattern, value in given.items() if any(fnmatchcase(name, pattern) for name in names)]
-            if not values:
+            matching = (value for pattern, value in given.items() if any(fnmatchcase(name, pattern) for name in names))
+            value = next(matching, None)
+            if value is None:
                 return None
-            plain[field] = values[0]
+            plain[field] = value
         return replace(self, **plain) if plain else self
 
     def _require_possible_base(self) -> None:
@@ -194,6 +195,10 @@ class SLConfig:
             if key not in known:
                 raise ValueError(f"unknown option {key!r:.200}{did_you_mean(key, [*known, 'inductor'])}")
         return cls(**options), dict(inductor)
+
+    def to_options(self) -> dict[str, Any]:
+        """Returns every field by its name, as ``from_options`` takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def plain_density(self) -> float:
@@ -285,7 +290,8 @@ def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r:.200}")
 
 
-def _require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+def require_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises ValueError where an argument is none of the allowed words; it names the nearest."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} got {value!r:.200}{did_you_mean(value, allowed)}")
 

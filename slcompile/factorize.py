@@ -14,7 +14,7 @@ from slcompile.convert.eligibility import require_possible_rank
 from slcompile.convert.ledger import EXPLICIT, Ledger, ledger
 from slcompile.convert.refuse_loading import watch_loading
 from slcompile.convert.transaction import convert
-from slcompile.convert.weight_uses import captured_uses, uses_by_module_type
+from slcompile.convert.weight_uses import uses_of
 from slcompile.models import forget_factors, unwrapped
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.passes import merge_weights, run
@@ -23,7 +23,7 @@ from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names, restore, sl_names, snapshot, take_out
 from slcompile.weight.structure import FactorizedWeight
 
-watch_loading()
+watch_loading()  # now: a dense model may be given a checkpoint of factors before anything is converted
 
 
 def factorize_(
@@ -65,10 +65,7 @@ def factorize_model(
     """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own."""
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
-    if example_args is None and example_kwargs is None:
-        uses = uses_by_module_type(model, config)
-    else:
-        uses = captured_uses(model, tuple(example_args or ()), dict(example_kwargs or {}))
+    uses = uses_of(model, config, example_args, example_kwargs)
     with ledger.lock:
         live = LiveObjects.find()
         found = gather(uses, config, live, model=model)
@@ -105,7 +102,7 @@ def merge_(model: nn.Module) -> nn.Module:
 
 def merge_some(model: nn.Module, names: Collection[str]) -> None:
     """Merges the factorized weights of these names, and leaves the others; errors as ``merge_``."""
-    wanted = {id(weight) for name, weight in _named_weights(model) if name in names}
+    wanted = {id(weight) for name, weight in named_weights(model) if name in names}
     _merge_places([place for place in _places(model) if id(place[2]) in wanted])
 
 
@@ -142,7 +139,7 @@ def factors(model: nn.Module) -> dict[str, Any]:
     Raises:
         RuntimeError: A seed buffer was overwritten.
     """
-    return {name: weight.factors() for name, weight in _named_weights(unwrapped(model))}
+    return {name: weight.factors() for name, weight in named_weights(unwrapped(model))}
 
 
 def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
@@ -154,7 +151,7 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
     model = unwrapped(model)
     state = model.state_dict()
     entries: dict[str, Tensor | FactorizedWeight] = {}
-    weights = {name + SUFFIX + ".": (name, weight) for name, weight in _named_weights(model)}
+    weights = {name + SUFFIX + ".": (name, weight) for name, weight in named_weights(model)}
     for key, value in state.items():
         key = plain_name(key)
         prefix = key[: key.rfind(".") + 1]
@@ -184,7 +181,8 @@ class _MergedStateDict(Mapping[str, Tensor]):
         return OrderedDict, (), None, None, iter(self.items())  # torch.save writes an ordinary state dict
 
 
-def _named_weights(model: nn.Module) -> Iterator[tuple[str, FactorizedWeight]]:
+def named_weights(model: nn.Module) -> Iterator[tuple[str, FactorizedWeight]]:
+    """Yields each factorized weight by its dense name; one that several modules hold, by each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
         for name in sl_names(module):
             yield plain_name(qualified(path, name)), getattr(module, name + SUFFIX)

@@ -158,7 +158,7 @@ def check(
     return CheckReport(
         base_class(model).__name__,
         _versions(),
-        {field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        config.to_options(),
         tuple(checker.names),
         tuple(worst),
         tuple(wrong),
@@ -198,7 +198,7 @@ class _Runner:
         self, model: nn.Module, mode: str, lowering: str = "auto", skip: tuple[str, ...] = ()
     ) -> dict[str, Tensor]:
         """Returns what a compiled run of a model gives."""
-        options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        options = self.config.to_options()
         options |= {"lowering": lowering, "skip_passes": skip, "inductor": {"fallback_random": True}}
         with torch_private.unlimited_recompiles():
             return self.measure(model, mode, torch.compile(model, backend="sltrain", options=options))

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ALL = ("-m", "long or not long")  # of planted defects only some are run without
 CHECK = "tests/behaviour/test_check.py"
 LOWERED = "tests/behaviour/test_backend_lowerings.py::test_every_lowering_trains_as_eager_does[composed-stratified]"
 FACTORED = "tests/ops/test_linear_factored.py::test_error_is_within_the_references"
@@ -130,7 +131,7 @@ def finds_planted(test: str, name: str) -> bool:
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
             plant(name)
-            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", test]))
+            code = int(pytest.main(["-q", "-x", *ALL, "-p", "no:cacheprovider", test]))
         finally:
             os._exit(code)
     return failed(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), f"{test} with {name}")
@@ -149,7 +150,7 @@ def failed(code: int, what: str) -> bool:
 
 def run_tests(tests: Iterable[str], root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs tests in a process of their own, of these sources."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rA", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", *ALL, "-p", "no:cacheprovider", "--tb=line", "-rA", *tests]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     failed(done.returncode, done.stdout[-2000:] + done.stderr[-2000:])

@@ -20,7 +20,7 @@ from slcompile.config import SLConfig
 from slcompile.memory.graphs import capture
 from slcompile.passes.graph import op_name
 from slcompile.weight.sl_weight import SLWeight
-from tests.testing import saved_for_backward, text_of
+from tests.testing import randomize, saved_for_backward, text_of
 
 FROZEN: dict[str, Any] = {"base": "frozen", "rank": 4, "density": 0.05}
 LORA: dict[str, Any] = {"base": "frozen", "rank": 4, "density": 0}
@@ -58,12 +58,6 @@ def adapted(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
     slcompile.factorize_(model, SLConfig(**options), example_args=(x,))
     randomize(model)
     return model
-
-
-def randomize(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in trained(model):
-            parameter.copy_(torch.randn(parameter.shape) * 0.05)
 
 
 def weights(model: nn.Module) -> list[SLWeight]:

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-from slcompile.optim import PerLayer, parameter_groups, per_layer
+from slcompile.benchmark import peak_above
+from slcompile.optim import PerLayer, per_layer
 from tests.testing import CONFIG, OPTIONS, process_group
 
 MAKERS = {
@@ -171,18 +172,6 @@ def test_gradients_are_never_all_there_at_once(batch):
         assert alive == [1] * len(parameters)
 
 
-def peak_above(run) -> int:
-    """Most bytes allocated during a run above what was allocated before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    now = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda each: each.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
 def test_peak_memory_has_one_layers_gradients_instead_of_all(batch):
     layers_count, width = 8, 256
     peaks, gradients = {}, 0
@@ -202,7 +191,7 @@ def test_peak_memory_has_one_layers_gradients_instead_of_all(batch):
 
         step()
         step()
-        peaks[type(optimizer)] = peak_above(step)
+        peaks[type(optimizer)] = peak_above(step, "cpu")
         gradients = sum(p.nbytes for p in model.parameters())
     plain, ours = peaks.values()
     print(f"gradients {gradients:,} B; peak above the state: plain {plain:,} B, per layer {ours:,} B")
@@ -458,44 +447,3 @@ def test_other_hooks_on_a_weight_are_still_refused_at_conversion(block):
     handle.remove()
     slcompile.factorize_(block, CONFIG)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in block.parameters()]
-
-
-class TestParameterGroups:
-    def model(self) -> nn.Module:
-        return slcompile.factorize_(nn.Sequential(nn.Linear(64, 48)), slcompile.SLConfig(rank=4, seed=0))
-
-    def test_values_have_a_rate_of_their_own_and_decay_as_the_others(self):
-        model = self.model()
-        weight = model[0].weight_sl
-        others, values = parameter_groups(model.parameters(), lr=1e-3, weight_decay=0.1)
-        assert {id(p) for p in others["params"]} == {id(p) for p in (weight.B, weight.A, model[0].bias)}
-        assert [id(p) for p in values["params"]] == [id(weight.values)]
-        assert (others["lr"], others["weight_decay"]) == (1e-3, 0.1)
-        assert (values["lr"], values["weight_decay"]) == (4e-3, 0.025)
-
-    def test_groups_keep_their_order_and_what_they_have(self):
-        model = self.model()
-        weight = model[0].weight_sl
-        given = [{"params": model[0].bias, "lr": 1.0}, {"params": [weight.values, weight.B], "betas": (0.8, 0.9)}]
-        bias, factors, values = parameter_groups(given, lr=1e-3, values_rate=2)
-        assert (bias["params"], bias["lr"]) == ([model[0].bias], 1.0)
-        assert factors == {"params": [weight.B], "lr": 1e-3, "weight_decay": 0.0, "betas": (0.8, 0.9)}
-        assert (values["lr"], values["betas"]) == (2e-3, (0.8, 0.9))
-        assert given[1] == {"params": [weight.values, weight.B], "betas": (0.8, 0.9)}
-
-    def test_a_step_moves_the_values_by_so_much_more(self):
-        model = self.model()
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), lr=1e-3))
-        model(torch.randn(8, 64)).sum().backward()
-        optimizer.step()
-        moved = {name: (p.detach() - before[name]).abs().max() for name, p in model.named_parameters()}
-        torch.testing.assert_close(moved["0.weight_sl.values"], torch.tensor(4e-3), rtol=1e-3, atol=0)
-        torch.testing.assert_close(moved["0.weight_sl.B"], torch.tensor(1e-3), rtol=1e-3, atol=0)
-
-    def test_what_has_no_values_and_a_rate_that_is_none_are_refused(self):
-        with pytest.raises(ValueError, match="must be of a factorized model"):
-            parameter_groups(nn.Linear(4, 4).parameters(), lr=1e-3)
-        for rate in (0, -1, float("nan"), float("inf")):
-            with pytest.raises(ValueError, match="values_rate must be a finite number above 0"):
-                parameter_groups(self.model().parameters(), lr=1e-3, values_rate=rate)

@@ -98,12 +98,13 @@ def torchrun(*command: object, processes: int = 2) -> str:
 
 
 def randomize(model: nn.Module, std: float = 0.05) -> nn.Module:
-    """Gives every factor random values: B starts at zero, which would hide the low-rank part."""
+    """Gives every factor random values: B starts at zero, which would hide the low-rank part. A base stays."""
     with torch.no_grad():
         for weight in model.modules():
             if isinstance(weight, FactorizedWeight):
                 for parameter in weight.parameters():
-                    parameter.normal_(std=std)
+                    if parameter.requires_grad:
+                        parameter.normal_(std=std)
     return model
 
 

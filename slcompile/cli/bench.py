@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slcompile.benchmark import MODES, VARIANTS, BenchReport, bench
-from slcompile.cli.sources import errors_of, from_factory, literals, sl_config
+from slcompile.cli.sources import add_factory, errors_of, from_factory, literals, sl_config
 from slcompile.files import writable_file, write_text
 
 
@@ -20,14 +20,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "bench",
         help="time a model's step, dense beside factorized: step time, tokens/s, peak memory, compile time",
     )
-    parser.add_argument(
-        "factory",
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="call this function, which returns (model, args) or (model, args, kwargs)",
-    )
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="set fields of SLConfig, such as rank=128"
-    )
+    add_factory(parser)
     parser.add_argument(
         "--inductor",
         nargs="+",

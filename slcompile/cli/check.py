@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slcompile.cli.sources import errors_of, from_factory, sl_config
+from slcompile.cli.sources import add_factory, errors_of, from_factory, sl_config
 from slcompile.files import writable_file, write_text
 from slcompile.health import check
 
@@ -18,14 +18,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "check",
         help="compare compiled training and inference of a model with eager mode; exit code 1 where they differ",
     )
-    parser.add_argument(
-        "factory",
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="call this function, which returns (model, args) or (model, args, kwargs)",
-    )
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="set fields of SLConfig, such as rank=128"
-    )
+    add_factory(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     return parser
 

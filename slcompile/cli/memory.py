@@ -49,9 +49,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--density", type=float, default=defaults.density, help="give S this share of non-zeros")
     parser.add_argument("--support", choices=SUPPORTS, default=defaults.support, help="place the non-zeros so")
-    parser.add_argument(
-        "--base", choices=[each for each in BASES if each], help="keep the weights, frozen, and train what is added"
-    )
+    parser.add_argument("--vector", type=int, default=defaults.vector, help="let so many rows share their columns")
+    parser.add_argument("--base", choices=BASES, help="keep the weights, frozen, and train what is added")
     parser.add_argument("--save", choices=SAVES, default=defaults.save, help="save so much of factored matmuls")
     parser.add_argument("--lowering", choices=LOWERINGS, default=defaults.lowering, help="run matmuls so")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="count the state of this optimizer")
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         from slcompile.memory.chart import plot_memory
 
         plot_file(args.plot)
-    names = ("rank", "density", "support", "base", "lowering", "save")
+    names = ("rank", "density", "support", "vector", "base", "lowering", "save")
     config = SLConfig(**{name: getattr(args, name) for name in names})
     if args.factory:
         title = args.factory

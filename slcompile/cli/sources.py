@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import logging
@@ -20,6 +21,18 @@ from slcompile.models import arguments_for, hf_config
 log = logging.getLogger("slcompile")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_factory(parser: argparse.ArgumentParser, example: str = "rank=128") -> None:
+    """Adds the arguments that say which model, and which options; ``from_factory`` and ``sl_config`` read them."""
+    parser.add_argument(
+        "factory",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="call this function, which returns (model, args) or (model, args, kwargs)",
+    )
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="KEY=VALUE", help=f"set fields of SLConfig, such as {example}"
+    )
 
 
 def sl_config(settings: list[str]) -> SLConfig:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slcompile.cli.sources import errors_of, from_factory, sl_config
+from slcompile.cli.sources import add_factory, errors_of, from_factory, sl_config
 from slcompile.files import writable_file, write_text
 from slcompile.inspect.suggest import suggest
 
@@ -17,15 +17,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "suggest", help="distribute rank over a trained model's weights, under one budget of parameters"
     )
-    parser.add_argument(
-        "factory",
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="call this function, which returns (model, args) or (model, args, kwargs)",
-    )
+    add_factory(parser, "density=0.05")
     parser.add_argument("--budget", type=float, required=True, help="take this share of the weights' parameters")
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="set fields of SLConfig, such as density=0.05"
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ranks here, as the option rank takes them")
     return parser
 

@@ -25,14 +25,14 @@ class Candidate:
         weight: The dense parameter, [rows, columns] or [experts, rows, columns].
         owners: Every (module, attribute) that holds it.
         input_dim: Dimension of the matrix that its matmul contracts.
-        config: Its own options, which do not depend on names any more; None for those of the conversion.
+        config: Its own options, which do not depend on names any more.
     """
 
     decision: Decision
     weight: nn.Parameter
     owners: list[tuple[nn.Module, str]]
     input_dim: int
-    config: SLConfig | None = None
+    config: SLConfig
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ def gather(
         elif decision.reason == "" and not rewriting and any(isinstance(module, fx.GraphModule) for module in modules):
             detail = "a GraphModule owns it and reads it itself; use slcompile.rewrite"
             decision = replace(decision, reason="graph_module", detail=detail)
-        result.weights.append(Candidate(decision, weight, owners, use.input_dim, config.at(*names)))
+        result.weights.append(Candidate(decision, weight, owners, use.input_dim, config.at(*names) or config))
     return result
 
 

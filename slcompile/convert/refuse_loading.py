@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ _PART = f"{SUFFIX}."
 """What follows the dense weight's name in the key of each part of a factorized weight."""
 
 
-@functools.cache
 def watch_loading() -> None:
     """Makes every ``load_state_dict`` of this process call ``require_same_form`` and ``require_parts_fit`` first.
 
@@ -117,7 +115,8 @@ def _loads_as_torch_does(module: nn.Module) -> bool:
     kind = type(module)
     plain = kind._load_from_state_dict is nn.Module._load_from_state_dict
     plain &= kind.get_extra_state is nn.Module.get_extra_state
-    return (plain or isinstance(module, FactorizedWeight)) and not module._load_state_dict_pre_hooks
+    hooks = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks  # which may forgive what is missing
+    return (plain or isinstance(module, FactorizedWeight)) and not hooks
 
 
 def _listed(names: list[str]) -> str:

@@ -53,13 +53,12 @@ def convert(
     elif init == "auto":
         init = record.auto_init = record.auto_init or _init_of(checked)
     weights = [
-        structure_of(own).from_dense(
-            candidate.weight.detach(), own, init, name=candidate.name, input_dim=candidate.input_dim
+        structure_of(candidate.config).from_dense(
+            candidate.weight.detach(), candidate.config, init, name=candidate.name, input_dim=candidate.input_dim
         )
         for candidate in candidates
-        for own in [candidate.config or config]
     ]
-    ledger.configs.update((candidate.weight, candidate.config or config) for candidate in candidates)
+    ledger.configs.update((candidate.weight, candidate.config) for candidate in candidates)
     _swap(candidates, weights, live, roots)
     for candidate, weight in zip(candidates, weights, strict=True):
         retire(candidate.weight, f"{candidate.name} was converted to factors", weight)

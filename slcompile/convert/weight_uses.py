@@ -61,6 +61,18 @@ def _read_with_grad(gm: fx.GraphModule) -> set[int]:
     return found
 
 
+def uses_of(
+    model: nn.Module,
+    config: SLConfig,
+    example_args: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+) -> list[tuple[nn.Parameter, WeightUse]]:
+    """Collects how a model uses its weights: on its graph, or where it has no example, by the types of its modules."""
+    if example_args is None and example_kwargs is None:
+        return uses_by_module_type(model, config)
+    return captured_uses(model, tuple(example_args or ()), dict(example_kwargs or {}))
+
+
 @torch.no_grad()
 def captured_uses(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -88,9 +88,9 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"config.json names the architecture {architecture!r:.100}, which transformers does not have")
     state = _read_state(directory)
     if (directory / OURS).is_file():
-        weights = _settings(directory / OURS, ("weights",))["weights"]
+        weights = read_settings(directory / OURS, ("weights",))["weights"]
     else:
-        state, weights = _from_paper(state, _settings(directory / PAPERS, ("r", "lora_alpha", "sp_ratio")))
+        state, weights = _from_paper(state, read_settings(directory / PAPERS, ("r", "lora_alpha", "sp_ratio")))
     if not isinstance(weights, dict):
         raise ValueError(f"{directory / OURS}: weights must be an object, got {weights!r:.100}")
     layers = getattr(config, "num_hidden_layers", None)
@@ -134,7 +134,8 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} must be {wanted}, got {tuple(each.shape)} {each.dtype}")
 
 
-def _settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+def read_settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    """Reads a JSON object; ValueError where it is none, or lacks a key."""
     try:
         settings = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
@@ -220,7 +221,7 @@ def _read_state(directory: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     tensors = sorted(directory.glob("*.safetensors"))
     for file in tensors or sorted(directory.glob("pytorch_model*.bin")):
-        found = _read_file(file)
+        found = read_tensors(file)
         if not isinstance(found, Mapping):
             raise ValueError(f"{file} must hold tensors by name, got {type(found).__name__}")
         state |= found
@@ -232,7 +233,8 @@ def _read_state(directory: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_file(file: Path) -> Any:
+def read_tensors(file: Path) -> Any:
+    """Reads what a safetensors or .bin file holds; ValueError where it cannot be read."""
     try:
         if file.suffix == ".bin":
             return torch.load(file, map_location="cpu", weights_only=True)

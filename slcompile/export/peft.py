@@ -27,9 +27,11 @@ from slcompile.convert.candidates import Candidate, gather
 from slcompile.convert.ledger import EXPLICIT, ledger
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import linear_modules
+from slcompile.export.checkpoint import read_settings, read_tensors
 from slcompile.export.safetensors import INSTALL
+from slcompile.factorize import named_weights
 from slcompile.models import unwrapped
-from slcompile.names import SUFFIX, plain_name
+from slcompile.names import plain_name
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
@@ -57,19 +59,18 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: The model has no factorized weight, or one that these files cannot hold: with another base or
-            density, a stack of matrices, or not of ``nn.Linear`` or transformers' ``Conv1D``.
+            density, a stack of matrices, of several layers, or not of ``nn.Linear`` or transformers' ``Conv1D``.
         RuntimeError: The factors are sharded.
         ImportError: safetensors is missing.
     """
     save_file = _safetensors("save_file")
     model = unwrapped(model)
-    weights = {
-        plain_name(path).removesuffix(SUFFIX): each
-        for path, each in model.named_modules()
-        if isinstance(each, FactorizedWeight)
-    }
+    weights = dict(named_weights(model))
     if not weights:
         raise ValueError(f"model must have factorized weights, got {type(model).__name__} without one")
+    holders = Counter(map(id, weights.values()))
+    if shared := [name for name, each in weights.items() if holders[id(each)] > 1]:
+        raise ValueError(f"{', '.join(shared)} are one weight, and these files adapt each layer by itself")
     state: dict[str, Tensor] = {}
     settings: dict[str, tuple[int, float]] = {}
     linear = {path for path, _, _ in linear_modules(model)}
@@ -141,14 +142,14 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
             other modules saved with it): the message names it. The model is then as it was.
         ImportError: safetensors is missing.
     """
-    load_file = _safetensors("load_file")
+    _safetensors("load_file")
     directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise ValueError(f"{directory} must hold {CONFIG} and {WEIGHTS}, has no {name}")
-    settings = json.loads((directory / CONFIG).read_text())
+    settings = read_settings(directory / CONFIG, ("peft_type",))
     _require_plain_lora(settings)
-    pairs = _pairs(load_file(directory / WEIGHTS))
+    pairs = _pairs(read_tensors(directory / WEIGHTS))
     model = unwrapped(model)
     if any(isinstance(each, FactorizedWeight) for each in model.modules()):
         raise ValueError("model must be dense, got one that is factorized; load the adapter into the model before")
@@ -170,8 +171,8 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _require_plain_lora(settings: Any) -> None:
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+def _require_plain_lora(settings: Mapping[str, Any]) -> None:
+    kind = settings["peft_type"]
     if kind != "LORA":
         raise ValueError(f"{CONFIG} must have peft_type 'LORA', got {kind!r}")
     for name in UNSUPPORTED:
@@ -179,6 +180,9 @@ def _require_plain_lora(settings: Any) -> None:
             raise ValueError(f"the adapter has {name}={settings[name]!r}, which is no plain LoRA: W0 + s B A")
     if settings.get("bias", "none") != "none":
         raise ValueError(f"the adapter has bias={settings['bias']!r}: biases were trained with it, which are not read")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(settings.get(name), (int, float)):
+            raise ValueError(f"{CONFIG}: {name} must be a number, got {settings.get(name)!r:.100}")
 
 
 def _pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -226,6 +230,8 @@ def _candidates(
                 f"the adapter is of another model: of {name}, [{outputs}, {inputs}], it has lora_A {list(A.shape)} and "
                 f"lora_B {list(B.shape)}"
             )
+        if any(weight is other for other, _ in uses):
+            raise ValueError(f"the adapter of {name} has no place here: its weight is that of another layer, too")
         uses.append((weight, WeightUse(matmuls=["linear"], input_dim=input_dim)))
     found = gather(uses, config, live, model=model).weights
     for name, each in zip(pairs, found, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,7 +76,7 @@ def explain(
     return Explanation(
         base_class(model).__name__,
         {"slcompile": version("slcompile"), "torch": torch.__version__},
-        {each.name: getattr(config, each.name) for each in dataclasses.fields(config)},
+        config.to_options(),
         Summary(
             sum(row.decision == "replaced" for row in rows),
             len(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from slcompile.config import SLConfig, checked_config
 from slcompile.convert.candidates import gather
-from slcompile.convert.weight_uses import captured_uses, uses_by_module_type
+from slcompile.convert.weight_uses import uses_of
 from slcompile.models import unwrapped
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
@@ -50,8 +51,8 @@ class Suggestion:
 
     @property
     def rank(self) -> dict[str, int]:
-        """The ranks by name, as ``SLConfig(rank=...)`` takes them."""
-        return {name: each.rank for name, each in self.weights.items()}
+        """The ranks by name, as ``SLConfig(rank=...)`` takes them: as patterns."""
+        return {glob.escape(name): each.rank for name, each in self.weights.items()}
 
     @property
     def share(self) -> float:
@@ -101,17 +102,14 @@ def suggest(
     config = replace(checked_config(config), rank=1)
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
-    if example_args is None and example_kwargs is None:
-        uses = uses_by_module_type(model, config)
-    else:
-        uses = captured_uses(model, tuple(example_args or ()), dict(example_kwargs or {}))
+    uses = uses_of(model, config, example_args, example_kwargs)
     chosen = gather(uses, config, LiveObjects.find(), model=model).chosen
     if not chosen:
         raise ValueError(f"model has no eligible weight of {len(uses)}: nothing to distribute a budget over")
     if any(each.weight.is_meta for each in chosen):
         raise ValueError("model must have weights, got some on the meta device, which have no spectrum")
     energies = {each.name: _energies(each.weight) for each in chosen}
-    options = {each.name: each.config or config for each in chosen}
+    options = {each.name: each.config for each in chosen}
     shapes = {each.name: tuple(each.weight.shape) for each in chosen}
 
     def size(name: str, rank: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile import torch_private
-from slcompile.config import SLConfig, checked_config, did_you_mean
+from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model
 from slcompile.memory.graphs import Call, capture
@@ -68,13 +68,9 @@ def estimate_memory(
     """
     config = checked_config(config)
     compiled = compiled or ("layers" if per_layer else "model")
-    for name, value, allowed in (
-        ("optimizer", optimizer, tuple(OPTIMIZERS)),
-        ("device", device, DEVICES),
-        ("compiled", compiled, COMPILED),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")
+    require_choice("optimizer", optimizer, OPTIMIZERS)
+    require_choice("device", device, DEVICES)
+    require_choice("compiled", compiled, COMPILED)
     kind = OPTIMIZERS[optimizer]
     plan = Plan(device, kind.scratch_on(device), kind.together, per_layer, compiled == "layers")
     call = (tuple(args), dict(kwargs or {}))

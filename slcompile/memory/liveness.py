@@ -234,7 +234,12 @@ def _layer(node: fx.Node, backward: bool) -> int | None:
     stack = node.meta.get("fwd_nn_module_stack" if backward and node.target not in WEIGHT_OPS else "nn_module_stack")
     if not stack:
         return -1
-    number = re.search(r"\.(\d+)(?=\.|$)", str(list(stack.values())[-1][0]))
+    return layer_in(str(list(stack.values())[-1][0]))
+
+
+def layer_in(path: str) -> int | None:
+    """Returns the layer in which a module of this path is, such as ``.layers.3.mlp``; None outside of the layers."""
+    number = re.search(r"\.(\d+)(?=\.|$)", path)
     return int(number.group(1)) if number else None
 
 

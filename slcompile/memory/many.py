@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from slcompile import torch_private
-from slcompile.config import SLConfig, checked_config, did_you_mean
+from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, step_of
 from slcompile.memory.graphs import Call
 from slcompile.memory.liveness import PARTS, Event, Plan
@@ -152,9 +152,8 @@ def estimate_many(
         ImportError: A configuration is given, and transformers is not installed.
     """
     config = checked_config(config)
-    for name, value, allowed in (("optimizer", optimizer, tuple(OPTIMIZERS)), ("device", device, DEVICES)):
-        if value not in allowed:
-            raise ValueError(f"{name} got {value!r}{did_you_mean(value, allowed)}")
+    require_choice("optimizer", optimizer, OPTIMIZERS)
+    require_choice("device", device, DEVICES)
     kind = OPTIMIZERS[optimizer]
     call: Call = (tuple(args), dict(kwargs or {}))
     whole, layers = builder(model_or_config, dtype)
@@ -164,10 +163,13 @@ def estimate_many(
         """Returns what a process computes with, the whole model, and the events of a step with whole parameters."""
         part = whole if tp == 1 else builder(_divided(model_or_config, tp), dtype)[0]
         make_whole = factorizing(whole, config, call) if factorized else whole
-        make = make_whole if tp == 1 else _matching(part, make_whole, config) if factorized else part
+        if tp > 1:
+            make_whole = functools.cache(make_whole)  # what it makes is only looked at
+        make = make_whole if tp == 1 else _matching(part, make_whole) if factorized else part
         plan = Plan(device, kind.scratch_on(device), kind.together, updates, True)
         events, _ = step_of(make, layers, call, dtype, plan, config if factorized else None)
-        return make(layers), make_whole(layers), events
+        full = make_whole(layers)
+        return full if tp == 1 else make(layers), full, events
 
     reports = []
     for layout in layouts:
@@ -210,7 +212,7 @@ def _divided(source: Any, tp: int) -> Any:
     return config
 
 
-def _matching(build_part: Build, make_whole: Build, config: SLConfig) -> Build:
+def _matching(build_part: Build, make_whole: Build) -> Build:
     """Makes one process's part of a model, with factors of the ranks that the whole weights have."""
 
     def make(depth: int | None) -> nn.Module:
@@ -219,9 +221,9 @@ def _matching(build_part: Build, make_whole: Build, config: SLConfig) -> Build:
         for path, module in whole.named_modules():
             for name in sl_names(module):
                 weight: FactorizedWeight = getattr(module, name + SUFFIX)
-                own = replace(config, rank=weight.describe()["rank"])
                 dense = getattr(modules[path], name)
-                put = type(weight)(dense.shape, own, input_dim=weight.input_dim, device="meta", dtype=dense.dtype)
+                with torch.device("meta"):
+                    put = type(weight).from_description(dense.shape, weight.describe(), name=name, dtype=dense.dtype)
                 put_in_place(modules[path], name, put)
         return model
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from slcompile.memory.liveness import START, Event
+from slcompile.memory.liveness import START, Event, layer_in
 
 GATHERED, REDUCING = "gathered parameters", "reduction buffers"
 
@@ -68,8 +67,7 @@ class Layout:
 
 def layer_of(name: str) -> int | None:
     """Returns the layer in which a parameter of this name is; None outside of the layers."""
-    number = re.search(r"\.(\d+)\.", name)
-    return int(number.group(1)) if number else None
+    return layer_in("." + name.rpartition(".")[0])
 
 
 def shard_elements(parameter: Tensor, world: int) -> int:
@@ -121,8 +119,8 @@ class _Sharded:
         self.gradients = 0  # bytes of whole gradients that wait for their reduction
 
     def whole(self, layer: int | None) -> int:
-        """Returns the bytes of a layer's gathered parameters."""
-        return self.world * self.shards[layer]
+        """Returns the bytes of a layer's gathered parameters; some layers have none."""
+        return self.world * self.shards.get(layer, 0)
 
     def events(self, given: Sequence[Event]) -> Iterator[Event]:
         """Yields the events of the step."""
@@ -176,8 +174,7 @@ class _Sharded:
         elif event.place == "backward":
             yield self._event(event, GATHERED, self.whole(event.layer))
             yield self._event(event, GATHERED, -self.gathering)
-            before = event.layer - 1
-            self.gathering = self.whole(before) if before in self.shards else 0
+            self.gathering = self.whole(event.layer - 1)
             yield self._event(event, GATHERED, self.gathering)
             yield from self._message(event, self.gathering)
 
@@ -211,7 +208,7 @@ class _Sharded:
                 yield from self._update(where, layer)
 
     def _update(self, where: Event, layer: int | None) -> Iterator[Event]:
-        for size in () if self.together else self.scratch[layer]:
+        for size in () if self.together else self.scratch.get(layer, ()):
             yield self._event(where, "temporaries", size)
             yield self._event(where, "temporaries", -size)
         yield self._event(where, "gradients", -self.reduced.get(layer, 0))

@@ -107,8 +107,11 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], *, for_inductor: 
     # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
     with _compiling(), torch._guards.tracing(None), _mode_of(inputs), torch.no_grad():
         # Tensors are known by their identity: of two that are one, the second would be read in the first one's place.
-        earlier = [{id(each) for each in inputs[:position]} for position in range(len(inputs))]
-        distinct = [each.detach() if id(each) in known else each for each, known in zip(inputs, earlier, strict=True)]
+        seen: set[int] = set()
+        distinct = []
+        for each in inputs:
+            distinct.append(each.detach() if isinstance(each, torch.Tensor) and id(each) in seen else each)
+            seen.add(id(each))
         return make_fx(function, decomposition_table=table)(*distinct)
 
 

@@ -47,7 +47,7 @@ class ParallelSLWeight(SLWeight):
         for name, parameter in weight.named_parameters():
             placement: Placement = Replicate() if parameter is whole else Shard(cut)
             assert parameter is whole or parameter is part or parameter is weight.values
-            shared = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement]), parameter.requires_grad)
+            shared = _shared(parameter, mesh, placement)
             setattr(weight, name, shared)
         mark_values(weight.values)
         weight.__class__ = cls

@@ -99,3 +99,13 @@ def test_loading_is_watched_without_the_backend():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "the state dict holds the factors of 0.weight, dense in this Sequential" in done.stdout
+
+
+def test_a_hook_that_forgives_what_is_missing_is_heard(block, block_class):
+    for module in (block, twin := block_class()):
+        slcompile.factorize_(module, CONFIG)
+    block.register_load_state_dict_post_hook(lambda _, keys: keys.missing_keys.clear())
+    state = twin.state_dict()
+    del state["up.bias"]
+    block.load_state_dict(state)
+    assert torch.equal(block.up.weight, twin.up.weight)

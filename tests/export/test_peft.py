@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.config import SLConfig
+from tests.testing import randomize
 
 peft = pytest.importorskip("peft")
 
@@ -70,14 +71,6 @@ def of_peft(model: nn.Module, folder: Path) -> Tensor:
     return output(peft.PeftModel.from_pretrained(model, folder).eval().base_model.model)
 
 
-def fill(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if name.endswith(("_sl.A", "_sl.B")):
-                each.copy_(torch.randn(each.shape) * 0.1)
-    return model
-
-
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (Net, {"r": 4, "lora_alpha": 8, "target_modules": ["up", "down", "first"]}),
     "patterns": (
@@ -111,11 +104,38 @@ def test_an_adapter_of_peft_computes_the_same_here_and_there_again(case, tmp_pat
 def test_what_is_trained_here_peft_reads(make, config, tmp_path):
     model = make()
     dense = copy.deepcopy(model)
-    fill(slcompile.factorize_(model, SLConfig(**LORA, **config)))
+    randomize(slcompile.factorize_(model, SLConfig(**LORA, **config)), 0.1)
     slcompile.save_peft(model, tmp_path)
     torch.testing.assert_close(of_peft(dense, tmp_path), output(model), rtol=1e-4, atol=1e-5)
     again = slcompile.load_peft(make(), tmp_path)
     assert slcompile.factors(again).keys() == slcompile.factors(model).keys()
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_a_weight_of_two_layers_has_no_place_in_these_files(tmp_path):
+    model = slcompile.factorize_(tied(), SLConfig(**LORA, rank=4))
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight are one weight, and these files adapt each layer"):
+        slcompile.save_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    adapter(nn.Sequential(*map(copy.deepcopy, tied())), tmp_path, r=4, target_modules=["0", "2"])
+    with pytest.raises(ValueError, match="has no place here: its weight is that of another layer, too"):
+        slcompile.load_peft(tied(), tmp_path)
+
+
+def test_broken_files_are_named(tmp_path):
+    adapter(Net(), tmp_path, r=4, lora_alpha=8, target_modules=["up"])
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
+        slcompile.load_peft(Net(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is no JSON"):
+        slcompile.load_peft(Net(), tmp_path)
 
 
 def test_a_name_that_ends_another_ones_is_the_only_one_adapted(tmp_path):
@@ -185,6 +205,7 @@ UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": "lora_only"}, "has bias='lora_only': biases were trained with it"),
     "modules": ({"modules_to_save": ["inner"]}, r"has modules_to_save=\['inner'\]"),
     "kind": ({"peft_type": "IA3"}, "must have peft_type 'LORA', got 'IA3'"),
+    "no scale": ({"lora_alpha": None}, "adapter_config.json: lora_alpha must be a number, got None"),
     "rank": ({"r": 5}, "gives layers.0.down the rank 5, adapter_model.safetensors has 4"),
 }
 

@@ -245,14 +245,18 @@ def batch(first: int, counts: dict[str, Any], size: int = 50) -> None:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         numbers = {each["number"] for each in lines if "what" in each}
         begun = [each["number"] for each in lines if "what" not in each]
+        done = size
         if status or len(numbers) < size:
             last = begun[-1] if begun else first
             counts["wrong"].append({"number": last, "error": f"the process ended with status {status}"})
+            done = last + 1 - first
         for each in lines:
             if "what" in each:
                 counts[each["what"]] = counts.get(each["what"], 0) + 1
                 counts["wrong"] += [each] if "error" in each else []
-    counts["examples"] += size
+    counts["examples"] += done
+    if done < size:  # those after a crash
+        batch(first + done, counts, size - done)
 
 
 class TookTooLong(BaseException):

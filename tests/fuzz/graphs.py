@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 import slcompile
 from slcompile import torch_private
 from slcompile.backend import sltrain
-from slcompile.health import LUCK
+from slcompile.health import LUCK, composed_by_formula
 from slcompile.passes import joint_passes, post_passes, run
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.structure import FactorizedWeight, structure_of
@@ -65,8 +65,8 @@ def check(way: str, mode: str, steps: list[Step], width: int, shape: Sequence[in
 
 def compare(found: dict[str, Tensor], model: nn.Module, x: Tensor, mode: str, eps: float) -> None:
     """Asserts that what a run gave is as near to float64 as eager mode is, weights composed by their formula."""
-    eager_model = by_formula(copy.deepcopy(model))
-    exact_model = by_formula(copy.deepcopy(model).double())
+    eager_model = composed_by_formula(copy.deepcopy(model))
+    exact_model = composed_by_formula(copy.deepcopy(model).double())
     eager, exact = measure(eager_model, eager_model, x, mode), measure(exact_model, exact_model, x.double(), mode)
     assert found.keys() == eager.keys() == exact.keys(), (found.keys(), exact.keys())
     for name, truth in exact.items():
@@ -127,11 +127,6 @@ def measure_traced(model: nn.Module, x: Tensor, config: slcompile.SLConfig, mode
     return {name: each for name, each in found.items() if each is not None}
 
 
-def rewrite(joint: fx.GraphModule, config: slcompile.SLConfig) -> None:
-    """Runs the passes on the joint graph."""
-    run(joint_passes(config), joint)
-
-
 class Tupled(nn.Module):
     """A model that returns its tensor in a tuple, as graphs do."""
 
@@ -180,14 +175,6 @@ def randomize(model: nn.Module) -> None:
     for module in model.modules():
         for factor in module.parameters() if isinstance(module, FactorizedWeight) else ():
             factor.copy_(torch.randn(factor.shape, generator=random) / 8)
-
-
-def by_formula(model: nn.Module) -> nn.Module:
-    """Lets a model compose its weights by their formula, and not by the op that is checked."""
-    for module in model.modules():
-        if isinstance(module, FactorizedWeight):
-            vars(module)["forward"] = module.reference
-    return model
 
 
 def batch(first: int, counts: dict[str, Any], size: int = 50) -> None:

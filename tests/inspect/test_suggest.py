@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from typing import Any
@@ -109,7 +108,7 @@ def test_what_cannot_be_is_refused(budget, options, message):
 
 
 def test_the_command_writes_what_the_option_takes(tmp_path, monkeypatch, capsys):
-    name = f"suggested_{next(itertools.count())}"
+    name = f"suggested_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(
         "import torch\nfrom torch import nn\n\n"
         "def model():\n    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)), (torch.randn(2, 64),)\n"

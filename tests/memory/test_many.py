@@ -145,6 +145,20 @@ class TestShares:
         # A [16, 128] of q, k, v, gate and up; B [128, 16] of o and down.
         assert half.sltrain.sent == {TENSOR: half.dense.sent[TENSOR], FACTORS: 7 * 16 * 128 * 4}
 
+    def test_layers_of_a_sequential_some_without_parameters(self):
+        model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        (report,) = estimate_many(model, (torch.zeros(2, 64),), layouts=[Layout(2)], config=CONFIG, device="cpu")
+        whole = sum(each.nbytes for each in model.parameters())
+        # Gathered for the forward and again for the backward pass; gradients once. Each process sends its half.
+        assert report.dense.sent == {GATHER: whole, SCATTER: whole // 2}
+
+    def test_settings_by_pattern_are_those_of_the_whole_weights(self):
+        (plain,), (mapped,) = (
+            estimate(HALF, config=slcompile.SLConfig(rank=rank, density=density))
+            for rank, density in ((16, 0.05), ({"*": 16}, {"*": 0.05}))
+        )
+        assert mapped.sltrain == plain.sltrain
+
     def test_experts_and_ranks_that_are_fractions(self):
         """A fraction is one of the whole weight: of 128, though the halves of experts have 48 rows."""
         config = tiny_config("mixtral", intermediate_size=96, num_hidden_layers=1, vocab_size=100, use_cache=False)

@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds for one architecture (900)")
     parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="begin nothing new after this long")
     given = parser.parse_args(arguments)
+    if given.table is not None and given.results is None:
+        parser.error("--table is written from --results")
     for name in given.names:
         if name not in CASES and name not in families:
             parser.error(f"unknown architecture {name!r}{did_you_mean(name, [*CASES, *families])}")

@@ -95,8 +95,8 @@ def totals(parts: Iterable[Part]) -> list[str]:
 
 def write_table(document: Path, results: Results) -> None:
     """Puts the table in the place of the last code block of a document."""
-    head, _, rest = document.read_text().rpartition("\n```\n")[0].rpartition("\n```\n")
-    assert rest, f"{document} has no table"
+    head, fence, _ = document.read_text().rpartition("\n```\n")[0].rpartition("\n```\n")
+    assert fence, f"{document} has no table"
     lines, parts = [HEADER], []
     for name in CASES:
         found = [part_of(results[name, part]) for part in PARTS if (name, part) in results]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile import torch_private
 from slcompile.cost import Matmul, crossover, device_class, rates, why_no_kernels
+from slcompile.cost.matmul import LEAST_VECTOR
 from slcompile.ops import KERNEL_DTYPES, WEIGHT_OPS
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
@@ -35,7 +36,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     Left composed: what is predicted to be faster so, and what is not a product with the whole matrix (a slice of a
     packed weight, a batched product, a weight op without factors). With a symbolic number of tokens it chooses for the
     one that was captured, and guards the graph to that side of where composed and factored would cost the same, and of
-    the most tokens that the device's kernels are for.
+    the most tokens that the device's kernels are for; for more, the vector support has others.
 
     Args:
         gm: A graph with ``meta["val"]``, forward and backward in one or either alone; changed in place.
@@ -50,15 +51,21 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         report.left += left
     backward = _depends_on_tangents(gm.graph)
     phases = Counter((site.weight, site.node in backward) for site in sites)
-    costs = [_costs(site, phases[site.weight, site.node in backward], device) for site in sites]
+    readers = Counter((site.x, site.transposed) for site in sites)
+    costs = [
+        _costs(site, phases[site.weight, site.node in backward], readers[site.x, site.transposed], device)
+        for site in sites
+    ]
     grads = gm.graph.find_nodes(op="call_function", target=_GRADS)
+    of_grads = Counter(arguments(node)[1] for node in grads)
     if lowering == "auto":
-        _guard_to_one_side([*costs, *(_grads_costs(node, 0, device) for node in grads)])
+        grads_costs = [_grads_costs(node, 0, of_grads[arguments(node)[1]], device) for node in grads]
+        _guard_to_one_side([*costs, *grads_costs])
     chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
     hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
         phase = "backward" if site.node in backward else "forward"
-        why_not = _why_not(site.x, arguments(site.weight)[2], cost.tokens, site.transposed, device, lowering)
+        why_not = _why_not(site.x, arguments(site.weight)[2], cost, site.transposed, device, lowering)
         decision = _choose(_name(site.weight), cost, lowering, why_not)
         decision = replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
         report.add(decision, decision.lowering == "factored")
@@ -69,7 +76,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         left, right, B, A, *_ = arguments(node)
         missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
         why_not = _why_not(left, arguments(node)[4], None, False, device, lowering)
-        decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing, device), lowering, why_not)
+        cost = _grads_costs(node, missing, of_grads[right], device)
+        decision = _choose(f"{_name(node)} gradients", cost, lowering, why_not)
         decision = replace(decision, node=node.name, factor=B.name, phase="gradients")
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
@@ -238,45 +246,60 @@ class Costs:
     tokens: int | torch.SymInt
     composed: Callable[[int], float]
     factored: Callable[[int], float]
+    few: int | None
+    """Up to so many tokens other kernels multiply than above; None where the same ones do."""
 
 
-def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
-    """Predicts the costs of a product; ``composes`` products share one composition."""
+def _costs(site: Site, composes: int, readers: int, device: torch.device | None) -> Costs:
+    """Predicts the costs of a product; ``composes`` products share one composition, ``readers`` of x a copy of it."""
     B, A, values, *_ = arguments(site.weight)
-    x, at = site.x.meta["val"], rates(device or site.x.meta["val"].device)
+    x = site.x.meta["val"]
+    device = device or x.device
+    at = rates(device)
     matmul = _matmul(B, A, values, x.dtype, *_vector(site.weight))
     matmul = replace(matmul, base=_base(site.weight) is not None)
     return Costs(
         matmul,
         x.shape[1 if site.weight_first else 0],
         functools.partial(matmul.composed, rates=at, composes=1 / composes),
-        functools.partial(matmul.factored, rates=at, transposed=site.transposed),
+        functools.partial(matmul.factored, rates=at, transposed=site.transposed, shared=readers),
+        device_class(device).factored_tokens,
     )
 
 
-def _grads_costs(node: fx.Node, missing: int, device: torch.device | None) -> Costs:
-    """Predicts the costs of a weight_grads; ``missing`` hidden matrices are made for it alone."""
+def _grads_costs(node: fx.Node, missing: int, readers: int, device: torch.device | None) -> Costs:
+    """Predicts the costs of a weight_grads; ``missing`` hidden matrices are made for it alone, ``readers`` as above."""
     left, _, B, A, values, *_ = arguments(node)
-    at = rates(device or left.meta["val"].device)
+    device = device or left.meta["val"].device
+    at = rates(device)
     matmul = _matmul(B, A, values, left.meta["val"].dtype, *_vector(node))
     return Costs(
         matmul,
         left.meta["val"].shape[0],
         functools.partial(matmul.grads_composed, rates=at),
-        functools.partial(matmul.grads_factored, rates=at, hiddens=missing),
+        functools.partial(matmul.grads_factored, rates=at, hiddens=missing, shared=readers),
+        device_class(device).factored_tokens,
     )
 
 
 def _guard_to_one_side(costs: list[Costs]) -> None:
     """Guards each symbolic number of tokens to the side of one limit, at which the whole graph's costs are equal.
 
-    One limit and not one for each matmul: a graph for each of their intervals would be compiled.
+    One limit and not one for each matmul: a graph for each of their intervals would be compiled. Where other kernels
+    are for many tokens, it is that side too: the costs cross on each.
     """
     for name, tokens in {str(each.tokens): each.tokens for each in costs}.items():
         if isinstance(tokens, int):
             continue
         group = [each for each in costs if str(each.tokens) == name]
-        limit = crossover(functools.partial(_sum, group, "composed"), functools.partial(_sum, group, "factored"))
+        composed, factored = (functools.partial(_sum, group, each) for each in ("composed", "factored"))
+        few = group[0].few
+        if few is None:
+            limit = crossover(composed, factored)
+        elif guard_or_true(tokens > few):
+            limit = crossover(composed, factored, least=few + 1)
+        else:
+            limit = crossover(composed, factored, limit=few + 1)
         if limit is not None:
             guard_or_false(tokens >= limit)
 
@@ -288,12 +311,12 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
 def _why_not(
     x: fx.Node,
     values: fx.Node,
-    tokens: int | torch.SymInt | None,
+    cost: Costs | None,
     transposed: bool,
     device: torch.device | None,
     lowering: str,
 ) -> tuple[str, str] | None:
-    """Says why a product has no factored lowering on its device, if it has none; tokens are None for gradients.
+    """Says why a product has no factored lowering on its device, if it has none; the cost is None for gradients.
 
     A symbolic number of tokens is guarded to one side of the most that kernels are for, unless nothing is factored.
     """
@@ -307,8 +330,10 @@ def _why_not(
         return "dtype", f"no kernel multiplies factors in {x.meta['val'].dtype}"
     if transposed and values.meta["val"].dim() == 1:
         return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
-    if tokens is not None and kind.factored_tokens is not None and guard_or_true(tokens > kind.factored_tokens):
-        most = f"kernels multiply factors for up to {kind.factored_tokens} tokens"
+    if cost is None or cost.few is None or not guard_or_true(cost.tokens > cost.few):
+        return None
+    if cost.matmul.vector < LEAST_VECTOR:
+        most = f"kernels multiply factors for up to {cost.few} tokens"
         return "tokens", f"{most}; for more, they would write gigabytes of partial sums"
     return None
 

@@ -100,7 +100,7 @@ def _triton(autotune: bool) -> Mapping[Any, Callable[..., Any]]:
         _OPS.compose_backward.default: weight_grads.compose_backward,
         _OPS.linear_factored.default: functools.partial(linear_factored.linear_factored, autotune=autotune),
         _OPS.project.default: functools.partial(project.project, autotune=autotune),
-        _OPS.values_grad.default: weight_grads.values_grad,
+        _OPS.values_grad.default: functools.partial(weight_grads.values_grad, autotune=autotune),
         _OPS.weight_grads.default: weight_grads.weight_grads,
     }
     return {op: functionalize(launcher) for op, launcher in launchers.items()}

@@ -27,6 +27,7 @@ from slcompile.cost import (
     stored,
     why_no_kernels,
 )
+from slcompile.cost.matmul import FEW_TOKENS, VECTOR_BLOCK
 
 CPU = torch.device("cpu")
 NAMES = tuple(DTYPES.values())
@@ -151,6 +152,29 @@ class TestKernels:
         assert MATMUL.compose(narrow) == pytest.approx(2 * 6000 + 6)
         assert MATMUL.grads_composed(TOKENS, narrow) == pytest.approx(12000 + 2 * 2 * 6000 + 6)
 
+    H100 = next(each.rates for each in GPU_CLASSES if each.name == "sm_90")
+
+    def test_kernels_that_gather_are_for_many_tokens_and_rows_of_a_block(self) -> None:
+        """At 16k tokens factored is cheaper the more rows share their columns, and then cheaper than composed."""
+        tokens, rows, columns, rank = 16384, 5504, 2048, 512
+        matmuls = [Matmul(rows, columns, rank, rows * 61, torch.bfloat16, vector) for vector in (8, 16, 64)]
+        for transposed in (False, True):
+            few, some, most = (each.factored(tokens, self.H100, transposed, shared=2) for each in matmuls)
+            assert most < some < few
+            assert most < 0.8 * matmuls[2].composed(tokens, self.H100)
+        few, some, most = (each.grads_factored(tokens, self.H100) for each in matmuls)
+        assert most < some < few
+        # For few tokens kernels are the same, however many rows share their columns.
+        assert len({each.factored(FEW_TOKENS, self.H100, True) for each in matmuls}) == 1
+
+    def test_readers_share_a_transposed_copy(self) -> None:
+        matmul = Matmul(64, 32, 8, 64 * 4, torch.bfloat16, 16)
+        copy = 2 * 1024 * 32 * 2 / self.H100.memory
+        for cost_of in (matmul.factored, matmul.grads_factored):
+            alone, both = (cost_of(1024, self.H100, shared=shared) for shared in (1, 2))
+            assert alone - both == pytest.approx(copy / 2)
+        assert len({matmul.factored(1024, self.H100, True, shared) for shared in (1, 2)}) == 1
+
 
 class TestCrossover:
     @given(st.integers(0, 400), st.integers(0, 5), st.integers(0, 400), st.integers(0, 5), st.integers(2, 150))
@@ -164,6 +188,8 @@ class TestCrossover:
         lower = [first(tokens) < second(tokens) for tokens in range(1, limit)]
         switches = [index + 1 for index in range(1, len(lower)) if lower[index] != lower[index - 1]]
         assert crossover(first, second, limit) == (switches[0] if switches else None)
+        later = [each for each in switches if each > limit // 2]
+        assert crossover(first, second, limit, least=limit // 2) == (later[0] if later else None)
 
     @given(st.integers(2, 2**31 - 1))
     def test_however_far_away(self, where: int) -> None:
@@ -337,6 +363,7 @@ class TestDeviceClasses:
         assert row.tiles.keys() == row.tiles_32.keys() == first.tiles.keys()
         for name, tile in (*row.tiles.items(), *row.tiles_32.items()):
             assert tile.keys() == first.tiles[name].keys()
+        assert row.tiles["vector_product"]["BLOCK_N"] == VECTOR_BLOCK  # which costs know
 
     def test_names_are_unique_and_the_last_row_takes_everything(self) -> None:
         assert len({row.name for row in DEVICE_CLASSES}) == len(DEVICE_CLASSES)

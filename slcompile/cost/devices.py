@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from slcompile import torch_private
-from slcompile.cost.matmul import Rates
+from slcompile.cost.matmul import FEW_TOKENS, Rates
 
 Tile = Mapping[str, int]
 """A kernel's constants and options: sizes of blocks, ``num_warps``, ``num_stages``."""
@@ -47,8 +47,8 @@ class DeviceClass:
         tiles: Name of a kernel -> its tile for 16-bit operands.
         tiles_32: The same for float32.
         per_thread: Whether the rates grow with the number of threads.
-        factored_tokens: Most tokens that the factored matmul's kernels are for; None where they are for any number.
-            They read hidden matrices and write partial sums again and again, gigabytes of them for a training batch.
+        factored_tokens: Most tokens that the factored matmul's kernels are for, but those of the vector support; None
+            where they are for any number.
     """
 
     name: str
@@ -109,9 +109,9 @@ _SM_90_TILES: Mapping[str, Tile] = {
 
 
 def _gpu(matmul: dict[str, float], sparse: float, memory: float) -> Rates:
-    # Gathers of 128 bytes from the L2 cache; in float64 nothing is factored.
+    # Gathers of 128 bytes from the L2 cache: a number of 2 bytes is two operations. In float64 nothing is factored.
     by_dtype = _by_dtype(sparse, sparse, sparse)
-    return Rates(matmul, by_dtype, memory, narrow=0.7, launch=1.5e-6, sector=32, tiled=0.15)
+    return Rates(matmul, by_dtype, memory, narrow=0.7, launch=1.5e-6, sector=32, tiled=0.15, gathers=sparse, own=0.55)
 
 
 # Rates of GPUs are estimates, none was measured: dense ones 0.7 of the data sheets', bandwidths 0.85, float32 without
@@ -124,7 +124,7 @@ DEVICE_CLASSES = (
         _is_hip,
         _gpu(_by_dtype(80e12, 110e12, 900e12), sparse=4e12, memory=4.5e12),
         peak=(1307e12, 5.30e12),
-        factored_tokens=256,
+        factored_tokens=FEW_TOKENS,
         target=("hip", "gfx942", 64),
         shared=64 * 1024,
         tiles={
@@ -148,7 +148,7 @@ DEVICE_CLASSES = (
         lambda device: _has_capability(device, 10, 11),
         _gpu(_by_dtype(28e12, 52e12, 1570e12), sparse=6e12, memory=6.8e12),
         peak=(2250e12, 8.0e12),
-        factored_tokens=256,
+        factored_tokens=FEW_TOKENS,
         target=("cuda", 100, 32),
         shared=227 * 1024,
         tiles=_SM_90_TILES,
@@ -162,7 +162,7 @@ DEVICE_CLASSES = (
         lambda device: _has_capability(device, 9),
         _gpu(_by_dtype(40e12, 45e12, 690e12), sparse=4e12, memory=2.8e12),
         peak=(989e12, 3.35e12),
-        factored_tokens=256,
+        factored_tokens=FEW_TOKENS,
         target=("cuda", 90, 32),
         shared=227 * 1024,
         tiles=_SM_90_TILES,
@@ -172,7 +172,7 @@ DEVICE_CLASSES = (
         lambda device: device.type in ("cuda", "xpu"),
         _gpu(_by_dtype(13e12, 14e12, 220e12), sparse=2e12, memory=1.7e12),
         peak=(312e12, 2.04e12),
-        factored_tokens=256,
+        factored_tokens=FEW_TOKENS,
         target=("cuda", 80, 32),
         shared=99 * 1024,  # of compute capability 8.6, 8.9 and 12.0; an A100 has 163
         tiles={

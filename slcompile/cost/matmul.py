@@ -37,6 +37,9 @@ class Rates:
             gradient of values is then read from the dense product. 0 where both are products with the non-zeros alone.
         vector: FLOP/s of the same as ``sparse`` where rows share their columns (the vector support): such a product
             reads neither positions nor another layout. Empty where kernels are those of other supports, at ``sparse``.
+        gathers: Bytes/s at which the vector support's kernels for many tokens gather columns of x^T from the cache. 0
+            where there are none.
+        own: Share of ``matmul`` that the products of these kernels reach.
     """
 
     matmul: Mapping[str, float]
@@ -50,6 +53,8 @@ class Rates:
     sector: int = 0
     tiled: float = 0.0
     vector: Mapping[str, float] = field(default_factory=dict)
+    gathers: float = 0.0
+    own: float = 1.0
 
     def times(self, threads: int) -> Rates:
         """Returns the rates of so many threads, where these are one's."""
@@ -61,6 +66,19 @@ class Rates:
 
 SPLIT = 512
 """Terms of a long sum that one program of a kernel adds up; the partial sums are added by a second launch."""
+
+FEW_TOKENS = 256
+"""Most tokens that the factored matmul's first kernels are for. They read hidden matrices and write partial sums again
+and again, gigabytes of them for a training batch."""
+
+LEAST_VECTOR = 16
+"""Rows that share their columns, at least, for the kernels for more tokens: a matrix unit's side."""
+
+VECTOR_BLOCK = 128
+"""Rows of a program of these kernels; of several blocks, each one's columns are multiplied for all of them."""
+
+VECTOR_SPLIT = 2048
+"""Tokens that a program of these kernels adds up, of the gradient of values."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,31 @@ class Matmul:
         sums = 2 * 4 * tokens * self.columns * math.ceil(self.rows / SPLIT)
         return operations + sums / rates.memory + 2 * rates.launch
 
+    def _is_gathered(self, tokens: int, rates: Rates) -> bool:
+        """Returns whether kernels gather columns for matrix units."""
+        is_vector = self.nonzeros > 0 and self.vector >= LEAST_VECTOR
+        return is_vector and rates.gathers > 0 and tokens > FEW_TOKENS
+
+    def _gathered(self, tokens: int, rates: Rates, transposed: bool, shared: int) -> float:
+        """Returns seconds of hidden @ factor and of the product with S, by the vector support's kernels."""
+        size = self.dtype.itemsize
+        rate = rates.own * rates.matmul[self._name]
+        if transposed:
+            # z is written and read: the tokens of each block's columns.
+            moved = (tokens * self.rows + 2 * tokens * self.nonzeros // self.vector) * size
+            return 2 * tokens * self.columns * self.rank / rate + moved / rates.memory + 4 * rates.launch
+        copied = 2 * tokens * self.columns * size / shared
+        tail = self.nonzeros * max(1, VECTOR_BLOCK // self.vector)
+        return 2 * tokens * (self.rows * self.rank + tail) / rate + copied / rates.memory + 4 * rates.launch
+
+    def _gathered_grads(self, tokens: int, rates: Rates, shared: int) -> float:
+        """Returns seconds of the gradient of values by the same kernels."""
+        size = self.dtype.itemsize
+        gathered = tokens * self.nonzeros // self.vector * size
+        sums = 2 * 4 * self.nonzeros * math.ceil(tokens / VECTOR_SPLIT)
+        moved = (tokens * self.rows + 2 * tokens * self.columns / shared) * size + sums
+        return gathered / rates.gathers + moved / rates.memory + 4 * rates.launch
+
     def _at_support(self, sectors: int, rates: Rates) -> float:
         """Returns seconds to go through a dense matrix at the support; ``sectors`` are moved for each entry."""
         if not self.nonzeros:
@@ -127,12 +170,22 @@ class Matmul:
         """Returns seconds of a product with W, and of its share of the compositions."""
         return self._product(tokens, self.rows, self.columns, rates) + composes * self.compose(rates)
 
-    def factored(self, tokens: int, rates: Rates, transposed: bool = False) -> float:
-        """Returns seconds of the products through the rank, with S and a base; ``transposed`` of x W, else of x W^T."""
-        through = self._product(tokens, self.rank, self.columns, rates) + self._product(
-            tokens, self.rows, self.rank, rates
-        )
-        through += (self._tiled if transposed and rates.tiled else self._sparse)(tokens, rates)
+    def factored(self, tokens: int, rates: Rates, transposed: bool = False, shared: int = 1) -> float:
+        """Returns seconds of the products through the rank, with S and a base.
+
+        Args:
+            tokens: Rows of x.
+            rates: Of the device.
+            transposed: Whether of x W, else of x W^T.
+            shared: How many products share a copy of x, where kernels make one.
+        """
+        if self._is_gathered(tokens, rates):
+            through = self._product(tokens, self.rank, self.rows if transposed else self.columns, rates)
+            through += self._gathered(tokens, rates, transposed, shared)
+        else:
+            through = self._product(tokens, self.rank, self.columns, rates)
+            through += self._product(tokens, self.rows, self.rank, rates)
+            through += (self._tiled if transposed and rates.tiled else self._sparse)(tokens, rates)
         if self.base:
             through += self._product(tokens, self.rows, self.columns, rates)
             through += self._added(tokens, self.columns if transposed else self.rows, rates)
@@ -162,33 +215,39 @@ class Matmul:
         )
         return self._product(self.rows, self.columns, tokens, rates) + projections + self._at_support(1, rates)
 
-    def grads_factored(self, tokens: int, rates: Rates, hiddens: int = 2) -> float:
+    def grads_factored(self, tokens: int, rates: Rates, hiddens: int = 2, shared: int = 1) -> float:
         """Returns the seconds through the rank; ``hiddens`` of the two hidden matrices are still to be made."""
-        through = self._product(self.rows, self.rank, tokens, rates) + self._product(
-            self.rank, self.columns, tokens, rates
-        )
+        is_gathered = self._is_gathered(tokens, rates)
+        share = rates.narrow if is_gathered else 1.0
+        through = self._product(self.rows, self.rank, tokens, rates, share)
+        through += self._product(self.rank, self.columns, tokens, rates, share)
+        if is_gathered:
+            return through * (1 + share * hiddens / 2) + self._gathered_grads(tokens, rates, shared)
         dense = self._product(self.rows, self.columns, tokens, rates) + self._at_support(1, rates)
         return through * (1 + hiddens / 2) + (dense if rates.tiled else self._sparse(tokens, rates))
 
 
-def crossover(first: Callable[[int], float], second: Callable[[int], float], limit: int = 2**31) -> int | None:
-    """Returns the smallest number of tokens from which the other one of two costs is lower than at one token.
+def crossover(
+    first: Callable[[int], float], second: Callable[[int], float], limit: int = 2**31, least: int = 1
+) -> int | None:
+    """Returns the smallest number of tokens from which the other one of two costs is lower than at ``least``.
 
     Args:
-        first, second: Seconds by the number of tokens; they cross at most once.
+        first, second: Seconds by the number of tokens; from ``least`` on they cross at most once.
         limit: More tokens than any matmul has.
+        least: The fewest tokens.
 
     Returns:
-        None where the same one is lower for every number below ``limit``.
+        None where the same one is lower for every number from ``least`` on and below ``limit``.
     """
 
     def lower(tokens: int) -> bool:
         return first(tokens) < second(tokens)
 
-    low, high = 1, limit - 1
+    low, high = least, limit - 1
     if lower(high) == lower(low):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if lower(middle) == lower(1) else (low, middle)
+        low, high = (middle, high) if lower(middle) == lower(least) else (low, middle)
     return high

@@ -4,7 +4,7 @@ Its input gradient, too: y_TK = hidden_TR @ A_RK + x_TN @ S_NK, with hidden_TR =
 
 For few tokens, where reading the weight is all that costs time: each factor and each value is read once from memory
 and W_NK = scale * B @ A + S is never formed. Projections of one input (query, key and value; gate and up) are siblings
-and share a launch.
+and share a launch. The vector support has kernels for many tokens, too: ``vector_products``.
 
 T tokens, N rows, K columns, R rank, G groups of a row. ``values`` and ``support`` are [N, G] and the seed for the
 stratified support, [P] and the sorted flat index [P] for the uniform one.
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slcompile.cost.matmul import SPLIT
+from slcompile.kernels import vector_products
 from slcompile.kernels.launch import Tiled, dot_precision, on_device_of
 from slcompile.kernels.siblings import (
     batches,
@@ -281,7 +282,7 @@ def linear_factored(
         autotune: As for ``project``.
 
     Returns:
-        [T, N] each, or [T, K] if transposed; like x, contiguous.
+        [T, N] each, or [T, K] if transposed; like x, contiguous, or with a gap between rows where that aligns them.
 
     Raises:
         NotImplementedError: transposed with the uniform support, whose non-zeros are in the order of rows: to find a
@@ -290,6 +291,10 @@ def linear_factored(
     biases = [None] * len(factors) if biases is None else biases
     assert len(hiddens) == len(factors) == len(values) == len(supports) == len(biases)
     assert len({each.dim() for each in values}) == 1, "one kind of support for all siblings"
+    if vector_products.serves(x, vector):
+        return vector_products.linear_factored(
+            x, hiddens, factors, values, supports, biases, transposed, vector, autotune=autotune
+        )
     check(x, [*hiddens, *factors, *values, *(bias for bias in biases if bias is not None)])
     hiddens, values = [each.contiguous() for each in hiddens], [each.contiguous() for each in values]
     supports = [each.contiguous() for each in supports]

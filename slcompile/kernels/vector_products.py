@@ -24,24 +24,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
+from slcompile.cost.devices import gpu_class
+from slcompile.cost.matmul import LEAST_VECTOR, VECTOR_SPLIT
 from slcompile.kernels.launch import Tiled, dot_precision, launchable, on_device_of
 from slcompile.kernels.siblings import check, sum_splits
 from slcompile.ops.support import block_columns
-
-VALUES_SPLIT = 2048
-"""Tokens that one program of the values' gradient adds up."""
 
 GROUPS = 64
 """Rows of values are padded to a multiple of it, the most groups that a program reads at once."""
 
 
 @triton.jit
-def through_rank(
-    p_hidden, p_factor, o_t, o_n, tokens, outputs, ranks, s_hidden, s_output, s_rank,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+def add_through_rank(
+    b_y, p_hidden, p_factor, o_t, o_n, tokens, outputs, ranks, s_hidden, s_output, s_rank,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """hidden[t, r] * factor[n, r] summed over r, float32 [BLOCK_T, BLOCK_N]."""
-    b_y = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    """b_y[t, n] + the sum of hidden[t, r] * factor[n, r] over r."""
     for r in range(0, ranks, BLOCK_R):
         o_r = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
         b_hidden = tl.load(
@@ -74,9 +72,9 @@ def vector_product_kernel(
     i_n = (tl.program_id(0) % row_blocks).to(tl.int64)
     o_t = (tl.program_id(0) // row_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_y = through_rank(
-        p_hidden, p_factor, o_t, o_n, tokens, rows, ranks, s_hidden, s_row, s_rank,
-        PRECISION, BLOCK_T, BLOCK_N, BLOCK_R,
+    b_y = add_through_rank(
+        tl.zeros([BLOCK_T, BLOCK_N], tl.float32),
+        p_hidden, p_factor, o_t, o_n, tokens, rows, ranks, s_hidden, s_row, s_rank, PRECISION, BLOCK_R,
     )  # fmt: skip
     BLOCKS: tl.constexpr = (BLOCK_N + VECTOR - 1) // VECTOR
     first = i_n * BLOCK_N // VECTOR
@@ -86,9 +84,7 @@ def vector_product_kernel(
         o_g = piece % pieces * BLOCK_G + tl.arange(0, BLOCK_G)
         in_g = (o_g < groups) & (block < blocks)
         column = tl.load(p_columns + block * groups + o_g, mask=in_g, other=0).to(tl.int64)
-        b_x = tl.load(
-            p_x + column[None, :] * s_x + o_t[:, None], mask=in_g[None, :] & (o_t < s_x)[:, None], other=0.0
-        )
+        b_x = tl.load(p_x + column[None, :] * s_x + o_t[:, None], mask=in_g[None, :] & (o_t < s_x)[:, None], other=0.0)
         in_n = (o_n // VECTOR == block) & (block < blocks)
         b_value = tl.load(p_values + o_n[None, :] * s_values + o_g[:, None], mask=in_n[None, :], other=0.0)
         b_y = tl.dot(b_x, b_value, b_y, input_precision=PRECISION)
@@ -173,19 +169,17 @@ def vector_product_transposed_kernel(
     column_blocks = tl.cdiv(columns, BLOCK_K)
     o_k = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_t = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    b_y = through_rank(
-        p_hidden, p_factor, o_t, o_k, tokens, columns, ranks, s_hidden, s_column, s_rank,
-        PRECISION, BLOCK_T, BLOCK_K, BLOCK_R,
-    )  # fmt: skip
     begin = tl.load(p_begin + o_k, mask=o_k < columns, other=0)
     count = tl.load(p_begin + o_k + 1, mask=o_k < columns, other=0) - begin
-    b_sum = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    b_y = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for place in range(tl.max(count)):
         there = place < count
         o_z = tl.load(p_order + begin + place, mask=there, other=0).to(tl.int64)
         in_z = there[None, :] & (o_t < s_z)[:, None]
-        b_sum += tl.load(p_z + o_z[None, :] * s_z + o_t[:, None], mask=in_z, other=0.0).to(tl.float32)
-    b_y += b_sum
+        b_y += tl.load(p_z + o_z[None, :] * s_z + o_t[:, None], mask=in_z, other=0.0).to(tl.float32)
+    b_y = add_through_rank(
+        b_y, p_hidden, p_factor, o_t, o_k, tokens, columns, ranks, s_hidden, s_column, s_rank, PRECISION, BLOCK_R
+    )
     if BIAS:
         b_y += tl.load(p_bias + o_k, mask=o_k < columns, other=0.0).to(tl.float32)[None, :]
     b_y = b_y.to(p_y.dtype.element_ty)
@@ -210,6 +204,15 @@ TRANSPOSED = Tiled(
 )
 
 
+def serves(x: Tensor, vector: int) -> bool:
+    """Returns whether these kernels multiply x: enough rows share their columns, and it has many tokens.
+
+    A symbolic number of tokens is guarded to one side of what other kernels are for.
+    """
+    few = gpu_class(x.device).factored_tokens
+    return vector >= LEAST_VECTOR and (few is None or guard_or_true(x.shape[0] > few))
+
+
 def linear_factored(
     x: Tensor,
     hiddens: Sequence[Tensor],
@@ -222,7 +225,7 @@ def linear_factored(
     *,
     autotune: bool = False,
 ) -> list[Tensor]:
-    """Completes what the vendor's matmul began, for each sibling: ``hidden @ factor^T + x @ S^T + bias``, or transposed.
+    """Completes what the vendor's matmul began: ``hidden @ factor^T + x @ S^T + bias`` of each sibling, or transposed.
 
     Args:
         x: [T, K], or [T, N] if transposed; float32, bfloat16 or float16, of any strides.
@@ -291,8 +294,7 @@ def _transposed(
     hidden, padded, factor = hidden.contiguous(), _padded_values(values, vector), _with_columns(factor, 16)
     blocks = triton.cdiv(rows, vector)
     columns_of = block_columns(support, rows, columns, groups, vector).int()
-    order = torch.empty(blocks * groups, dtype=torch.int32, device=x.device)
-    begin = torch.empty(columns + 1, dtype=torch.int32, device=x.device)
+    order, begin = inverse(columns_of, columns)
     z = x.new_empty(blocks * groups, _whole(tokens))
     y = x.new_empty(tokens, factor.shape[1])
     z_kernel, z_tile = BLOCKS.to_launch(x, autotune)
@@ -305,9 +307,6 @@ def _transposed(
         return (triton.cdiv(columns, meta["BLOCK_K"]) * triton.cdiv(tokens, meta["BLOCK_T"]),)
 
     with on_device_of(x):
-        launchable(vector_order_kernel)[(groups,)](
-            columns_of, order, begin, columns, groups, blocks, BLOCK=triton.next_power_of_2(blocks)
-        )
         z_kernel[z_grid](
             x, padded, z, tokens, groups, blocks, x.stride(0), padded.stride(0), z.stride(0),
             PRECISION=dot_precision(), VECTOR=vector, **z_tile,
@@ -318,6 +317,27 @@ def _transposed(
             BIAS=bias is not None, PRECISION=dot_precision(), **y_tile,
         )  # fmt: skip
     return y.narrow(1, 0, columns)
+
+
+def inverse(columns_of: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Returns for each column which blocks hold it, in their order.
+
+    Args:
+        columns_of: [blocks, G], int32.
+        columns: K.
+
+    Returns:
+        Flat positions in ``columns_of``, ordered by its entries, int32 [blocks * G], and where those of each column
+        begin and the last end, int32 [K + 1].
+    """
+    blocks, groups = columns_of.shape
+    order = torch.empty(blocks * groups, dtype=torch.int32, device=columns_of.device)
+    begin = torch.empty(columns + 1, dtype=torch.int32, device=columns_of.device)
+    with on_device_of(columns_of):
+        launchable(vector_order_kernel)[(groups,)](
+            columns_of, order, begin, columns, groups, blocks, BLOCK=triton.next_power_of_2(blocks)
+        )
+    return order, begin
 
 
 def values_grad(
@@ -340,7 +360,7 @@ def values_grad(
     left, right_T = _with_columns(left, vector), _tokens_side_by_side(right)
     columns_of = block_columns(support, rows, columns, groups, vector).int()
     found = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    splits = triton.cdiv(tokens, VALUES_SPLIT)
+    splits = triton.cdiv(tokens, VECTOR_SPLIT)
     partial = torch.empty(splits, rows * groups, dtype=torch.float32, device=values.device)
     kernel, tile = VALUES.to_launch(left, autotune)
 
@@ -351,7 +371,7 @@ def values_grad(
         kernel[grid](
             left, right_T, columns_of, partial,
             tokens, rows, groups, left.stride(0), right_T.stride(0), partial.shape[1],
-            PRECISION=dot_precision(), VECTOR=vector, SPLIT=VALUES_SPLIT, **tile,
+            PRECISION=dot_precision(), VECTOR=vector, SPLIT=VECTOR_SPLIT, **tile,
         )  # fmt: skip
     sum_splits(partial, [None] * 3, [found], [None])
     return found

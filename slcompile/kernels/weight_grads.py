@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slcompile.cost.devices import aligned
+from slcompile.kernels import vector_products
 from slcompile.kernels.compose import aligned_rows, scaled_product
 from slcompile.kernels.entries import read
 
@@ -47,8 +48,12 @@ def compose_backward(
     return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_values
 
 
-def values_grad(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1) -> Tensor:
+def values_grad(
+    left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int = 1, *, autotune: bool = False
+) -> Tensor:
     """Returns gradient of values alone, contiguous, with its shape and dtype. Arguments as above."""
+    if vector_products.serves(left, vector):
+        return vector_products.values_grad(left, right, values, support, vector, autotune=autotune)
     return read(_dense_grad(left, right), values, support, vector)
 
 

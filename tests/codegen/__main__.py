@@ -8,7 +8,6 @@ Needs Triton, no GPU; some minutes on one core.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -28,8 +27,19 @@ from tests.codegen.models import Layer
 PAGE = Path(__file__).parents[2] / "docs" / "codegen.md"
 TOKENS = (4096, 16384, 65536)
 FEW = 16
-LOWERED = (("composed", TOKENS[1]), ("factored", FEW))
-SUPPORTS = ("stratified", "vector")
+MANY = TOKENS[1]
+SUPPORTS = {"stratified": {"support": "stratified"}} | {
+    f"vector {vector}": {"support": "vector", "vector": vector} for vector in (16, 64)
+}
+"""Names and options of supports."""
+FEW_OR_COMPOSED = [
+    (lowering, support, tokens)
+    for support in ("stratified", "vector 16")
+    for lowering, tokens in (("composed", MANY), ("factored", FEW))
+]
+FACTORED = [("factored", "vector 16", MANY), ("factored", "vector 64", MANY)]
+CHOSEN = [("auto", "vector 16", MANY), ("auto", "vector 64", MANY)]
+"""Lowering, support and tokens."""
 
 
 @functools.cache
@@ -38,7 +48,7 @@ def generated(size: Size, tokens: int, lowering: str, dtype: str, support: str) 
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with torch.device("meta"):
         model = Layer(size.hidden, size.inner, autocast=dtype == "autocast").to(kind)
-    options: dict[str, Any] = {"rank": size.rank, "density": size.density, "lowering": lowering, "support": support}
+    options: dict[str, Any] = {"rank": size.rank, "density": size.density, "lowering": lowering} | SUPPORTS[support]
     args = [((tokens, size.hidden), kind)]
     if lowering == "dense":
         return generate(model, args, {}, backend="inductor")
@@ -57,31 +67,30 @@ def trained(size: Size, dense: bool) -> int:
     return sum(size.rank * (n + k) + n * groups_per_row(k, size.density) for n, k in shapes)
 
 
-def ratio(size: Size, tokens: int) -> float:
-    """Estimated seconds of a composed step over those of a dense one."""
+def ratio(size: Size, tokens: int, lowering: str = "composed", support: str = "stratified") -> float:
+    """Estimated seconds of a step over those of a dense one."""
     ours, dense = (
-        estimate.step(size, tokens, calls_of(generated(size, tokens, lowering, "bfloat16", SUPPORTS[0])), parameters)
-        for lowering, parameters in (("composed", trained(size, dense=False)), ("dense", trained(size, dense=True)))
+        estimate.step(size, tokens, calls_of(generated(size, tokens, *each)), trained(size, each[0] == "dense"))
+        for each in ((lowering, "bfloat16", support), ("dense", "bfloat16", "stratified"))
     )
     return ours / dense
 
 
 def layer_rows() -> Iterator[str]:
     """What a layer's forward and backward call."""
-    cases = [("dense", "", TOKENS[1])]
-    cases += [(lowering, each, tokens) for each in SUPPORTS for lowering, tokens in LOWERED]
+    cases = [("dense", "", MANY), *FEW_OR_COMPOSED, *FACTORED, *CHOSEN]
     for name, size in SIZES.items():
         for dtype in ("bfloat16", "autocast"):
             written = 0
             for lowering, support, tokens in cases:
-                if support == "vector" and dtype == "autocast":
+                if support.startswith("vector") and dtype == "autocast":
                     continue
-                calls = calls_of(generated(size, tokens, lowering, dtype, support or SUPPORTS[0]))
+                calls = calls_of(generated(size, tokens, lowering, dtype, support or "stratified"))
                 ours = sum(each.ours for each in calls)
                 products = sum(each.name.startswith("extern") for each in calls)
                 large = large_writes(calls, tokens * size.hidden)
                 written = large if lowering == "dense" else written
-                copies = "" if lowering == "factored" else str(large - written)
+                copies = "" if tokens == FEW else str(large - written)
                 times = [1e6 * sum(map(each, calls)) for each in (estimate.seconds, estimate.roofline)]
                 rest = len(calls) - ours - products
                 counts = f"{products} | {ours} | {rest} | {copies}"
@@ -92,7 +101,7 @@ def layer_rows() -> Iterator[str]:
 def kernel_rows() -> Iterator[str]:
     """What our kernels take as Inductor compiles them."""
     for name, size in SIZES.items():
-        for (lowering, tokens), support in itertools.product(LOWERED, SUPPORTS):
+        for lowering, support, tokens in [*FEW_OR_COMPOSED, *FACTORED]:
             found: dict[str, list[Any]] = {}
             others: list[Any] = []
             with tempfile.TemporaryDirectory() as folder:
@@ -107,13 +116,16 @@ def kernel_rows() -> Iterator[str]:
                     max(getattr(each, field) for each in usages) for field in ("registers", "spilled", "shared")
                 )
                 matrix = "yes" if any(each.has_mma for each in usages) else "no"
-                yield f"| {name} | {lowering} | {support} | {kind} | {registers} | {spilled} | {shared} | {matrix} |"
+                taken = f"{kind} | {registers} | {spilled} | {shared} | {matrix}"
+                yield f"| {name} | {lowering} | {support} | {tokens} | {taken} |"
 
 
 def step_rows() -> Iterator[str]:
-    """Estimated composed step over dense step."""
+    """Estimated steps over dense ones."""
     for name, size in SIZES.items():
-        yield f"| {name} | " + " | ".join(f"{ratio(size, tokens):.2f}" for tokens in TOKENS) + " |"
+        for lowering, support in (("composed", "stratified"), ("auto", "vector 16"), ("auto", "vector 64")):
+            ratios = " | ".join(f"{ratio(size, tokens, lowering, support):.2f}" for tokens in TOKENS)
+            yield f"| {name} | {lowering} | {support} | {ratios} |"
 
 
 def main() -> None:
@@ -134,12 +146,13 @@ python -m tests.codegen
 calls, at the rates of `slcompile/cost/devices.py` (`sm_90`), by the rules in `tests/codegen/estimate.py`. Aligned
 matrices may be off by 5 %, odd widths by 20 %. Registers, spills and shared memory are ptxas's own figures for sm_90.
 
-## A training step, composed ÷ dense (estimated)
+## A training step ÷ dense (estimated)
 
-bfloat16 parameters, fused AdamW, head and embedding dense; tokens of one microbatch.
+bfloat16 parameters, fused AdamW, head and embedding dense; tokens of one microbatch. `auto` composes or factors each
+product, as the cost model predicts it.
 
-| | {numbers} |
-|---|{"---|" * len(TOKENS)}
+| | lowering | support | {numbers} |
+|---|---|---|{"---|" * len(TOKENS)}
 {steps}
 
 The paper's 1B has the odd width 5461. A dense weight of that width is read with rows that begin anywhere; a composed
@@ -158,8 +171,8 @@ and that the dense layer does not write. Times are estimated µs, and the least 
 
 The most of any kernel of that name, as ptxas compiles what Inductor generates.
 
-| | lowering | support | kernel | registers | spilled B | shared B | matrix instructions |
-|---|---|---|---|---|---|---|---|
+| | lowering | support | tokens | kernel | registers | spilled B | shared B | matrix instructions |
+|---|---|---|---|---|---|---|---|---|
 {kernels}
 """)
 

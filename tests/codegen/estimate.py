@@ -2,7 +2,8 @@
 
 Nothing was measured. A product takes its FLOPs at the rate of the vendor's matmuls, or its bytes at the bandwidth; with
 a short sum or few results it reaches the share that ``Rates.narrow`` says, and with an operand whose rows and columns
-both begin anywhere, half of it. Other kernels take their bytes at the bandwidth. Each call takes a launch.
+both begin anywhere, half of it. The vector support's products reach the share ``Rates.own``, and what they gather comes
+at ``Rates.gathers``. Other kernels take their bytes at the bandwidth. Each call takes a launch.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from slcompile.cost import DEVICE_CLASSES, Rates
+from slcompile.cost.matmul import VECTOR_BLOCK
 from tests.codegen.launches import Call
 
 (H100,) = (each for each in DEVICE_CLASSES if each.name == "sm_90")
 MULTIPROCESSORS = 132
 UNALIGNED = 0.5
+COMPARED = 25e-9
+"""Seconds in which ``vector_order_kernel`` compares a block's column with all others'."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,17 @@ def seconds(call: Call, rates: Rates = H100.rates) -> float:
     if call.name == "linear_factored_transposed_kernel":
         dense = 2 * call.arguments["tokens"] * call.arguments["rows"] * call.arguments["columns_0"]
         return dense / (rates.tiled * rates.matmul["bfloat16"]) + _bytes(call) / rates.memory + rates.launch
+    if call.name == "vector_product_kernel":
+        multiplied = _flops(call) * _multiplied(call) / rates.own / rates.matmul["bfloat16"]
+        return max(multiplied, _bytes(call) / rates.memory) + rates.launch
+    if call.name == "vector_product_transposed_kernel":
+        z = call.arguments["p_z"]
+        return _flops(call) / rates.own / rates.matmul["bfloat16"] + _size(z) / rates.memory + rates.launch
+    if call.name == "vector_values_kernel":
+        gathered = call.arguments["p_columns"].numel() * call.arguments["tokens"] * call.arguments["p_right"].itemsize
+        return gathered / rates.gathers + _bytes(call) / rates.memory + rates.launch
+    if call.name == "vector_order_kernel":
+        return len(call.arguments["p_columns"]) * COMPARED + rates.launch
     return _bytes(call) / rates.memory + rates.launch
 
 
@@ -81,7 +96,19 @@ def roofline(call: Call) -> float:
     return max(_flops(call) / flops, _bytes(call) / bandwidth)
 
 
+def _multiplied(call: Call) -> float:
+    """How often more a program multiplies than there is: what one block's columns give, for all rows that it has."""
+    a = call.arguments
+    vector = len(a["p_values"]) // a["blocks"]
+    return (a["ranks"] + a["groups"] * max(1, VECTOR_BLOCK // vector)) / (a["ranks"] + a["groups"])
+
+
 def _flops(call: Call) -> float:
+    a = call.arguments
+    if call.name == "vector_product_kernel":
+        return 2.0 * a["tokens"] * a["rows"] * (a["ranks"] + a["groups"])
+    if call.name == "vector_product_transposed_kernel":
+        return 2.0 * a["tokens"] * a["columns"] * a["ranks"]
     operands = product_operands(call)
     return 2.0 * operands[2].numel() * operands[0].shape[-1] if operands else 0.0
 
@@ -91,7 +118,11 @@ def _bytes(call: Call) -> float:
         values, matrix = call.arguments["p_values"], call.arguments["p_matrix"]
         return values.numel() * (values.itemsize + matrix.itemsize * (2 if call.name == "add_kernel" else 1))
     tensors = product_operands(call) or [*call.read, *call.written]
-    return float(sum(each.numel() * each.itemsize for each in tensors))
+    return float(sum(map(_size, tensors)))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def step(size: Size, tokens: int, layer: Sequence[Call], trained: int) -> float:

@@ -23,6 +23,8 @@ from slcompile import torch_private
 from slcompile.backend import sltrain
 from tests.codegen.pretend import DEVICE, pretended_h100, templates_win
 
+FACTORS = ("rank", "density", "support", "vector", "base")
+
 
 @dataclass
 class Generated:
@@ -51,13 +53,13 @@ def generate(
     Args:
         model: On the meta device; factorized here unless the backend is ``"inductor"``.
         args: Shape and dtype of each argument; those of floating numbers need gradients.
-        options: Of the backend; ``rank``, ``density``, ``support`` and ``base`` of the factors.
+        options: Of the backend; those of FACTORS are of the factors.
         backend: ``"sltrain"`` or ``"inductor"``.
         training: Whether gradients are needed.
         dynamic: Whether the first axis of the first argument, the tokens, is symbolic.
     """
     if backend == "sltrain":
-        config = {key: value for key, value in options.items() if key in ("rank", "density", "support", "base")}
+        config = {key: value for key, value in options.items() if key in FACTORS}
         examples = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in args)
         slcompile.factorize_(model, slcompile.SLConfig(**config, seed=0), example_args=examples)
     found: list[Generated] = []

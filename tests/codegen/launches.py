@@ -61,6 +61,11 @@ WRITTEN = {
     "sum_splits_kernel": r"p_sum_\d$",
     "linear_factored_kernel": r"p_y_\d$",
     "linear_factored_transposed_kernel": "p_partial$",
+    "vector_product_kernel": "p_y$",
+    "vector_values_kernel": "p_partial$",
+    "vector_blocks_kernel": "p_z$",
+    "vector_order_kernel": "p_(order|begin)$",
+    "vector_product_transposed_kernel": "p_y$",
 }
 """Which parameters each of our kernels writes."""
 
@@ -233,6 +238,60 @@ def _check_sums(a: dict[str, Any]) -> None:
         assert a[f"p_sum_{i}"].numel() == a[f"size_{i}"]
 
 
+def _check_rows(tensor: Tensor, rows: int, stride: int, least: int) -> None:
+    """Asserts that a matrix has so many rows, ``stride`` apart without a gap, of ``least`` elements or more."""
+    assert_layout(tensor, (rows, stride), (stride, 1))
+    assert stride >= least
+
+
+def _check_vector_product(a: dict[str, Any]) -> None:
+    tokens, rows, blocks, groups = a["tokens"], a["rows"], a.get("blocks", 1), a.get("groups", 1)
+    _check_rows(a["p_hidden"], tokens, a.get("s_hidden", 1), a.get("ranks", 1))
+    assert_layout(a["p_factor"], (rows, a.get("ranks", 1)), (a.get("s_row", 1), a.get("s_rank", 1)))
+    _check_rows(a["p_x"], a["p_x"].shape[0], a["s_x"], tokens)
+    _check_rows(a["p_columns"], blocks, groups, groups)
+    _check_rows(a["p_values"], a["p_values"].shape[0], a["s_values"], groups)
+    assert len(a["p_values"]) % blocks == 0
+    assert len(a["p_values"]) >= rows
+    _check_rows(a["p_y"], tokens, a["s_y"], rows)
+    assert a["s_x"] % 16 == a["s_values"] % 64 == a["s_y"] % 16 == 0
+
+
+def _check_vector_values(a: dict[str, Any]) -> None:
+    _check_rows(a["p_left"], a["tokens"], a["s_left"], a["rows"])
+    _check_rows(a["p_right"], a["p_right"].shape[0], a["s_right"], a["tokens"])
+    assert a["p_partial"].is_contiguous()
+    assert a["p_partial"].shape[1] == a["total"] == a["rows"] * a.get("groups", 1)
+    assert a["p_columns"].shape[1] == a.get("groups", 1)
+    assert a["s_left"] % 16 == a["s_right"] % 16 == 0
+
+
+def _check_vector_blocks(a: dict[str, Any]) -> None:
+    blocks, groups = a.get("blocks", 1), a.get("groups", 1)
+    _check_rows(a["p_x"], a["tokens"], a["s_x"], 16)
+    _check_rows(a["p_values"], a["s_x"], a["s_values"], groups)
+    _check_rows(a["p_z"], blocks * groups, a["s_z"], a["tokens"])
+    assert a["s_x"] % blocks == a["s_z"] % 16 == a["s_values"] % 64 == 0
+
+
+def _check_vector_order(a: dict[str, Any]) -> None:
+    _check_rows(a["p_columns"], a.get("blocks", 1), a.get("groups", 1), 1)
+    assert a["p_order"].numel() == a["p_columns"].numel()
+    assert a["p_begin"].numel() == a["columns"] + 1
+
+
+def _check_vector_transposed(a: dict[str, Any]) -> None:
+    tokens, columns, ranks = a["tokens"], a["columns"], a.get("ranks", 1)
+    _check_rows(a["p_hidden"], tokens, a.get("s_hidden", 1), ranks)
+    factor = a["p_factor"]
+    assert_layout(factor, (ranks, factor.shape[1]), (a.get("s_rank", 1), a.get("s_column", 1)))
+    assert factor.shape[1] >= columns
+    _check_rows(a["p_z"], a["p_order"].numel(), a["s_z"], tokens)
+    _check_rows(a["p_y"], tokens, a["s_y"], columns)
+    assert a["p_begin"].numel() == columns + 1
+    assert a["s_z"] % 16 == a["s_y"] % 16 == 0
+
+
 LAYOUTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "add_kernel": _check_entries,
     "read_kernel": _check_entries,
@@ -240,6 +299,11 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "linear_factored_kernel": _check_factored,
     "linear_factored_transposed_kernel": _check_transposed,
     "sum_splits_kernel": _check_sums,
+    "vector_product_kernel": _check_vector_product,
+    "vector_values_kernel": _check_vector_values,
+    "vector_blocks_kernel": _check_vector_blocks,
+    "vector_order_kernel": _check_vector_order,
+    "vector_product_transposed_kernel": _check_vector_transposed,
 }
 """What each of our kernels takes its tensors' layouts for."""
 

@@ -102,9 +102,25 @@ def test_factored(autotune: bool) -> None:
 
 
 def test_factored_is_for_few_tokens() -> None:
-    forward, backward = calls(step(options={"lowering": "factored"}))
+    forward, backward = calls(step(options={"lowering": "factored", "support": "stratified"}))
     found = counted(forward + backward)
     assert (found["add_kernel"], found["linear_factored_kernel"], found["read_kernel"]) == (6, 0, 3)
+
+
+GATHERED = {"lowering": "factored", "support": "vector", "vector": 32}
+
+
+@pytest.mark.parametrize("inner", [EVEN, ODD])
+def test_factored_for_many_tokens(inner: int) -> None:
+    """The vector support's: no weight is composed, no dense gradient made."""
+    forward, backward = calls(step(inner=inner, options=GATHERED))
+    assert counted(forward) == {"product": 3, "vector_product_kernel": 3}
+    transposed = dict.fromkeys(("vector_order_kernel", "vector_blocks_kernel", "vector_product_transposed_kernel"), 3)
+    assert counted(backward) == {"product": 3 + 6, "vector_values_kernel": 3, "sum_splits_kernel": 3, **transposed}
+    dense_forward, dense_backward = calls(step(inner=inner, backend="inductor"))
+    # Gate's and up's input is transposed once a phase, and down's; of odd gradients the two are padded.
+    for ours, dense, copies in ((forward, dense_forward, 2), (backward, dense_backward, 2 + 2 * (inner == ODD))):
+        assert large_writes(ours, TOKENS * HIDDEN) <= large_writes(dense, TOKENS * HIDDEN) + copies
 
 
 def test_inference() -> None:
@@ -208,6 +224,13 @@ def test_factored_kernels_multiply_matrices(tmp_path: Path) -> None:
     found = assert_kernels_fit(step(tokens=48, options={"lowering": "factored"}), tmp_path)
     for name, usage in found.items():
         assert usage.has_mma == name.startswith(("project", "linear_factored")), name
+
+
+def test_kernels_for_many_tokens_multiply_matrices(tmp_path: Path) -> None:
+    found = assert_kernels_fit(step(inner=ODD, options=GATHERED), tmp_path)
+    assert len({name.rsplit("_kernel")[0] for name in found}) == 6
+    for name, usage in found.items():
+        assert usage.has_mma == name.startswith(("vector_product", "vector_values", "vector_blocks")), name
 
 
 @pytest.mark.slow

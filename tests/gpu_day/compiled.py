@@ -31,6 +31,7 @@ class Case:
         tokens: None takes 48 for a factored and 512 for a composed step.
         autocast: Whether it runs in bfloat16 by autocast, with parameters of ``dtype``.
         dynamic: Whether the number of tokens is symbolic.
+        vector: Rows that share their columns; None takes the default.
         options: Of the backend, beside those.
         steps: How often it runs; CUDA graphs warm up, record and replay.
     """
@@ -43,6 +44,7 @@ class Case:
     tokens: int | None = None
     autocast: bool = False
     dynamic: bool = False
+    vector: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 1
 
@@ -51,6 +53,7 @@ class Case:
         extra = [f"{key}={value}" for key, value in self.options.items() if key != "inductor"]
         extra += [*self.options.get("inductor", {}), *["dynamic"] * self.dynamic]
         extra += [f"tokens={self.tokens}"] * (self.tokens is not None)
+        extra += [f"vector={self.vector}"] * (self.vector is not None)
         return "-".join([self.lowering, self.support, dtype, f"{self.hidden}x{self.inner}", *extra])
 
 
@@ -89,6 +92,14 @@ CASES = [
     Case("factored", options={"save": "low_rank"}),
     *(Case("composed", support, inner=5461, hidden=2048, tokens=4096) for support in SUPPORTS),
     *(Case("factored", support, inner=5461, hidden=2048, tokens=64) for support in SUPPORTS),
+    *(
+        Case("factored", "vector", dtype, inner, tokens=tokens, vector=vector)
+        for dtype in (torch.bfloat16, torch.float32)
+        for inner in (EVEN, ODD)
+        for tokens, vector in ((512, 16), (513, 64))
+    ),
+    Case("factored", "vector", inner=ODD, tokens=512, vector=64, dynamic=True),
+    Case("factored", "vector", inner=5461, hidden=2048, tokens=4096, vector=64),
 ]
 """What must be right on a GPU."""
 
@@ -132,7 +143,8 @@ def assert_near_float64(case: Case, device: torch.device | str, within: Callable
     """
     device = torch.device(device)
     torch.manual_seed(0)
-    config = slcompile.SLConfig(rank=case.hidden // 4, density=0.03, support=case.support, seed=3)
+    vector = {} if case.vector is None else {"vector": case.vector}
+    config = slcompile.SLConfig(rank=case.hidden // 4, density=0.03, support=case.support, seed=3, **vector)
     model = randomize(slcompile.factorize_(Mlp(case.hidden, case.inner), config), std=0.02).to(device, case.dtype)
     tokens = case.tokens or (48 if case.lowering == "factored" else 512)
     x = torch.randn(tokens, case.hidden).to(device, case.dtype)

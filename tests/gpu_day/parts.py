@@ -29,7 +29,14 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {"1B": 4, "1B at 5504": 4, "7B": 2}
 TOKENS = (16384, 4096, 65536)
 KERNEL_TOKENS = 8192
-GPU_TESTS = ("test_entries", "test_weight_grads", "test_support", "test_compose", "test_linear_factored")
+GPU_TESTS = (
+    "test_entries",
+    "test_weight_grads",
+    "test_support",
+    "test_compose",
+    "test_linear_factored",
+    "test_vector_products",
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class Plan:
         found += [Part(f"kernels {name}", 60, partial(self._kernels, name)) for name in names]
         found.append(Part("rates", 20, partial(rates, device, self.rate_seconds)))
         steps = [
-            Part(f"train {name}, {count} tokens", 100, partial(self._train, name, count))
+            Part(f"train {name}, {count} tokens", 140, partial(self._train, name, count))
             for count in self.tokens
             for name in names
         ]

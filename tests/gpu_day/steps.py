@@ -63,13 +63,17 @@ def train(
     ids = torch.randint(VOCABULARY, (tokens // length, length), device=device)
     batch = {"input_ids": ids, "labels": ids}
     rows = []
-    for support, lowerings in (("stratified", ("composed", "factored")), ("vector", ("auto",))):
+    for support, fields, lowerings in (
+        ("stratified", {}, ("composed", "factored")),
+        ("vector", {}, ("auto",)),
+        ("vector 64", {"vector": 64}, ("auto", "factored")),
+    ):
         model = llama(size, layers, device, dtype)
-        config = config_of(size, support)
+        config = config_of(size, support.split()[0], **fields)
         report = slcompile.bench(model, kwargs=batch, config=config, lowerings=lowerings, runs=runs, inductor=inductor)
         estimates: dict[str, int] = {}
         for lowering in lowerings:
-            asked = config_of(size, support, lowering=lowering)
+            asked = config_of(size, support.split()[0], lowering=lowering, **fields)
             estimate = slcompile.estimate_memory(model, kwargs=batch, config=asked, device=_kind(device))
             estimates |= {"dense": estimate.dense.peak, f"sltrain {lowering}": estimate.peak}
         dense = report.variants["dense"].seconds

@@ -76,10 +76,12 @@ def test_a_whole_day(rehearsal, quick_steps) -> None:
     assert code == 0
     assert began == written["planned"] == [part.name for part in Plan.tiny(CPU).parts()]
     assert all(each["status"] == "done" for each in written["parts"].values())
-    assert [each["estimated"] for each in quick_steps if "estimated" in each] == ["composed", "factored", "auto"]
+    assert [each["estimated"] for each in quick_steps if "estimated" in each] == [
+        "composed", "factored", "auto", "auto", "factored"
+    ]  # fmt: skip
     steps = [each for each in quick_steps if "kwargs" in each and "model" in each]
     assert [(each["config"].support, each["kwargs"]["labels"].shape) for each in steps] == [
-        ("stratified", (1, 32)), ("vector", (1, 32))
+        ("stratified", (1, 32)), ("vector", (1, 32)), ("vector", (1, 32))
     ]  # fmt: skip
     assert steps[0]["model"].config.intermediate_size == 97
 
@@ -88,6 +90,7 @@ def test_a_whole_day(rehearsal, quick_steps) -> None:
     assert variants == [
         ("dense", ""), ("sltrain composed", "stratified"), ("sltrain factored", "stratified"),
         ("dense", ""), ("sltrain auto", "vector"),
+        ("dense", ""), ("sltrain auto", "vector 64"), ("sltrain factored", "vector 64"),
     ]  # fmt: skip
     for each in train:
         assert each["tokens_per_second"] == pytest.approx(32 / each["seconds"])

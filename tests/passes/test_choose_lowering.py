@@ -231,6 +231,27 @@ def test_kernels_for_few_tokens_are_given_no_more(stratified_joint, tokens, lowe
         assert "at 257 tokens" in report.left[0].detail
 
 
+@pytest.mark.parametrize(("vector", "reasons"), [(8, {"tokens"}), (16, set())])
+def test_the_vector_support_has_kernels_for_many_tokens(stratified_joint, vector, reasons):
+    stratified_joint.vector = vector
+    gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t(), x_shape=(257, 48))
+    report = choose_lowering(gm, "factored", GPU)
+    assert {each.reason for each in report.left} == reasons
+    assert len(report.replaced) == 3 - 2 * bool(reasons)
+
+
+@pytest.mark.parametrize(("tokens", "side"), [(24, "<= 256"), (300, "> 256")])
+def test_costs_are_compared_where_kernels_are_the_same(stratified_joint, tokens, side):
+    """Other kernels are for more than 256 tokens: the graph is of one side, and of one side of equal costs on it."""
+    stratified_joint.vector = 16
+    gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t(), x_shape=(tokens, 48), mode="symbolic")
+    size = next(iter(gm.graph.find_nodes(op="placeholder"))).meta["val"].shape[0]
+    choose_lowering(gm, "auto", GPU)
+    guards = [str(each.expr) for each in size.node.shape_env.guards if re.search(r"\d{2,}", str(each.expr))]
+    assert any(eval(each, {str(size): 256}) != eval(each, {str(size): 257}) for each in guards), side
+    assert all(eval(each, {str(size): tokens}) for each in guards)
+
+
 @pytest.mark.parametrize(("tokens", "other"), [(24, 2000), (300, 24)])
 def test_a_symbolic_number_of_tokens_is_guarded_to_what_kernels_are_for(stratified_joint, tokens, other):
     gm, _ = prepared(stratified_joint, lambda x, w: x @ w.t(), x_shape=(tokens, 48), mode="symbolic")

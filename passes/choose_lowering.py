@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile import torch_private
-from slcompile.cost import Matmul, crossover, device_class, rates, why_no_kernels
-from slcompile.cost.matmul import LEAST_VECTOR
+from slcompile.cost import Matmul, aligned, crossover, device_class, rates, why_no_kernels
+from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR
 from slcompile.ops import KERNEL_DTYPES, WEIGHT_OPS
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
@@ -52,17 +52,25 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     backward = _depends_on_tangents(gm.graph)
     phases = Counter((site.weight, site.node in backward) for site in sites)
     readers = Counter((site.x, site.transposed) for site in sites)
-    costs = [
-        _costs(site, phases[site.weight, site.node in backward], readers[site.x, site.transposed], device)
-        for site in sites
-    ]
     grads = gm.graph.find_nodes(op="call_function", target=_GRADS)
     of_grads = Counter(arguments(node)[1] for node in grads)
+    wanted = {key for node in grads for key in _hiddens_of(node)}
+    costs = [
+        _costs(
+            site,
+            phases[site.weight, site.node in backward],
+            readers[site.x, site.transposed],
+            # The gradients read the hidden matrix too, if they are factored.
+            0.5 if _hidden_of(site) in wanted else 1.0,
+            device,
+        )
+        for site in sites
+    ]
     if lowering == "auto":
         grads_costs = [_grads_costs(node, 0, of_grads[arguments(node)[1]], device) for node in grads]
         _guard_to_one_side([*costs, *grads_costs])
     chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
-    hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
+    hiddens: set[Hidden] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
         phase = "backward" if site.node in backward else "forward"
         why_not = _why_not(site.x, arguments(site.weight)[2], cost, site.transposed, device, lowering)
@@ -71,10 +79,10 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
             chosen[site.node] = site
-            hiddens.add((*_matrix(site.x, site.weight_first), arguments(site.weight)[0 if site.transposed else 1]))
+            hiddens.add(_hidden_of(site))
     for node in grads:
-        left, right, B, A, *_ = arguments(node)
-        missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
+        left, right, B, *_ = arguments(node)
+        missing = sum(key not in hiddens for key in _hiddens_of(node))
         why_not = _why_not(left, arguments(node)[4], None, False, device, lowering)
         cost = _grads_costs(node, missing, of_grads[right], device)
         decision = _choose(f"{_name(node)} gradients", cost, lowering, why_not)
@@ -146,6 +154,21 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
             detail = f"{name} reads it, which is no plain product with the whole matrix"
             others.append(Decision(_name(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
     return sites, others
+
+
+Hidden = tuple[fx.Node, bool, fx.Node]
+"""A hidden matrix: what is multiplied with a factor, whether transposed, and the factor."""
+
+
+def _hidden_of(site: Site) -> Hidden:
+    """Returns the hidden matrix of a product."""
+    return *_matrix(site.x, site.weight_first), arguments(site.weight)[0 if site.transposed else 1]
+
+
+def _hiddens_of(grads: fx.Node) -> tuple[Hidden, Hidden]:
+    """Returns the hidden matrices that the gradients of B and A are made of."""
+    left, right, B, A, *_ = arguments(grads)
+    return (*_matrix(left, False), B), (*_matrix(right, False), A)
 
 
 def _matrix(x: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:
@@ -227,7 +250,12 @@ def _is_empty(values: fx.Node) -> bool:
 
 def _hidden(x: Tensor, factor: Tensor, scale: float) -> Tensor:
     # beta=0: the first argument is not read. The product is scaled as it is written, not in a pass of its own.
-    return torch.addmm(factor[:1, :1].to(x.dtype), x, factor.to(x.dtype).t(), beta=0, alpha=scale)
+    read, columns = factor.to(x.dtype), factor.shape[1]
+    more = aligned(columns, x.dtype) - columns
+    if x.device.type == "cuda" and more and guard_or_true(x.shape[0] > FEW_TOKENS):
+        # The vendor's matmuls take twice the time where rows are not aligned; beside many tokens a copy is nothing.
+        read = torch.nn.functional.pad(read, (0, more)).narrow(1, 0, columns)
+    return torch.addmm(factor[:1, :1].to(x.dtype), x, read.t(), beta=0, alpha=scale)
 
 
 def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,8 +278,11 @@ class Costs:
     """Up to so many tokens other kernels multiply than above; None where the same ones do."""
 
 
-def _costs(site: Site, composes: int, readers: int, device: torch.device | None) -> Costs:
-    """Predicts the costs of a product; ``composes`` products share one composition, ``readers`` of x a copy of it."""
+def _costs(site: Site, composes: int, readers: int, hidden: float, device: torch.device | None) -> Costs:
+    """Predicts the costs of a product.
+
+    ``composes`` products share one composition, ``readers`` of x a copy of it; ``hidden`` is as for ``Matmul``.
+    """
     B, A, values, *_ = arguments(site.weight)
     x = site.x.meta["val"]
     device = device or x.device
@@ -262,7 +293,7 @@ def _costs(site: Site, composes: int, readers: int, device: torch.device | None)
         matmul,
         x.shape[1 if site.weight_first else 0],
         functools.partial(matmul.composed, rates=at, composes=1 / composes),
-        functools.partial(matmul.factored, rates=at, transposed=site.transposed, shared=readers),
+        functools.partial(matmul.factored, rates=at, transposed=site.transposed, shared=readers, hidden=hidden),
         device_class(device).factored_tokens,
     )
 

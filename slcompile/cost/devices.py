@@ -24,10 +24,10 @@ TILES_32: Mapping[str, Tile] = {
     "project": {"BLOCK_R": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
     "linear_factored": {"BLOCK_N": 16, "BLOCK_R": 32, "GATHER": 4096, "num_warps": 8, "num_stages": 3},
     "linear_factored_transposed": {"BLOCK_K": 32, "BLOCK_R": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-    "vector_product": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_R": 16, "BLOCK_G": 16, "num_warps": 8, "num_stages": 2},
+    "vector_product": {"BLOCK_T": 32, "BLOCK_N": 64, "BLOCK_R": 16, "BLOCK_G": 16, "num_warps": 8, "num_stages": 2},
     "vector_values": {"BLOCK_T": 32, "BLOCK_G": 32, "num_warps": 4, "num_stages": 2},
     "vector_blocks": {"BLOCK_T": 64, "BLOCK_G": 16, "num_warps": 4, "num_stages": 1},
-    "vector_product_transposed": {"BLOCK_T": 64, "BLOCK_K": 64, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2},
+    "vector_product_transposed": {"BLOCK_T": 32, "BLOCK_K": 64, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2},
 }
 """For float32 operands on any device: without matrix instructions the same tile takes several times the registers."""
 
@@ -104,7 +104,7 @@ _SM_90_TILES: Mapping[str, Tile] = {
     "vector_product": {"BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_R": 64, "BLOCK_G": 32, "num_warps": 8, "num_stages": 3},
     "vector_values": {"BLOCK_T": 128, "BLOCK_G": 64, "num_warps": 4, "num_stages": 3},
     "vector_blocks": {"BLOCK_T": 128, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2},
-    "vector_product_transposed": {"BLOCK_T": 128, "BLOCK_K": 128, "BLOCK_R": 64, "num_warps": 8, "num_stages": 3},
+    "vector_product_transposed": {"BLOCK_T": 128, "BLOCK_K": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 }
 
 

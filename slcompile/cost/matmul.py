@@ -170,7 +170,9 @@ class Matmul:
         """Returns seconds of a product with W, and of its share of the compositions."""
         return self._product(tokens, self.rows, self.columns, rates) + composes * self.compose(rates)
 
-    def factored(self, tokens: int, rates: Rates, transposed: bool = False, shared: int = 1) -> float:
+    def factored(
+        self, tokens: int, rates: Rates, transposed: bool = False, shared: int = 1, hidden: float = 1.0
+    ) -> float:
         """Returns seconds of the products through the rank, with S and a base.
 
         Args:
@@ -178,9 +180,10 @@ class Matmul:
             rates: Of the device.
             transposed: Whether of x W, else of x W^T.
             shared: How many products share a copy of x, where kernels make one.
+            hidden: Share of the hidden matrix's cost that it bears for many tokens; the gradients may bear the rest.
         """
         if self._is_gathered(tokens, rates):
-            through = self._product(tokens, self.rank, self.rows if transposed else self.columns, rates)
+            through = hidden * self._product(tokens, self.rank, self.rows if transposed else self.columns, rates)
             through += self._gathered(tokens, rates, transposed, shared)
         else:
             through = self._product(tokens, self.rank, self.columns, rates)

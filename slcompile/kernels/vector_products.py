@@ -264,7 +264,7 @@ def _product(
     (tokens, ranks), (rows, groups) = hidden.shape, values.shape
     hidden, padded = hidden.contiguous(), _padded_values(values, vector)
     y = x_T.new_empty(tokens, padded.shape[0])
-    columns_of = block_columns(support, rows, columns, groups, vector).int()
+    columns_of = _columns_of(values, support, columns, vector)
     kernel, tile = PRODUCT.to_launch(x_T, autotune)
 
     def grid(meta):
@@ -293,7 +293,7 @@ def _transposed(
     (tokens, ranks), (rows, groups), columns = hidden.shape, values.shape, factor.shape[1]
     hidden, padded, factor = hidden.contiguous(), _padded_values(values, vector), _with_columns(factor, 16)
     blocks = triton.cdiv(rows, vector)
-    columns_of = block_columns(support, rows, columns, groups, vector).int()
+    columns_of = _columns_of(values, support, columns, vector)
     order, begin = inverse(columns_of, columns)
     z = x.new_empty(blocks * groups, _whole(tokens))
     y = x.new_empty(tokens, factor.shape[1])
@@ -358,7 +358,7 @@ def values_grad(
     """
     (tokens, columns), (rows, groups) = right.shape, values.shape
     left, right_T = _with_columns(left, vector), _tokens_side_by_side(right)
-    columns_of = block_columns(support, rows, columns, groups, vector).int()
+    columns_of = _columns_of(values, support, columns, vector)
     found = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     splits = triton.cdiv(tokens, VECTOR_SPLIT)
     partial = torch.empty(splits, rows * groups, dtype=torch.float32, device=values.device)
@@ -378,16 +378,28 @@ def values_grad(
 
 
 def _whole(tokens: int) -> int:
-    """Returns the tokens and so many more that a row of them is aligned."""
-    return triton.cdiv(tokens, 16) * 16
+    """Returns the tokens and so many more, one at least, that a row of them is aligned."""
+    return (tokens // 64 + 1) * 64
 
 
 def _tokens_side_by_side(x: Tensor) -> Tensor:
-    """Returns x^T, with zeros after the tokens of a row where that aligns it; siblings share it as one node."""
-    more = _whole(x.shape[0]) - x.shape[0]
-    if guard_or_true(more != 0):
-        x = torch.nn.functional.pad(x, (0, 0, 0, more))
-    return x.t().contiguous()
+    """Returns x^T with zeros after the tokens of a row, which aligns it; all that read it share it as one node.
+
+    At least one token is added, so that Inductor makes the copy in a kernel of its own, which goes through both
+    matrices in tiles. Of x's size, it would be stored by a norm that makes x, each number far from the next.
+    """
+    return _made_once(torch.nn.functional.pad(x, (0, 0, 0, _whole(x.shape[0]) - x.shape[0])).t().contiguous())
+
+
+def _columns_of(values: Tensor, support: Tensor, columns: int, vector: int) -> Tensor:
+    """Returns the columns of each block of rows, int32 [blocks, G]."""
+    rows, groups = values.shape
+    return _made_once(block_columns(support, rows, columns, groups, vector).int())
+
+
+def _made_once(tensor: Tensor) -> Tensor:
+    """Returns the tensor as it is; Inductor makes what as_strided reads once, and not for each launch that reads it."""
+    return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 def _with_columns(matrix: Tensor, of: int) -> Tensor:

@@ -120,7 +120,7 @@ def test_mixed_choices_share_what_they_can(stratified_joint, monkeypatch):
     expected = gm(*inputs)
     found = []
 
-    def grads_factored(self, tokens, rates, hiddens):
+    def grads_factored(self, tokens, rates, hiddens, shared):
         found.append(hiddens)
         return 0.0
 

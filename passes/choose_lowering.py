@@ -251,10 +251,10 @@ def _is_empty(values: fx.Node) -> bool:
 def _hidden(x: Tensor, factor: Tensor, scale: float) -> Tensor:
     # beta=0: the first argument is not read. The product is scaled as it is written, not in a pass of its own.
     read, columns = factor.to(x.dtype), factor.shape[1]
-    more = aligned(columns, x.dtype) - columns
-    if x.device.type == "cuda" and more and guard_or_true(x.shape[0] > FEW_TOKENS):
+    if x.device.type == "cuda" and guard_or_true(x.shape[0] > FEW_TOKENS):
         # The vendor's matmuls take twice the time where rows are not aligned; beside many tokens a copy is nothing.
-        read = torch.nn.functional.pad(read, (0, more)).narrow(1, 0, columns)
+        more = aligned(columns, x.dtype) - columns
+        read = torch.nn.functional.pad(read, (0, more)).narrow(1, 0, columns) if more else read
     return torch.addmm(factor[:1, :1].to(x.dtype), x, read.t(), beta=0, alpha=scale)
 
 

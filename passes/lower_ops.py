@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.func import functionalize
 
 from slcompile import torch_private
@@ -43,6 +43,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     """
     report = PassReport()
     insert = Inserter(gm.graph)
+    gapped: set[fx.Node] = set()
     has_fixed_layouts = (
         torch_private.calls_aten()
         or torch_private.is_subgraph(gm)
@@ -72,12 +73,34 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
             node.replace_all_uses_with(results, propagate_meta=False)
         else:
             for user in list(node.users):
-                user.replace_all_uses_with(results[arguments(user)[1]], propagate_meta=False)
+                result = results[arguments(user)[1]]
+                if result.meta["val"].stride() != user.meta["val"].stride() and on_gpu:
+                    gapped.add(result)
+                user.replace_all_uses_with(result, propagate_meta=False)
         report.replaced.append(Decision(node.name, detail=why_aten))
     if report.replaced:
+        _return_contiguous(insert, gapped)
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return report
+
+
+def _return_contiguous(insert: Inserter, gapped: set[fx.Node]) -> None:
+    """Copies matrices with gaps between their rows where the user gets them, who was told that there are none."""
+    (output,) = insert.graph.find_nodes(op="output")
+    results = list(output.args[0]) if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
+    for index in torch_private.returned_to_user(output):
+        node = results[index]
+        while isinstance(node, fx.Node) and op_name(node) in ("view", "_unsafe_view", "reshape"):
+            node = node.all_input_nodes[0]
+        if node in gapped:
+            results[index] = insert.inline(output, _contiguous, results[index])
+    if isinstance(output.args[0], (list, tuple)):
+        output.args = (type(output.args[0])(results),)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
 
 
 @functools.cache

@@ -318,6 +318,23 @@ def test_graphs_of_higher_order_ops_are_known():
     assert sorted(seen) == [False, True, True]
 
 
+def test_what_the_user_gets_is_known():
+    """Of a forward graph that saves a result for the backward one."""
+    seen = []
+
+    def note(graph):
+        (output,) = graph.find_nodes(op="output")
+        seen.append((torch_private.returned_to_user(output), len(output.args[0])))
+
+    def compiled(gm, inputs):
+        return torch_private.inductor(gm, inputs, {"post_grad_custom_pre_pass": note, "fx_graph_cache": False})
+
+    torch.compile(lambda x: x.sin().exp(), backend=compiled)(torch.ones(4, requires_grad=True)).sum().backward()
+    (user, count), *_ = seen
+    assert user == [0]
+    assert count > 1
+
+
 def test_a_scatter_of_transposed_tiles_goes_where_it_should():
     """Inductor's own tiled kernel writes beyond the result, see _mend_inductor."""
 

@@ -26,6 +26,7 @@ from slcompile.torch_private.codegen import (
     partitioned,
     passes_of,
     realize_reads_threshold,
+    returned_to_user,
 )
 from slcompile.torch_private.dynamo import (
     SkippedFrame,
@@ -101,6 +102,7 @@ __all__ = [
     "passes_of",
     "post_accumulate_hooks",
     "realize_reads_threshold",
+    "returned_to_user",
     "resume",
     "run_fake",
     "size_hint",

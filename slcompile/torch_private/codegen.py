@@ -178,3 +178,8 @@ _SUBGRAPH = "slcompile_subgraph"
 def is_subgraph(gm: fx.GraphModule) -> bool:
     """Says whether Inductor compiles this graph as the operand of a higher-order op of another graph."""
     return _SUBGRAPH in gm.meta
+
+
+def returned_to_user(output: fx.Node) -> list[int]:
+    """Returns which results of a graph that Inductor compiles the user gets; the others are saved for the backward."""
+    return list(output.meta.get("user_visible_output_idxs", ()))

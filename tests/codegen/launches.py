@@ -71,7 +71,12 @@ WRITTEN = {
 
 
 def launches(generated: Generated) -> list[Call]:
-    """Runs a generated module.
+    """Returns what a generated module calls."""
+    return run(generated)[0]
+
+
+def run(generated: Generated) -> tuple[list[Call], Any]:
+    """Runs a generated module; returns what it calls, and its results.
 
     Raises:
         AssertionError: A launch of ours is told strides or sizes that its tensors do not have, a buffer is read that
@@ -109,8 +114,8 @@ def launches(generated: Generated) -> list[Call]:
     }
     exec(body, space)
     inputs = [_empty(*each) if isinstance(each, tuple) else each for each in generated.inputs]
-    space["call"](inputs)
-    return recorder.calls
+    results = space["call"](inputs)
+    return recorder.calls, results
 
 
 def _empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from tests.codegen.__main__ import ratio
 from tests.codegen.estimate import SIZES, is_unaligned, product_operands
 from tests.codegen.generate import generate
-from tests.codegen.launches import Call, compiled_kernels, counted, large_writes, launches
+from tests.codegen.launches import Call, compiled_kernels, counted, large_writes, launches, run
 from tests.codegen.models import Experts, Mlp, PackedConv1D, Reference
 from tests.kernels.harness import WIDE, require_compiler
 
@@ -121,6 +121,18 @@ def test_factored_for_many_tokens(inner: int) -> None:
     # Gate's and up's input is transposed once a phase, and down's; of odd gradients the two are padded.
     for ours, dense, copies in ((forward, dense_forward, 2), (backward, dense_backward, 2 + 2 * (inner == ODD))):
         assert large_writes(ours, TOKENS * HIDDEN) <= large_writes(dense, TOKENS * HIDDEN) + copies
+
+
+def test_results_have_the_layout_that_the_user_was_told() -> None:
+    """Within a graph, the rows of an odd product have gaps between them."""
+    shape = (4, TOKENS // 4, HIDDEN)
+    with torch.device("meta"):
+        model = nn.Linear(HIDDEN, ODD, bias=True, dtype=torch.bfloat16)
+    (module,) = generate(model, [(shape, torch.bfloat16)], {**OPTIONS, **GATHERED}, training=False)
+    found, (result,) = run(module)
+    assert counted(found)["vector_product_kernel"] == 1
+    assert result.shape == (*shape[:2], ODD)
+    assert result.is_contiguous()
 
 
 def test_inference() -> None:

@@ -7,13 +7,14 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import slcompile
 from slcompile import models
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.graphs import capture
-from slcompile.memory.liveness import PARTS, Event, Plan, repeated, step_events
+from slcompile.memory.liveness import PARTS, Event, Plan, _workspace, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
@@ -180,6 +181,26 @@ class TestLiveness:
             assert now == 0
             gradients[by_layers] = most
         assert gradients == {False: 2 * 4 * 64 * 96, True: 4 * 64 * 96}
+
+    @pytest.mark.parametrize(("vector", "tokens"), [(16, 300), (8, 300), (16, 256)])
+    def test_kernels_for_many_tokens_copy_and_write(self, vector, tokens):
+        """The vector support's on GPUs: x^T, the products with blocks of S, sums of each 2048 tokens."""
+        ops, rows, columns, groups = torch.ops.slcompile, 64, 48, 5
+
+        def step(x, grad, B, A, values, seed):
+            forward = ops.linear_factored(x, [x[:, :8]], [B], [values], [seed], [None], False, vector)
+            backward = ops.linear_factored(grad, [x[:, :8]], [A], [values], [seed], [None], True, vector)
+            return *forward, *backward, ops.values_grad(grad, x, values, seed, vector)
+
+        shapes = ((tokens, columns), (tokens, rows), (rows, 8), (8, columns), (rows, groups))
+        inputs = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+        graph = make_fx(step)(*inputs, torch.empty(1, dtype=torch.int64, device="meta")).graph
+        nodes = [node for node in graph.nodes if str(node.target).startswith("slcompile.")]
+        x_T, z, sums = 2 * tokens * columns, 2 * tokens * rows * groups // vector, 4 * rows * groups
+        is_many = vector == 16 and tokens == 300
+        dense = 2 * rows * columns
+        assert [_workspace(node, "cuda") for node in nodes] == ([x_T, z, x_T + sums] if is_many else [0, 0, dense])
+        assert [_workspace(node, "cpu") for node in nodes] == [0, 0, 0]
 
     def test_a_parameter_with_two_names_is_counted_once(self):
         report = estimate_memory(llama(tie_word_embeddings=True), kwargs=IDS, config=CONFIG, device="cpu")

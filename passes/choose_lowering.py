@@ -53,43 +53,49 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     phases = Counter((site.weight, site.node in backward) for site in sites)
     readers = Counter((site.x, site.transposed) for site in sites)
     grads = gm.graph.find_nodes(op="call_function", target=_GRADS)
-    of_grads = Counter(arguments(node)[1] for node in grads)
-    wanted = {key for node in grads for key in _hiddens_of(node)}
-    costs = [
-        _costs(
-            site,
-            phases[site.weight, site.node in backward],
-            readers[site.x, site.transposed],
-            # The gradients read the hidden matrix too, if they are factored.
-            0.5 if _hidden_of(site) in wanted else 1.0,
-            device,
-        )
-        for site in sites
-    ]
-    if lowering == "auto":
-        grads_costs = [_grads_costs(node, 0, of_grads[arguments(node)[1]], device) for node in grads]
-        _guard_to_one_side([*costs, *grads_costs])
-    chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
-    hiddens: set[Hidden] = set()  # what is multiplied with which factor, as matmuls are factored
-    for site, cost in zip(sites, costs, strict=True):
-        phase = "backward" if site.node in backward else "forward"
+    grads_readers = Counter(arguments(node)[1] for node in grads)
+    of_weights = {key for node in grads for key in _hiddens_of(node)}
+
+    def costs_of(site: Site, shared: set[Hidden]) -> Costs:
+        hidden = 0.5 if _hidden_of(site) in shared else 1.0
+        products, copies = phases[site.weight, site.node in backward], readers[site.x, site.transposed]
+        return _costs(site, products, copies, hidden, device)
+
+    def decide(site: Site, cost: Costs) -> Decision:
         why_not = _why_not(site.x, arguments(site.weight)[2], cost, site.transposed, device, lowering)
         decision = _choose(_name(site.weight), cost, lowering, why_not)
-        decision = replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
-        report.add(decision, decision.lowering == "factored")
-        if decision.lowering == "factored":
-            chosen[site.node] = site
-            hiddens.add(_hidden_of(site))
+        phase = "backward" if site.node in backward else "forward"
+        return replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
+
+    costs = [costs_of(site, of_weights) for site in sites]
+    if lowering == "auto":
+        grads_costs = [_grads_costs(node, 0, grads_readers[arguments(node)[1]], device) for node in grads]
+        _guard_to_one_side([*costs, *grads_costs])
+    chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
+    decisions = list(map(decide, sites, costs))
+    hiddens = {_hidden_of(site) for site, each in zip(sites, decisions, strict=True) if each.lowering == "factored"}
+    of_factored: set[Hidden] = set()  # what gradients read that are factored
+    grads_decisions: list[Decision] = []
     for node in grads:
         left, right, B, *_ = arguments(node)
         missing = sum(key not in hiddens for key in _hiddens_of(node))
         why_not = _why_not(left, arguments(node)[4], None, False, device, lowering)
-        cost = _grads_costs(node, missing, of_grads[right], device)
+        cost = _grads_costs(node, missing, grads_readers[right], device)
         decision = _choose(f"{_name(node)} gradients", cost, lowering, why_not)
         decision = replace(decision, node=node.name, factor=B.name, phase="gradients")
-        report.add(decision, decision.lowering == "factored")
+        grads_decisions.append(decision)
         if decision.lowering == "factored":
             chosen[node] = None
+            of_factored.update(_hiddens_of(node))
+    for site, first in zip(sites, decisions, strict=True):
+        # Half of a hidden matrix is not the price of a product whose weight's gradients are not factored after all.
+        is_alone = _hidden_of(site) in of_weights - of_factored
+        decision = decide(site, costs_of(site, set())) if is_alone and first.lowering == "factored" else first
+        report.add(decision, decision.lowering == "factored")
+        if decision.lowering == "factored":
+            chosen[site.node] = site
+    for decision in grads_decisions:
+        report.add(decision, decision.lowering == "factored")
     insert = Inserter(gm.graph)
     for node in [node for node in gm.graph.nodes if node in chosen]:  # in the graph's order: what comes later may share
         chosen_site = chosen[node]

@@ -27,7 +27,7 @@ from slcompile.cost import (
     stored,
     why_no_kernels,
 )
-from slcompile.cost.matmul import FEW_TOKENS, VECTOR_BLOCK
+from slcompile.cost.matmul import FEW_TOKENS, vector_block
 
 CPU = torch.device("cpu")
 NAMES = tuple(DTYPES.values())
@@ -363,7 +363,8 @@ class TestDeviceClasses:
         assert row.tiles.keys() == row.tiles_32.keys() == first.tiles.keys()
         for name, tile in (*row.tiles.items(), *row.tiles_32.items()):
             assert tile.keys() == first.tiles[name].keys()
-        assert row.tiles["vector_product"]["BLOCK_N"] == VECTOR_BLOCK  # which costs know
+        blocks = [row.tiles[name]["BLOCK_N"] for name in ("vector_product", "vector_product_64")]
+        assert blocks == [vector_block(vector) for vector in (32, 64)]  # which costs know
 
     def test_names_are_unique_and_the_last_row_takes_everything(self) -> None:
         assert len({row.name for row in DEVICE_CLASSES}) == len(DEVICE_CLASSES)

@@ -74,11 +74,13 @@ and again, gigabytes of them for a training batch."""
 LEAST_VECTOR = 16
 """Rows that share their columns, at least, for the kernels for more tokens: a matrix unit's side."""
 
-VECTOR_BLOCK = 128
-"""Rows of a program of these kernels; of several blocks, each one's columns are multiplied for all of them."""
-
 VECTOR_SPLIT = 2048
 """Tokens that a program of these kernels adds up, of the gradient of values."""
+
+
+def vector_block(vector: int) -> int:
+    """Returns the rows of a program of these kernels; of several blocks, each one's columns are multiplied for all."""
+    return 64 if vector < 64 else 128
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Matmul:
             moved = (tokens * self.rows + 2 * tokens * self.nonzeros // self.vector) * size
             return 2 * tokens * self.columns * self.rank / rate + moved / rates.memory + 4 * rates.launch
         copied = 2 * tokens * self.columns * size / shared
-        tail = self.nonzeros * max(1, VECTOR_BLOCK // self.vector)
+        tail = self.nonzeros * max(1, vector_block(self.vector) // self.vector)
         return 2 * tokens * (self.rows * self.rank + tail) / rate + copied / rates.memory + 4 * rates.launch
 
     def _gathered_grads(self, tokens: int, rates: Rates, shared: int) -> float:

@@ -186,11 +186,14 @@ def vector_product_transposed_kernel(
     tl.store(p_y + o_t[:, None] * s_y + o_k[None, :], b_y, mask=(o_t < tokens)[:, None] & (o_k < s_y)[None, :])
 
 
-PRODUCT = Tiled(
-    vector_product_kernel,
-    "vector_product",
-    {"BLOCK_T": (128,), "BLOCK_N": (64, 128), "BLOCK_R": (64,), "BLOCK_G": (32, 64)},
-    ["rows", "ranks", "groups"],
+PRODUCT, PRODUCT_64 = (  # the second where 64 rows or more share their columns
+    Tiled(
+        vector_product_kernel,
+        name,
+        {"BLOCK_T": (128,), "BLOCK_N": (64, 128), "BLOCK_R": (64,), "BLOCK_G": (32, 64)},
+        ["rows", "ranks", "groups"],
+    )
+    for name in ("vector_product", "vector_product_64")
 )
 VALUES = Tiled(
     vector_values_kernel, "vector_values", {"BLOCK_T": (64, 128), "BLOCK_G": (64,)}, ["rows", "groups"]
@@ -265,7 +268,7 @@ def _product(
     hidden, padded = hidden.contiguous(), _padded_values(values, vector)
     y = x_T.new_empty(tokens, padded.shape[0])
     columns_of = _columns_of(values, support, columns, vector)
-    kernel, tile = PRODUCT.to_launch(x_T, autotune)
+    kernel, tile = (PRODUCT if vector < 64 else PRODUCT_64).to_launch(x_T, autotune)
 
     def grid(meta):
         return (triton.cdiv(rows, meta["BLOCK_N"]) * triton.cdiv(tokens, meta["BLOCK_T"]),)

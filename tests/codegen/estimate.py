@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from slcompile.cost import DEVICE_CLASSES, Rates
-from slcompile.cost.matmul import VECTOR_BLOCK
+from slcompile.cost.matmul import vector_block
 from tests.codegen.launches import Call
 
 (H100,) = (each for each in DEVICE_CLASSES if each.name == "sm_90")
@@ -100,7 +100,7 @@ def _multiplied(call: Call) -> float:
     """How often more a program multiplies than there is: what one block's columns give, for all rows that it has."""
     a = call.arguments
     vector = len(a["p_values"]) // a["blocks"]
-    return (a["ranks"] + a["groups"] * max(1, VECTOR_BLOCK // vector)) / (a["ranks"] + a["groups"])
+    return (a["ranks"] + a["groups"] * max(1, vector_block(vector) // vector)) / (a["ranks"] + a["groups"])
 
 
 def _flops(call: Call) -> float:

@@ -171,7 +171,7 @@ def test_columns_are_gathered_side_by_side() -> None:
                 assert copies
 
 
-@pytest.mark.parametrize("name", ["PRODUCT", "VALUES", "BLOCKS", "TRANSPOSED"])
+@pytest.mark.parametrize("name", ["PRODUCT_64", "VALUES", "BLOCKS", "TRANSPOSED"])
 def test_autotuning_tries_tiles_that_do_not_spill(name: str) -> None:
     require_compiler()
     from slcompile.kernels import vector_products

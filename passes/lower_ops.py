@@ -88,15 +88,15 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
 def _return_contiguous(insert: Inserter, gapped: set[fx.Node]) -> None:
     """Copies matrices with gaps between their rows where the user gets them, who was told that there are none."""
     (output,) = insert.graph.find_nodes(op="output")
-    results = list(output.args[0]) if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
+    results = arguments(output)[0]
     for index in torch_private.returned_to_user(output):
-        node = results[index]
-        while isinstance(node, fx.Node) and op_name(node) in ("view", "_unsafe_view", "reshape"):
+        node = results if isinstance(results, fx.Node) else results[index]
+        while op_name(node) in ("view", "_unsafe_view", "reshape"):
             node = node.all_input_nodes[0]
         if node in gapped:
-            results[index] = insert.inline(output, _contiguous, results[index])
-    if isinstance(output.args[0], (list, tuple)):
-        output.args = (type(output.args[0])(results),)
+            gapped.remove(node)
+            copy = insert.inline(node.next, _contiguous, node)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

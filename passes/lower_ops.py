@@ -95,8 +95,10 @@ def _return_contiguous(insert: Inserter, gapped: set[fx.Node]) -> None:
             node = node.all_input_nodes[0]
         if node in gapped:
             gapped.remove(node)
+            readers = list(node.users)
             copy = insert.inline(node.next, _contiguous, node)
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            for reader in readers:
+                reader.replace_input_with(node, copy)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

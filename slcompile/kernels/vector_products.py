@@ -266,7 +266,7 @@ def _product(
 ) -> Tensor:
     (tokens, ranks), (rows, groups) = hidden.shape, values.shape
     hidden, padded = hidden.contiguous(), _padded_values(values, vector)
-    y = x_T.new_empty(tokens, padded.shape[0])
+    y = x_T.new_empty(tokens, _padded_columns(rows, vector))
     columns_of = _columns_of(values, support, columns, vector)
     kernel, tile = (PRODUCT if vector < 64 else PRODUCT_64).to_launch(x_T, autotune)
 
@@ -407,8 +407,13 @@ def _made_once(tensor: Tensor) -> Tensor:
 
 def _with_columns(matrix: Tensor, of: int) -> Tensor:
     """Returns the matrix, its rows contiguous, with zeros for columns up to a multiple."""
-    more = -matrix.shape[1] % of
-    return torch.nn.functional.pad(matrix, (0, more)) if more else matrix.contiguous()
+    more = _padded_columns(matrix.shape[1], of) - matrix.shape[1]
+    return _made_once(torch.nn.functional.pad(matrix, (0, more))) if more else matrix.contiguous()
+
+
+def _padded_columns(columns: int, of: int) -> int:
+    """Returns the columns if they are a multiple; else so many that rows are aligned as Inductor aligns them."""
+    return columns if columns % of == 0 else columns + -columns % max(64, of)
 
 
 def _padded_values(values: Tensor, vector: int) -> Tensor:

@@ -273,10 +273,10 @@ def _check_vector_values(a: dict[str, Any]) -> None:
 
 def _check_vector_blocks(a: dict[str, Any]) -> None:
     blocks, groups = a.get("blocks", 1), a.get("groups", 1)
-    _check_rows(a["p_x"], a["tokens"], a["s_x"], 16)
-    _check_rows(a["p_values"], a["s_x"], a["s_values"], groups)
+    _check_rows(a["p_x"], a["tokens"], a["s_x"], len(a["p_values"]))
+    _check_rows(a["p_values"], len(a["p_values"]), a["s_values"], groups)
     _check_rows(a["p_z"], blocks * groups, a["s_z"], a["tokens"])
-    assert a["s_x"] % blocks == a["s_z"] % 16 == a["s_values"] % 64 == 0
+    assert len(a["p_values"]) % blocks == a["s_x"] % 16 == a["s_z"] % 16 == a["s_values"] % 64 == 0
 
 
 def _check_vector_order(a: dict[str, Any]) -> None:

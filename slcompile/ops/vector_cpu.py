@@ -23,6 +23,9 @@ from slcompile.ops.support import block_columns
 
 _TAGS = (torch.Tag.needs_contiguous_strides,)
 _SOURCE = Path(__file__).parents[1] / "kernels" / "vector.cpp"
+_TILES_SOURCE = _SOURCE.with_name("vector_amx.cpp")
+FEW_TOKENS = 4
+"""Up to so many tokens, values are read as they lie, and nothing is multiplied in tiles."""
 _STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -64,7 +67,7 @@ def vector_addmm(
     if x.numel() == 0:
         return result
     x, values = _with_rows(x), values.contiguous()
-    run = _library(x.dtype, vector).add_transposed if transposed else _library(x.dtype, vector).add_product
+    run = _function("add_transposed" if transposed else "add_product", x, vector)
     blocks = _columns(values, support, columns, vector)
     _call(run, (x, x.stride(0), values, blocks, result, result.stride(0)), (len(x), rows, columns, groups))
     return result
@@ -96,7 +99,7 @@ def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, ve
     (tokens, rows), (_, columns) = left.shape, right.shape
     blocks = _columns(values, support, columns, vector)
     operands = (left, left.stride(0), right, right.stride(0), blocks, result)
-    _call(_library(left.dtype, vector).dots, operands, (tokens, rows, columns, values.shape[1]))
+    _call(_function("dots", left, vector), operands, (tokens, rows, columns, values.shape[1]))
     return result.to(values.dtype)
 
 
@@ -122,11 +125,21 @@ def _making(vector: int) -> Callable[[Tensor, Tensor, int, int], tuple[Tensor]]:
     return columns_of_blocks
 
 
+def _function(name: str, x: Tensor, vector: int) -> Any:
+    """Returns the compiled function of that name for a matrix; AMX's where it is bfloat16 and has more than few rows."""
+    library, has_tiles = _library(x.dtype, vector)
+    return getattr(library, name + "_amx" if has_tiles and len(x) > FEW_TOKENS else name)
+
+
 @functools.cache
-def _library(dtype: torch.dtype, vector: int) -> Any:
-    """Returns the compiled functions."""
-    defined = f"#define VECTOR {vector}\n#define STORED {_STORED[dtype]}\n"
-    return torch_private.cpp_library(defined + _SOURCE.read_text())
+def _library(dtype: torch.dtype, vector: int) -> tuple[Any, bool]:
+    """Returns the compiled functions, and whether there are those for AMX."""
+    source = f"#define VECTOR {vector}\n#define STORED {_STORED[dtype]}\n" + _SOURCE.read_text()
+    if dtype == torch.bfloat16 and vector >= 16 and torch_private.has_amx():
+        library = torch_private.cpp_library(source + _TILES_SOURCE.read_text())
+        if library.may_use_tiles():
+            return library, True
+    return torch_private.cpp_library(source), False
 
 
 def _call(function: Any, operands: tuple[Tensor | int, ...], sizes: tuple[int, ...]) -> None:

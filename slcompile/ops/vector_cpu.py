@@ -4,6 +4,9 @@ The rows of a block share their columns, so S times a tile of tokens is a produc
 operands is read through the columns: ``kernels/vector.cpp``. It takes and makes matrices as other matmuls do, and no
 transposed copy is needed. Inductor's compiler compiles it, once for each dtype and length of blocks, when a model first
 runs it; it lies in Inductor's cache. The columns of the blocks are kept: 4 bytes for ``vector`` non-zeros.
+
+One token's products take some 50 µs, which is why calls are short here: ops without ``custom_op``'s layers of Python,
+and ``out=``, which autocast leaves alone, in the place of a context.
 """
 
 from __future__ import annotations
@@ -29,7 +32,15 @@ FEW_TOKENS = 4
 _STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
-@torch.library.custom_op("slcompile::vector_addmm", mutates_args=(), tags=_TAGS)
+def _op(function: Callable[..., Tensor]) -> Any:
+    """Registers an op of CPUs, without autograd; returns it."""
+    name = f"slcompile::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
+    torch.library.impl(name, "CPU", function)
+    return getattr(torch.ops.slcompile, function.__name__).default
+
+
+@_op
 def vector_addmm(
     factor: Tensor,
     hidden: Tensor,
@@ -59,26 +70,33 @@ def vector_addmm(
         factor, hidden, values, wide = (each.float() for each in (factor, hidden, values, x))
         bias = None if bias is None else bias.float()
         return vector_addmm(factor, hidden, values, support, wide, bias, transposed, vector).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        writing = factor if transposed else factor.t()
-        result = torch.mm(hidden, writing) if bias is None else torch.addmm(bias, hidden, writing)
-    rows, groups = values.shape
-    columns = result.shape[1] if transposed else x.shape[1]
+    writing = factor if transposed else factor.t()
+    tokens, outputs = x.shape[0], writing.shape[1]
+    result = x.new_empty(tokens, outputs)
+    if bias is None:
+        torch.mm(hidden, writing, out=result)
+    else:
+        torch.addmm(bias, hidden, writing, out=result)
     if x.numel() == 0:
         return result
+    rows, groups = values.shape
+    columns = outputs if transposed else x.shape[1]
     x, values = _with_rows(x), values.contiguous()
     run = _function("add_transposed" if transposed else "add_product", x, vector)
     blocks = _columns(values, support, columns, vector)
-    _call(run, (x, x.stride(0), values, blocks, result, result.stride(0)), (len(x), rows, columns, groups))
+    run(
+        x.data_ptr(), x.stride(0), values.data_ptr(), blocks.data_ptr(), result.data_ptr(), outputs,
+        tokens, rows, columns, groups, torch.get_num_threads(),
+    )  # fmt: skip
     return result
 
 
-@vector_addmm.register_fake
+@torch.library.register_fake("slcompile::vector_addmm")
 def _(factor, hidden, values, support, x, bias, transposed, vector):
     return x.new_empty((x.shape[0], factor.shape[1 if transposed else 0]))
 
 
-@torch.library.custom_op("slcompile::vector_dots", mutates_args=(), tags=_TAGS)
+@_op
 def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int) -> Tensor:
     """Computes ``left^T @ right`` at the support.
 
@@ -98,12 +116,14 @@ def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, ve
     result = left.new_empty(values.shape, dtype=torch.promote_types(left.dtype, torch.float32))
     (tokens, rows), (_, columns) = left.shape, right.shape
     blocks = _columns(values, support, columns, vector)
-    operands = (left, left.stride(0), right, right.stride(0), blocks, result)
-    _call(_function("dots", left, vector), operands, (tokens, rows, columns, values.shape[1]))
+    _function("dots", left, vector)(
+        left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), blocks.data_ptr(), result.data_ptr(),
+        tokens, rows, columns, values.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
     return result.to(values.dtype)
 
 
-@vector_dots.register_fake
+@torch.library.register_fake("slcompile::vector_dots")
 def _(left, right, values, support, vector):
     return torch.empty_like(values).contiguous()
 
@@ -125,10 +145,20 @@ def _making(vector: int) -> Callable[[Tensor, Tensor, int, int], tuple[Tensor]]:
     return columns_of_blocks
 
 
+@functools.cache
+def _compiled(name: str, dtype: torch.dtype, vector: int, few: bool) -> Any:
+    """Returns a compiled function; AMX's where that multiplies numbers of the dtype, and of more than few tokens."""
+    library, has_tiles = _library(dtype, vector)
+    function = getattr(library, name + "_amx" if has_tiles and not few else name)
+    a, n = c_void_p, c_int64
+    # Two matrices and their strides; what is read of values, where from and where to; sizes.
+    function.argtypes = (a, n, a, n, a, a, n, n, n, n, n) if name == "dots" else (a, n, a, a, a, n, n, n, n, n, n)
+    function.restype = None
+    return function
+
+
 def _function(name: str, x: Tensor, vector: int) -> Any:
-    """Returns the compiled function of that name for a matrix; AMX's where it is bfloat16 and has more than few rows."""
-    library, has_tiles = _library(x.dtype, vector)
-    return getattr(library, name + "_amx" if has_tiles and len(x) > FEW_TOKENS else name)
+    return _compiled(name, x.dtype, vector, x.shape[0] <= FEW_TOKENS)
 
 
 @functools.cache
@@ -140,8 +170,3 @@ def _library(dtype: torch.dtype, vector: int) -> tuple[Any, bool]:
         if library.may_use_tiles():
             return library, True
     return torch_private.cpp_library(source), False
-
-
-def _call(function: Any, operands: tuple[Tensor | int, ...], sizes: tuple[int, ...]) -> None:
-    given = (c_void_p(each.data_ptr()) if isinstance(each, Tensor) else c_int64(each) for each in operands)
-    function(*given, *map(c_int64, (*sizes, torch.get_num_threads())))

@@ -1,5 +1,11 @@
-// The functions of vector.cpp, after which this stands, for bfloat16 on CPUs with AMX, whose tile registers multiply
-// 16 x 32 with 32 x 16 numbers at once. VECTOR is 16 or more. Sums are float; AMX takes subnormal numbers for zeros.
+// vector.cpp, after which this stands, for bfloat16 on CPUs with AMX, whose tile registers multiply 16 x 32 with 32 x 16
+// numbers at once. VECTOR is 16 or more. Sums are float; AMX takes subnormal numbers for zeros.
+//
+//   product      y_TN = hidden_TR @ B_NR^T + x_TK @ S_NK^T + bias_N
+//   transposed   y_TK = hidden_TR @ A_RK + x_TN @ S_NK + bias_K
+//   dots_amx     dots
+//
+// The product with the factor is made here, too: y is written once, and is not read.
 //
 // A second operand holds pairs: of two neighbours in the dimension that is summed over, side by side in 32 bits.
 #include <immintrin.h>
@@ -15,8 +21,9 @@ extern "C" int may_use_tiles() {
   return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-// While one lives, its thread's registers are: 0 and 1 sums, 2 and 3 second operands, 4 a first operand, of
-// sums [rows, SIDE] += first [rows, 2 pairs] @ second [pairs, SIDE].
+// While one lives, its thread's registers are: 0 sums, 2 and 3 second operands, 4 a first operand, of
+// sums [rows, SIDE] += first [rows, 2 pairs] @ second [pairs, SIDE]; and 1 sums, 5 a first operand, 6 and 7 second ones,
+// as large as they can be.
 class Tiles {
  public:
   Tiles(int64_t rows, int64_t pairs) {
@@ -25,9 +32,10 @@ class Tiles {
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } shapes;
-    for (int sums : {0, 1}) shapes.rows[sums] = rows, shapes.bytes[sums] = SIDE * sizeof(float);
-    for (int second : {2, 3}) shapes.rows[second] = pairs, shapes.bytes[second] = SIDE * sizeof(Pair);
-    shapes.rows[4] = rows, shapes.bytes[4] = pairs * sizeof(Pair);
+    for (int i = 0; i < 8; i++) shapes.rows[i] = SIDE, shapes.bytes[i] = SIDE * sizeof(Pair);
+    shapes.rows[0] = shapes.rows[4] = rows;
+    shapes.rows[2] = shapes.rows[3] = pairs;
+    shapes.bytes[4] = pairs * sizeof(Pair);
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }
@@ -48,22 +56,22 @@ static inline __m512i pairs_of(const Stored* low, const Stored* high, int64_t co
   return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
 }
 
-// tile[feature][i] = the pair of the tokens i and i + SIDE; those that are not there are zeros.
+// tile[feature][i] = the pair of the tokens 2 i and 2 i + 1, of 2 SIDE; those that are not there are zeros.
 static void read_token_pairs(Pair* tile, const Stored* matrix, int64_t stride, int64_t tokens, int64_t features) {
   for (int64_t first = 0; first < features; first += SIDE) {
     Tokens square[SIDE];
 #pragma GCC unroll 16
-    for (int token = 0; token < SIDE; token++) {
-      const Stored* low = token < tokens ? matrix + token * stride + first : nullptr;
-      const Stored* high = token + SIDE < tokens ? matrix + (token + SIDE) * stride + first : nullptr;
-      square[token] = (Tokens)pairs_of(low, high, features - first);
+    for (int i = 0; i < SIDE; i++) {
+      const Stored* low = 2 * i < tokens ? matrix + 2 * i * stride + first : nullptr;
+      const Stored* high = 2 * i + 1 < tokens ? matrix + (2 * i + 1) * stride + first : nullptr;
+      square[i] = (Tokens)pairs_of(low, high, features - first);
     }
     transpose(square);
     memcpy(tile + first * SIDE, square, sizeof square);
   }
 }
 
-// tile[i][token] = the pair of the features 2 i and 2 i + 1; what is not there is zeros.
+// tile[i][token] = the pair of the features 2 i and 2 i + 1, of SIDE tokens; what is not there is zeros.
 static void read_feature_pairs(Pair* tile, const Stored* matrix, int64_t stride, int64_t tokens, int64_t features) {
   for (int64_t first = 0; first < features; first += 2 * SIDE) {
     int64_t count = features - first;
@@ -78,36 +86,45 @@ static void read_feature_pairs(Pair* tile, const Stored* matrix, int64_t stride,
   }
 }
 
-static inline void add_row(Stored* to, Tokens value, int64_t width) {
+static inline Tokens widened(const Stored* from, int64_t count) {
+  return from ? (Tokens)_mm512_slli_epi32(pairs_of(from, nullptr, count), 16) : Tokens{};
+}
+
+static inline void put_row(Stored* to, Tokens value, int64_t width) {
   __mmask16 is_there = width >= SIDE ? 0xffff : (1 << width) - 1;
-  __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(is_there, to)), 16);
-  _mm256_mask_storeu_epi16(to, is_there, (__m256i)_mm512_cvtneps_pbh((__m512)((Tokens)bits + value)));
+  _mm256_mask_storeu_epi16(to, is_there, (__m256i)_mm512_cvtneps_pbh((__m512)value));
 }
 
 static inline int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-extern "C" void add_product_amx(
-    const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y, int64_t y_stride,
-    int64_t tokens, int64_t rows, int64_t features, int64_t groups, int64_t threads) {
+extern "C" void product(
+    const Stored* hidden, int64_t hidden_stride, const Stored* factor, int64_t factor_stride, int64_t rank,
+    const Stored* bias, const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y,
+    int64_t y_stride, int64_t tokens, int64_t rows, int64_t features, int64_t groups, int64_t threads) {
   constexpr int64_t TOKENS = 2 * SIDE, ROW_PARTS = VECTOR / SIDE;
   int64_t blocks = (rows + VECTOR - 1) / VECTOR, tiles = (tokens + TOKENS - 1) / TOKENS;
   // Equal steps of at most 32 groups, the length of a tile register's row.
   int64_t steps = steps_of(groups, 2 * SIDE), pairs = (steps_of(groups, steps) + 1) / 2, step = 2 * pairs;
-  // [block][part][step][row of the part][group of the step]
-  auto packed = memory<Stored>(blocks * VECTOR * steps * step);
+  int64_t padded = rounded_up(rank, 2 * SIDE), rank_steps = padded / (2 * SIDE);
+  // [block][part][step][row of the part][group of the step], and the factor with zeros around it
+  auto packed = memory<Stored>(blocks * VECTOR * steps * step), whole = memory<Stored>(blocks * VECTOR * padded);
 #pragma omp parallel for num_threads(threads)
   for (int64_t part = 0; part < blocks * ROW_PARTS; part++)
-    for (int64_t first = 0; first < steps * step; first++)
-      for (int64_t row = 0; row < SIDE; row++) {
-        int64_t at = part * SIDE + row;
-        packed[((part * steps + first / step) * SIDE + row) * step + first % step] =
-            at < rows && first < groups ? values[at * groups + first] : 0;
-      }
+    for (int64_t row = 0; row < SIDE; row++) {
+      int64_t at = part * SIDE + row;
+      for (int64_t group = 0; group < steps * step; group++)
+        packed[((part * steps + group / step) * SIDE + row) * step + group % step] =
+            at < rows && group < groups ? values[at * groups + group] : 0;
+      Stored* to = whole.get() + at * padded;
+      memset(to, 0, padded * sizeof(Stored));
+      if (at < rows) memcpy(to, factor + at * factor_stride, rank * sizeof(Stored));
+    }
   int64_t shares = tiles >= 2 * threads ? 1 : std::min<int64_t>(threads, blocks);
 #pragma omp parallel num_threads(threads)
   {
     Tiles registers(SIDE, pairs);
     auto tile = memory<Pair>(rounded_up(features, SIDE) * SIDE), gathered = memory<Pair>(steps * step * SIDE);
+    auto of_even = memory<Pair>(padded / 2 * SIDE), of_odd = memory<Pair>(padded / 2 * SIDE);
     auto sums = memory<float>(2 * SIDE * SIDE);
 #pragma omp for collapse(2)
     for (int64_t i = 0; i < tiles; i++)
@@ -116,14 +133,13 @@ extern "C" void add_product_amx(
         Stored* y_tile = y + i * TOKENS * y_stride;
         int64_t there = std::min<int64_t>(TOKENS, tokens - i * TOKENS);
         read_token_pairs(tile.get(), x_tile, x_stride, there, features);
+        const Stored* of_tile = hidden + i * TOKENS * hidden_stride;
+        read_feature_pairs(of_even.get(), of_tile, 2 * hidden_stride, (there + 1) / 2, rank);
+        read_feature_pairs(of_odd.get(), of_tile + hidden_stride, 2 * hidden_stride, there / 2, rank);
         for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; block++) {
-          if (i + 1 < tiles)
-            for (int64_t half : {TOKENS, TOKENS + SIDE}) {
-              if (half >= tokens - i * TOKENS - SIDE) break;
-              fetch(x_tile + half * x_stride, x_stride, features, block, blocks);
-              fetch(y_tile + half * y_stride, y_stride, rows, block, blocks);
-            }
-          // Pairs of tokens become pairs of groups, of SIDE tokens and of the other SIDE.
+          for (int64_t half : {TOKENS, TOKENS + SIDE})
+            if (i * TOKENS + half + SIDE <= tokens) fetch(x_tile + half * x_stride, x_stride, features, block, blocks);
+          // Pairs of tokens become pairs of groups, of the even tokens and of the odd ones.
           const int32_t* column = columns + block * groups;
           for (int64_t group = 0; group < steps * step; group += 2) {
             __m512i first{}, second{};
@@ -137,11 +153,18 @@ extern "C" void add_product_amx(
                 to + pairs * SIDE, _mm512_ternarylogic_epi32(low, _mm512_srli_epi32(first, 16), second, 0xca));
           }
           for (int64_t part = 0; part < ROW_PARTS; part++) {
-            int64_t first_row = block * VECTOR + part * SIDE, width = std::min<int64_t>(SIDE, rows - first_row);
+            int64_t row = block * VECTOR + part * SIDE, width = std::min<int64_t>(SIDE, rows - row);
             if (width <= 0) break;
-            const Stored* value = packed.get() + (block * ROW_PARTS + part) * steps * SIDE * step;
             _tile_zero(0);
             _tile_zero(1);
+            for (int64_t s = 0; s < rank_steps; s++) {
+              LOAD_TILE(5, whole.get() + row * padded + s * 2 * SIDE, padded * sizeof(Stored));
+              LOAD_TILE(6, of_even.get() + s * SIDE * SIDE, SIDE * sizeof(Pair));
+              LOAD_TILE(7, of_odd.get() + s * SIDE * SIDE, SIDE * sizeof(Pair));
+              _tile_dpbf16ps(0, 5, 6);
+              _tile_dpbf16ps(1, 5, 7);
+            }
+            const Stored* value = packed.get() + row * steps * step;
             for (int64_t s = 0; s < steps; s++) {
               const Pair* of_step = gathered.get() + s * step * SIDE;
               LOAD_TILE(4, value + s * SIDE * step, step * sizeof(Stored));
@@ -152,16 +175,14 @@ extern "C" void add_product_amx(
             }
             _tile_stored(0, sums.get(), SIDE * sizeof(float));
             _tile_stored(1, sums.get() + SIDE * SIDE, SIDE * sizeof(float));
-            for (int64_t first = 0; first < there; first += SIDE) {
+            Tokens added = widened(bias ? bias + row : nullptr, width);
+            for (int64_t odd : {0, 1}) {
               Tokens square[SIDE];
-              memcpy(square, sums.get() + first * SIDE, sizeof square);
+              memcpy(square, sums.get() + odd * SIDE * SIDE, sizeof square);
               transpose(square);
-              Stored* to = y_tile + first * y_stride + first_row;
 #pragma GCC unroll 16
-              for (int token = 0; token < SIDE; token++) {
-                if (first + token >= there) break;
-                add_row(to + token * y_stride, square[token], width);
-              }
+              for (int i = 0; i < SIDE; i++)
+                if (2 * i + odd < there) put_row(y_tile + (2 * i + odd) * y_stride + row, square[i] + added, width);
             }
           }
         }
@@ -169,9 +190,10 @@ extern "C" void add_product_amx(
   }
 }
 
-extern "C" void add_transposed_amx(
-    const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y, int64_t y_stride,
-    int64_t tokens, int64_t rows, int64_t features, int64_t groups, int64_t threads) {
+extern "C" void transposed(
+    const Stored* hidden, int64_t hidden_stride, const Stored* factor, int64_t factor_stride, int64_t rank,
+    const Stored* bias, const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y,
+    int64_t y_stride, int64_t tokens, int64_t rows, int64_t features, int64_t groups, int64_t threads) {
   constexpr int64_t PAIRS = (VECTOR < 2 * SIDE ? VECTOR : 2 * SIDE) / 2, ROW_PARTS = VECTOR / (2 * PAIRS);
   int64_t blocks = (rows + VECTOR - 1) / VECTOR, tiles = (tokens + SIDE - 1) / SIDE;
   int64_t steps = steps_of(groups, SIDE), step = steps_of(groups, steps);
@@ -185,22 +207,42 @@ extern "C" void add_transposed_amx(
         packed[((((block * steps + group / step) * ROW_PARTS + part) * step) + group % step) * 2 * PAIRS +
                row % (2 * PAIRS)] = at < rows && group < groups ? values[at * groups + group] : 0;
       }
+  // [step][column][pair of ranks]
+  int64_t padded = rounded_up(features, SIDE), rank_steps = steps_of(rank, 2 * SIDE);
+  auto whole = memory<Pair>(rank_steps * padded * SIDE);
+#pragma omp parallel for collapse(2) num_threads(threads)
+  for (int64_t s = 0; s < rank_steps; s++)
+    for (int64_t first = 0; first < features; first += SIDE) {
+      const Stored* from = factor + s * 2 * SIDE * factor_stride + first;
+      int64_t ranks = std::min<int64_t>(2 * SIDE, rank - s * 2 * SIDE);
+      read_token_pairs(
+          whole.get() + (s * padded + first) * SIDE, from, factor_stride, ranks,
+          std::min<int64_t>(SIDE, features - first));
+    }
 #pragma omp parallel num_threads(threads)
   {
     Tiles registers(step, PAIRS);
     int64_t size = rounded_up(blocks * VECTOR, 2 * SIDE) / 2 * SIDE;
     auto tile = memory<Pair>(size);
-    auto result = memory<float>(features * SIDE), sums = memory<float>(SIDE * SIDE);
+    auto result = memory<float>(padded * SIDE), sums = memory<float>(SIDE * SIDE);
+    auto of_tile = memory<Pair>(rank_steps * SIDE * SIDE);
     memset(tile.get(), 0, size * sizeof(Pair));
 #pragma omp for
     for (int64_t i = 0; i < tiles; i++) {
       int64_t there = std::min<int64_t>(SIDE, tokens - i * SIDE);
       read_feature_pairs(tile.get(), x + i * SIDE * x_stride, x_stride, there, rows);
-      memset(result.get(), 0, features * SIDE * sizeof(float));
+      read_feature_pairs(of_tile.get(), hidden + i * SIDE * hidden_stride, hidden_stride, there, rank);
+      for (int64_t first = 0; first < features; first += SIDE) {
+        _tile_zero(1);
+        for (int64_t s = 0; s < rank_steps; s++) {
+          LOAD_TILE(5, whole.get() + (s * padded + first) * SIDE, SIDE * sizeof(Pair));
+          LOAD_TILE(6, of_tile.get() + s * SIDE * SIDE, SIDE * sizeof(Pair));
+          _tile_dpbf16ps(1, 5, 6);
+        }
+        _tile_stored(1, result.get() + first * SIDE, SIDE * sizeof(float));
+      }
       for (int64_t block = 0; block < blocks; block++) {
-        if (there == SIDE && i + 1 < tiles && tokens >= (i + 2) * SIDE)
-          fetch(x + (i + 1) * SIDE * x_stride, x_stride, rows, block, blocks);
-        if (there == SIDE) fetch(y + i * SIDE * y_stride, y_stride, features, block, blocks);
+        if ((i + 2) * SIDE <= tokens) fetch(x + (i + 1) * SIDE * x_stride, x_stride, rows, block, blocks);
         const Pair* of_block = tile.get() + block * VECTOR / 2 * SIDE;
         for (int64_t s = 0; s < steps; s++) {
           const Stored* value = packed.get() + (block * steps + s) * step * VECTOR;
@@ -218,7 +260,14 @@ extern "C" void add_transposed_amx(
           }
         }
       }
-      add_tile(result.get(), y + i * SIDE * y_stride, y_stride, there, features);
+      for (int64_t first = 0; first < features; first += SIDE) {
+        Tokens square[SIDE], added = widened(bias ? bias + first : nullptr, features - first);
+        memcpy(square, result.get() + first * SIDE, sizeof square);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int token = 0; token < SIDE; token++)
+          if (token < there) put_row(y + (i * SIDE + token) * y_stride + first, square[token] + added, features - first);
+      }
     }
   }
 }
@@ -252,16 +301,15 @@ extern "C" void dots_amx(
           const Stored* right_tile = right + i * TOKENS * right_stride;
           read_token_pairs(tile.get(), right_tile, right_stride, there, features);
           for (int64_t block = begin; block < end; block++) {
-            for (int64_t half : {TOKENS, TOKENS + SIDE}) {
-              if (half + SIDE > tokens - i * TOKENS) break;
-              fetch(right_tile + half * right_stride, right_stride, features, block - begin, end - begin);
-            }
+            for (int64_t half : {TOKENS, TOKENS + SIDE})
+              if (i * TOKENS + half + SIDE <= tokens)
+                fetch(right_tile + half * right_stride, right_stride, features, block - begin, end - begin);
             for (int64_t part = 0; part < ROW_PARTS; part++) {
               int64_t first = block * VECTOR + part * SIDE;
-              for (int64_t token = 0; token < SIDE; token++) {
-                const Stored* low = token < there ? left_tile + token * left_stride + first : nullptr;
-                const Stored* high = token + SIDE < there ? left_tile + (token + SIDE) * left_stride + first : nullptr;
-                Pair* to = rows_of.get() + (part * SIDE + token) * SIDE;
+              for (int64_t i = 0; i < SIDE; i++) {
+                const Stored* low = 2 * i < there ? left_tile + 2 * i * left_stride + first : nullptr;
+                const Stored* high = 2 * i + 1 < there ? left_tile + (2 * i + 1) * left_stride + first : nullptr;
+                Pair* to = rows_of.get() + (part * SIDE + i) * SIDE;
                 _mm512_store_si512(to, first < rows ? pairs_of(low, high, rows - first) : __m512i{});
               }
             }

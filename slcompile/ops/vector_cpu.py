@@ -71,21 +71,28 @@ def vector_addmm(
         bias = None if bias is None else bias.float()
         return vector_addmm(factor, hidden, values, support, wide, bias, transposed, vector).to(x.dtype)
     writing = factor if transposed else factor.t()
-    tokens, outputs = x.shape[0], writing.shape[1]
+    (tokens, width), outputs, (rows, groups) = x.shape, writing.shape[1], values.shape
+    columns = outputs if transposed else width
     result = x.new_empty(tokens, outputs)
-    if bias is None:
-        torch.mm(hidden, writing, out=result)
-    else:
-        torch.addmm(bias, hidden, writing, out=result)
+    x, values = _with_rows(x), values.contiguous()
+    function, has_tiles = _function("transposed" if transposed else "product", x, vector)
+    if not has_tiles or x.numel() == 0:
+        if bias is None:
+            torch.mm(hidden, writing, out=result)
+        else:
+            torch.addmm(bias, hidden, writing, out=result)
     if x.numel() == 0:
         return result
-    rows, groups = values.shape
-    columns = outputs if transposed else x.shape[1]
-    x, values = _with_rows(x), values.contiguous()
-    run = _function("add_transposed" if transposed else "add_product", x, vector)
     blocks = _columns(values, support, columns, vector)
-    run(
-        x.data_ptr(), x.stride(0), values.data_ptr(), blocks.data_ptr(), result.data_ptr(), outputs,
+    of_factor: tuple[int | None, ...] = ()
+    if has_tiles:
+        hidden, factor, bias = _with_rows(hidden), _with_rows(factor), bias if bias is None else bias.contiguous()
+        of_bias = None if bias is None else bias.data_ptr()
+        of_factor = (
+            hidden.data_ptr(), hidden.stride(0), factor.data_ptr(), factor.stride(0), hidden.shape[1], of_bias,
+        )  # fmt: skip
+    function(
+        *of_factor, x.data_ptr(), x.stride(0), values.data_ptr(), blocks.data_ptr(), result.data_ptr(), outputs,
         tokens, rows, columns, groups, torch.get_num_threads(),
     )  # fmt: skip
     return result
@@ -116,7 +123,8 @@ def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, ve
     result = left.new_empty(values.shape, dtype=torch.promote_types(left.dtype, torch.float32))
     (tokens, rows), (_, columns) = left.shape, right.shape
     blocks = _columns(values, support, columns, vector)
-    _function("dots", left, vector)(
+    function, _ = _function("dots", left, vector)
+    function(
         left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), blocks.data_ptr(), result.data_ptr(),
         tokens, rows, columns, values.shape[1], torch.get_num_threads(),
     )  # fmt: skip
@@ -146,18 +154,22 @@ def _making(vector: int) -> Callable[[Tensor, Tensor, int, int], tuple[Tensor]]:
 
 
 @functools.cache
-def _compiled(name: str, dtype: torch.dtype, vector: int, few: bool) -> Any:
-    """Returns a compiled function; AMX's where that multiplies numbers of the dtype, and of more than few tokens."""
+def _compiled(name: str, dtype: torch.dtype, vector: int, few: bool) -> tuple[Any, bool]:
+    """Returns a compiled function, and whether it is AMX's: of that dtype, and of more than few tokens."""
     library, has_tiles = _library(dtype, vector)
-    function = getattr(library, name + "_amx" if has_tiles and not few else name)
-    a, n = c_void_p, c_int64
-    # Two matrices and their strides; what is read of values, where from and where to; sizes.
-    function.argtypes = (a, n, a, n, a, a, n, n, n, n, n) if name == "dots" else (a, n, a, a, a, n, n, n, n, n, n)
+    has_tiles &= not few
+    if name == "dots":
+        function = library.dots_amx if has_tiles else library.dots
+        function.argtypes = (c_void_p, c_int64) * 2 + (c_void_p,) * 2 + (c_int64,) * 5
+    else:
+        function = getattr(library, name if has_tiles else f"add_{name}")
+        of_factor = (c_void_p, c_int64) * 2 + (c_int64, c_void_p) if has_tiles else ()
+        function.argtypes = of_factor + (c_void_p, c_int64) + (c_void_p,) * 3 + (c_int64,) * 6
     function.restype = None
-    return function
+    return function, has_tiles
 
 
-def _function(name: str, x: Tensor, vector: int) -> Any:
+def _function(name: str, x: Tensor, vector: int) -> tuple[Any, bool]:
     return _compiled(name, x.dtype, vector, x.shape[0] <= FEW_TOKENS)
 
 

@@ -67,6 +67,7 @@ class SLWeight(FactorizedWeight):
     structure = "sparse_low_rank"
     op = torch.ops.slcompile.compose.default
     takes_stacks = True
+    takes_density = True
     takes_base = True
 
     B: nn.Parameter

@@ -38,6 +38,8 @@ class FactorizedWeight(nn.Module):
         structure: Name in the table of structures, and in checkpoints.
         op: The op that composes the weight, ``op(*operands, *op_args) -> Tensor``, in ``slcompile.ops.WEIGHT_OPS``.
         takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
+        takes_density: Whether it has a sparse part, to which the options density, support and vector apply.
+        takes_blocks: Whether it cuts a weight, as the option blocks says.
         takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape``, where
             ``config.base`` asks for one. It is the last operand then, and ``arguments`` says where the op takes it.
     """
@@ -45,6 +47,8 @@ class FactorizedWeight(nn.Module):
     structure: ClassVar[str]
     op: ClassVar[torch._ops.OpOverload]
     takes_stacks: ClassVar[bool] = False
+    takes_density: ClassVar[bool] = False
+    takes_blocks: ClassVar[bool] = False
     takes_base: ClassVar[bool] = False
 
     def __init__(
@@ -66,6 +70,11 @@ class FactorizedWeight(nn.Module):
     def size(cls, shape: Sequence[int], config: SLConfig) -> int:
         """Returns the number of trained parameters of a weight of this shape."""
         raise NotImplementedError
+
+    @classmethod
+    def misfit_of(cls, shape: Sequence[int], config: SLConfig) -> str:
+        """Says why no weight of this shape can be of this structure; empty if one can."""
+        return ""
 
     def operands(self) -> dict[str, Tensor]:
         """Returns the tensors that ``op`` takes, in its order, by the names they have in this module."""

@@ -217,8 +217,8 @@ def _is_composed(node: fx.Node) -> bool:
 
 def _workspace(node: fx.Node, device: str) -> int:
     """Returns the bytes that an op of ours allocates besides its results while its kernels run."""
-    makes_dense = (torch.ops.slcompile.weight_grads.default, torch.ops.slcompile.values_grad.default)
-    makes_dense += tuple(ops.grads for ops in FACTORED.values())
+    makes_dense = {torch.ops.slcompile.weight_grads.default, torch.ops.slcompile.values_grad.default}
+    makes_dense |= {ops.grads for ops in FACTORED.values()}
     if device != "cuda" or node.target not in makes_dense:
         return 0
     left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K]

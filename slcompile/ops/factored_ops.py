@@ -81,7 +81,7 @@ class FactoredOps:
         return self.spread(grad_B.to(dtype), grad_A.to(dtype), *parts)
 
 
-FACTORED: dict[torch._ops.OpOverload, FactoredOps] = {}
+FACTORED: dict[Any, FactoredOps] = {}
 """Each op of a structure that can be multiplied with without W -> the structure's ops."""
 
 
@@ -155,8 +155,8 @@ def define(
         ctx.save_for_backward(*tensors)
 
     def vjp_of_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        _, pull = torch.func.vjp(lambda grad, *given: projected(grad, *given, ctx.scale), *ctx.saved_tensors)
-        return *pull(cotangents), None
+        linearized = torch.func.vjp(lambda grad, *given: projected(grad, *given, ctx.scale), *ctx.saved_tensors)
+        return *linearized[1](cotangents), None
 
     compose.register_autograd(vjp, setup_context=setup)
     backward.register_autograd(vjp_of_backward, setup_context=setup_backward)

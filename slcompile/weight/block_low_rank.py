@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class BlockLowRankWeight(PartsWeight):
     @property
     @override
     def _matmul(self) -> Matmul:
-        return Matmul(*self.shape, self.rank, 0, self.dtype, base=self.has_base, blocks=self.blocks)
+        return replace(super()._matmul, blocks=self.blocks)
 
     @override
     def approximate(self, dense: Tensor) -> None:

@@ -161,7 +161,8 @@ class PartsWeight(FactorizedWeight):
 
     @property
     def _matmul(self) -> Matmul:
-        return Matmul(*self.shape, self.rank, 0, self.dtype, base=self.has_base)
+        rows, columns = self.shape
+        return Matmul(rows, columns, self.rank, 0, self.dtype, base=self.has_base)
 
     @torch.no_grad()
     def set_parts(self, parts: Mapping[str, Tensor]) -> None:

@@ -172,6 +172,23 @@ def test_both_lowerings_are_as_exact_as_eager_mode(structure, base, lowering, as
         torch.testing.assert_close(torch.compile(model.eval(), backend="sltrain")(x), model(x))
 
 
+@CASES
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+def test_under_autocast_too(structure, base, lowering, assert_eager, aten_kernels):
+    model = factorized(structure, base)
+    compiled = torch.compile(model, backend="sltrain", options=options(structure, base, lowering=lowering))
+
+    def cast(called: Any) -> Any:
+        def run(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return called(x).float()
+
+        return run
+
+    # Factored, the hidden matrices are rounded, and composed, the weight: each to 2**-9 of its entries.
+    assert_eager(cast(compiled), model, [torch.randn(16, 64)], eps=2**-7, reference=cast(model))
+
+
 @STRUCTURE
 def test_the_formula_has_the_gradients(structure):
     model = factorized(structure, "frozen").double()

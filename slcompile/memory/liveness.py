@@ -28,7 +28,7 @@ from slcompile import torch_private
 from slcompile.cost import aligned
 from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR, VECTOR_SPLIT
 from slcompile.memory.graphs import Graphs
-from slcompile.ops import WEIGHT_OPS
+from slcompile.ops import FACTORED, WEIGHT_OPS
 from slcompile.passes.graph import arguments
 
 PARTS = (
@@ -212,13 +212,14 @@ def _buffers(node: fx.Node) -> list[Buffer]:
 
 def _is_composed(node: fx.Node) -> bool:
     """Returns whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
-    projecting = torch.ops.slcompile.compose_backward.default
-    return node.target in WEIGHT_OPS or any(each.target is projecting for each in _readers(node))
+    projecting = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in FACTORED.values())}
+    return node.target in WEIGHT_OPS or any(each.target in projecting for each in _readers(node))
 
 
 def _workspace(node: fx.Node, device: str) -> int:
     """Returns the bytes that an op of ours allocates besides its results while its kernels run."""
-    makes_dense = (torch.ops.slcompile.weight_grads.default, torch.ops.slcompile.values_grad.default)
+    values_grad = torch.ops.slcompile.values_grad.default
+    makes_dense = {torch.ops.slcompile.weight_grads.default, values_grad, *(ops.grads for ops in FACTORED.values())}
     if device != "cuda":
         return 0
     if node.target is torch.ops.slcompile.linear_factored.default:
@@ -226,7 +227,7 @@ def _workspace(node: fx.Node, device: str) -> int:
         return _gathered(x, max(values, key=_elements), vector, transposed)
     if node.target not in makes_dense:
         return 0
-    if node.target is makes_dense[1]:
+    if node.target is values_grad:
         _, right, values, _, *vector = arguments(node)
         if gathered := _gathered(right, values, vector, False):
             return gathered + 4 * _elements(values) * -(-int(right.meta["val"].shape[0]) // VECTOR_SPLIT)

@@ -203,6 +203,52 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     return found
 
 
+def low_bit_model(density: float = 0.0625, seed: int = 0) -> nn.Module:
+    """Halves of its factors and values are whole blocks of 256, and most of more than 4096 numbers."""
+    torch.manual_seed(seed)
+    model = ranks.example.Transformer(width=256, heads=2, layers=1, context=16)
+    return slcompile.factorize_(model, slcompile.SLConfig(rank=32, density=density, seed=0))
+
+
+def low_bit_class(name: str) -> type[torch.optim.Optimizer]:
+    import torchao.optim
+
+    return getattr(torchao.optim, name)
+
+
+CUT = 11 / 256
+"""A density with 11 values in each of 768 rows: 33 blocks of 256, of which a half has 16 1/2."""
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The class of each first moment, of this process's shard, and its numbers, whole."""
+    found = []
+    for parameter in optimizer.param_groups[0]["params"]:
+        moment = optimizer.state[parameter]["exp_avg"]
+        kind = type(local(moment)).__name__
+        numbers = moment.full_tensor() if isinstance(moment, torch.distributed.tensor.DTensor) else moment
+        found.append((kind, numbers.dequantize() if hasattr(numbers, "dequantize") else numbers))
+    return found
+
+
+def low_bit(folder: Path) -> dict[str, Any]:
+    """8- and 4-bit states of shards, saved per layer; and one that other processes cannot read."""
+    torch.compiler.set_stance("force_eager")
+    found: dict[str, Any] = {}
+    for name in ("AdamW8bit", "AdamW4bit"):
+        for density in (0.0625, CUT):
+            model = sharded(low_bit_model(density))
+            optimizer = per_layer(low_bit_class(name), model.parameters(), lr=3e-3)
+            train(model, optimizer)
+            place = folder / f"{name} {density}"
+            ranks.example.save(model, optimizer, place, STEPS)
+            kinds, numbers = zip(*moments(optimizer), strict=True)
+            torch.save(numbers, place / f"moments{dist.get_rank()}.pt")
+            found[place.name] = kinds
+    torch.compiler.set_stance("default")
+    return found
+
+
 def most_gradients(folder: Path) -> dict[str, list[int]]:
     """The most gradients that are there at once, in bytes: plain and per layer, under FSDP2."""
     found = {}
@@ -227,7 +273,7 @@ def most_gradients(folder: Path) -> dict[str, list[int]]:
 
 def updates(folder: Path) -> dict[str, Any]:
     """All of it in one process group."""
-    parts = (equal, orders, clipped, checkpoints, most_gradients)
+    parts = (equal, orders, clipped, checkpoints, low_bit, most_gradients)
     return dict(itertools.chain((each.__name__, each(folder)) for each in parts))
 
 

@@ -149,13 +149,14 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> in
 
 
 @contextlib.contextmanager
-def naming_absent(group: dist.ProcessGroup) -> Iterator[None]:
+def naming_absent(group: dist.ProcessGroup, seconds: float) -> Iterator[None]:
     """Calls the roll of a gloo group before and, where something failed, after: the error names who did not answer."""
-    dist.monitored_barrier(group, wait_all_ranks=True)
+    timeout = timedelta(seconds=seconds)  # that of the group does not count
+    dist.monitored_barrier(group, timeout, wait_all_ranks=True)
     try:
         yield
-    except RuntimeError:  # a collective of which another process is no part says no name
-        dist.monitored_barrier(group, wait_all_ranks=True)
+    except RuntimeError:  # a collective says not for whom it waited
+        dist.monitored_barrier(group, timeout, wait_all_ranks=True)
         raise
 
 
@@ -180,13 +181,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, args: argparse.Namespace
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    roll: dist.ProcessGroup,
+    args: argparse.Namespace,
 ) -> dict[int, float]:
     """Goes on from the last checkpoint; returns the losses that were logged, by step."""
-    roll = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))
     text, losses = read_text(args.text), {}
     for step in range(load(model, optimizer, args.out / "checkpoints") + 1, args.steps + 1):
-        with naming_absent(roll):
+        with naming_absent(roll, args.timeout):
             ids, targets = (each.to(device) for each in batches(text, args.batch, args.context, step))
             loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
             loss.backward()
@@ -209,6 +213,7 @@ def main() -> dict[int, float]:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=args.timeout))
+    roll = dist.new_group(backend="gloo")  # beside whatever carries the tensors
     say = print if dist.get_rank() == 0 else lambda *_: None
 
     shape = (args.width, args.heads, args.layers, args.context)
@@ -217,11 +222,12 @@ def main() -> dict[int, float]:
     with torch.device("meta"):
         model = Transformer(*shape)
     dense = count(model.parameters())
-    sharded(model, config, device, args.seed)
+    with naming_absent(roll, args.timeout):
+        sharded(model, config, device, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     local = count(each.to_local() for each in model.parameters())
     say(f"{dense:,} parameters when dense, {count(model.parameters()):,} now, {local:,} of them here")
-    losses = train(model, optimizer, device, args)
+    losses = train(model, optimizer, device, roll, args)
 
     # Whole factors on the first process, which merges them and writes one weight at a time.
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -68,7 +68,7 @@ def in_backward(then: Callable[[], None]) -> None:
 
 def hang() -> None:
     if dist.get_rank() == 1:
-        time.sleep(300)
+        time.sleep(45)
 
 
 POINTS: dict[str, Callable[[], None]] = {
@@ -77,7 +77,9 @@ POINTS: dict[str, Callable[[], None]] = {
     "step": lambda: in_backward(lambda: kill(1)),
     "save": lambda: after(FileSystemWriter, "write_data", lambda: kill(1), calls=2),  # the second checkpoint's
     "move": lambda: after(example.dcp, "save", lambda: kill(0), calls=2),  # whole, and not in its place
-    "remove": lambda: after(Path, "rename", lambda: kill(0), calls=2),  # in its place, beside an older one
+    "remove": lambda: after(
+        Path, "rename", lambda: kill(0), calls=4
+    ),  # in its place, beside an older one; DCP renames, too
     "hang": lambda: in_backward(hang),
     "hang at the start": lambda: after(transaction, "put_in_place", hang, calls=3),
 }

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import killed
@@ -69,9 +68,7 @@ def test_it_goes_on_from_the_last_whole_checkpoint(point, processes, whole, agai
 
 @pytest.mark.parametrize("point", ["hang", pytest.param("hang at the start", marks=pytest.mark.long)])
 def test_a_process_that_does_not_come_is_named(point, tmp_path):
-    begin = time.monotonic()
     status, printed = run(point, tmp_path, processes=2, timeout=6)
-    assert status != 0
-    assert time.monotonic() - begin < 60  # it would sleep for 300 seconds
+    assert status != 0  # which it is not where the others wait for it
     assert "Ranks 1 failed to pass monitoredBarrier" in printed
     assert (f"step {STEP - 1}: loss" in printed) == (point == "hang")

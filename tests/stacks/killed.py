@@ -77,9 +77,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "step": lambda: in_backward(lambda: kill(1)),
     "save": lambda: after(FileSystemWriter, "write_data", lambda: kill(1), calls=2),  # the second checkpoint's
     "move": lambda: after(example.dcp, "save", lambda: kill(0), calls=2),  # whole, and not in its place
-    "remove": lambda: after(
-        Path, "rename", lambda: kill(0), calls=4
-    ),  # in its place, beside an older one; DCP renames, too
+    "remove": lambda: after(Path, "rename", lambda: kill(0), calls=4),  # each save renames two: DCP's file, and ours
     "hang": lambda: in_backward(hang),
     "hang at the start": lambda: after(transaction, "put_in_place", hang, calls=3),
 }

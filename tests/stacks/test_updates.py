@@ -85,7 +85,7 @@ def eager() -> Iterator[None]:
 @pytest.mark.parametrize(("name", "kind"), [("AdamW8bit", "OptimState8bit"), ("AdamW4bit", "OptimState4bit")])
 def test_one_process_reads_the_low_bit_states_of_two(found, name, kind, eager):
     folder, results = found
-    place = folder / f"{name} 0.0625"
+    place = folder / name
     model = updates.low_bit_model(seed=1)
     optimizer = per_layer(updates.low_bit_class(name), model.parameters(), lr=3e-3)
     assert ranks.example.load(model, optimizer, place) == updates.STEPS
@@ -101,14 +101,15 @@ def test_one_process_reads_the_low_bit_states_of_two(found, name, kind, eager):
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
 def test_states_whose_blocks_would_be_cut_are_refused_before_anything_is_overwritten(found, name, eager):
-    model = updates.low_bit_model(updates.CUT, seed=1)
+    width, groups = updates.CUT[name]
+    model = updates.low_bit_model(width, groups, seed=1)
     optimizer = per_layer(updates.low_bit_class(name), model.parameters(), lr=3e-3)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointException) as refused:
-        ranks.example.load(model, optimizer, found[0] / f"{name} {updates.CUT}")
+        ranks.example.load(model, optimizer, found[0] / f"{name} cut")
     (error,) = [each[0] for each in refused.value.failures.values()]
     assert isinstance(error, ValueError)
-    assert "values.exp_avg: the shard (768, 11) that is wanted here is quantized in blocks of " in str(error)
+    assert f"exp_avg: the shard {(3 * width, groups)} that is wanted here is quantized in blocks of " in str(error)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -203,11 +203,11 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     return found
 
 
-def low_bit_model(density: float = 0.0625, seed: int = 0) -> nn.Module:
+def low_bit_model(width: int = 256, groups: int = 16, seed: int = 0) -> nn.Module:
     """Halves of its factors and values are whole blocks of 256, and most of more than 4096 numbers."""
     torch.manual_seed(seed)
-    model = ranks.example.Transformer(width=256, heads=2, layers=1, context=16)
-    return slcompile.factorize_(model, slcompile.SLConfig(rank=32, density=density, seed=0))
+    model = ranks.example.Transformer(width=width, heads=2, layers=1, context=16)
+    return slcompile.factorize_(model, slcompile.SLConfig(rank=32, density=groups / width, seed=0))
 
 
 def low_bit_class(name: str) -> type[torch.optim.Optimizer]:
@@ -216,8 +216,8 @@ def low_bit_class(name: str) -> type[torch.optim.Optimizer]:
     return getattr(torchao.optim, name)
 
 
-CUT = 11 / 256
-"""A density with 11 values in each of 768 rows: 33 blocks of 256, of which a half has 16 1/2."""
+CUT = {"AdamW8bit": (256, 11), "AdamW4bit": (192, 14)}
+"""Width, and values in each row of q, k and v: whole blocks of 256 or of 128, and half a block more in each half."""
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
@@ -236,11 +236,10 @@ def low_bit(folder: Path) -> dict[str, Any]:
     torch.compiler.set_stance("force_eager")
     found: dict[str, Any] = {}
     for name in ("AdamW8bit", "AdamW4bit"):
-        for density in (0.0625, CUT):
-            model = sharded(low_bit_model(density))
+        for place, shape in ((folder / name, ()), (folder / f"{name} cut", CUT[name])):
+            model = sharded(low_bit_model(*shape))
             optimizer = per_layer(low_bit_class(name), model.parameters(), lr=3e-3)
             train(model, optimizer)
-            place = folder / f"{name} {density}"
             ranks.example.save(model, optimizer, place, STEPS)
             kinds, numbers = zip(*moments(optimizer), strict=True)
             torch.save(numbers, place / f"moments{dist.get_rank()}.pt")

@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 
 import slcompile
+from slcompile.memory.estimate import held_memory
+from slcompile.models import known_config
 from slcompile.names import SUFFIX
 from tests.testing import EXAMPLES, process_group
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("torchtitan", reason="needs torchtitan 0.3.0 (docs/stack.md)")
+for needed in ("torchtitan", "tensorboard", "datasets"):
+    pytest.importorskip(needed, reason="needs torchtitan 0.3.0 (docs/stack.md)")
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +49,14 @@ def small(titan: ModuleType, **options: Any) -> Any:
     return replace(job, **options)
 
 
-def test_it_is_built_sharded_compiled_and_trained_as_torchtitans_trainer_does(titan, tmp_path, aten_kernels):
+def test_it_is_built_sharded_compiled_and_trained_as_torchtitans_trainer_does(
+    titan, tmp_path, aten_kernels, monkeypatch
+):
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
     from torchtitan.distributed import ParallelDims
 
+    monkeypatch.setattr("torchtitan.distributed.parallel_dims.device_type", "cpu")  # which it takes for "cuda"
     job = small(titan)
     job.model_spec.model.update_from_config(config=job)
     with process_group(tmp_path):
@@ -76,7 +82,7 @@ def test_it_is_built_sharded_compiled_and_trained_as_torchtitans_trainer_does(ti
         for module in model.modules():
             if isinstance(module, slcompile.SLWeight):
                 module.check_support()
-                assert 0 < float(module.A.full_tensor().std()) < 1
+                assert 0 < float(module.A.full_tensor().detach().std()) < 1
                 assert not module.B.full_tensor().any()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         ids = torch.randint(32000, (2, 33))
@@ -103,9 +109,10 @@ def test_what_it_cannot_do_is_refused(titan):
             job.model_spec.model.update_from_config(config=job)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("llama_1b", 646), ("llama_7b", 3145)])
-def test_the_jobs_are_the_papers_models(titan, name, millions):
-    job = getattr(titan, name)()
+@pytest.mark.parametrize(("name", "rank", "density"), [("llama_1b", 512, 0.03), ("llama_7b", 1024, 0.05)])
+def test_the_jobs_are_the_papers_models(titan, name, rank, density):
     with torch.device("meta"):
-        model = job.model_spec.model.build()
-    assert sum(each.numel() for each in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
+        model = getattr(titan, name)().model_spec.model.build()
+    config = slcompile.SLConfig(rank=rank, density=density)
+    transformers = held_memory(known_config(name.replace("_", "-")), config=config)["sltrain"]
+    assert sum(each.numel() for each in model.parameters()) == transformers.parameter_count

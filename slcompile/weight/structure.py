@@ -12,6 +12,7 @@ from typing_extensions import Self, override
 
 from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import register_weight_op
+from slcompile.ops.quantized import BITS, quantize
 
 Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
 
@@ -160,17 +161,19 @@ class FactorizedWeight(nn.Module):
         """Makes the weight that takes a dense one's place.
 
         Args:
-            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a base, it is
-                that, and shares its memory.
+            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a frozen
+                base, it is that, and shares its memory; a packed one is made of it.
             config: The options.
             how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
             name, input_dim: As for the class.
         """
         weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
-        if config.base is not None:
+        if config.base == "frozen":
             weight.base = nn.Parameter(dense, requires_grad=False)
         if dense.is_meta:
             return weight
+        if config.base in BITS:
+            weight.base = nn.Parameter(quantize(dense.detach(), config.base), requires_grad=False)
         if how == "spectral":
             weight.approximate(dense)
         else:

@@ -5,7 +5,7 @@
 On 4 nodes of 8 GPUs, the same command on each of them:
 
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        examples/pretrain_distributed.py --width 2048 --layers 24 --context 1024 --steps 10000
+        examples/pretrain_distributed.py --width 2048 --layers 24 --context 1024 --batch 256 --steps 10000
 
 The model is made on the meta device, factorized there, and given memory layer by layer, each of which is sharded at
 once: no process ever holds a dense weight, or whole factors of more than one layer. Start, batches and losses are the

@@ -16,7 +16,7 @@ from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
 from slcompile.ops import compose, compose_reference
-from slcompile.ops.quantized import BITS, as_base, packed_shape
+from slcompile.ops.quantized import as_base
 from slcompile.ops.support import IMPORTED, draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
 from slcompile.weight.marks import mark_values
 from slcompile.weight.start import spectral_factors
@@ -68,12 +68,12 @@ class SLWeight(FactorizedWeight):
     structure = "sparse_low_rank"
     op = torch.ops.slcompile.compose.default
     takes_stacks = True
+    takes_density = True
     takes_base = True
 
     B: nn.Parameter
     A: nn.Parameter
     values: Tensor  # a parameter, but where there is no sparse part
-    base: nn.Parameter | None
     seed: Tensor
     index: Tensor  # of the uniform support only
     rows_of_block: Tensor  # of the vector support only
@@ -106,14 +106,7 @@ class SLWeight(FactorizedWeight):
             mark_values(self.values)
         else:
             self.register_buffer("values", values, persistent=False)
-        self.register_parameter("base", None)
-        if config.base is not None:
-            self.base = nn.Parameter(
-                torch.empty(packed_shape(self.shape, config.base), dtype=torch.uint8, device=device)
-                if config.base in BITS
-                else new(self.shape),
-                requires_grad=False,
-            )
+        self.register_base(config, device, dtype)
         self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device), persistent=bool(self.density))
         if self.support == "uniform":
             index_dtype = uniform_dtype(*self.as_matrix)
@@ -176,14 +169,6 @@ class SLWeight(FactorizedWeight):
     @override
     def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
         return (*operands[:4], *self.op_args(), *operands[4:])  # the base comes last
-
-    @property
-    def base_kind(self) -> str | None:
-        """How the base is held: as ``config.base`` says."""
-        if self.base is None:
-            return None
-        packed = (kind for kind in BITS if self.base.shape == packed_shape(self.shape, kind))
-        return "frozen" if self.base.is_floating_point() else next(packed)
 
     @property
     def _base_name(self) -> tuple[str, ...]:

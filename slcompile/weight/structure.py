@@ -12,7 +12,7 @@ from typing_extensions import Self, override
 
 from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import register_weight_op
-from slcompile.ops.quantized import BITS, quantize
+from slcompile.ops.quantized import BITS, packed_shape, quantize
 
 Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
 
@@ -39,14 +39,21 @@ class FactorizedWeight(nn.Module):
         structure: Name in the table of structures, and in checkpoints.
         op: The op that composes the weight, ``op(*operands, *op_args) -> Tensor``, in ``slcompile.ops.WEIGHT_OPS``.
         takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
-        takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape``, where
-            ``config.base`` asks for one. It is the last operand then, and ``arguments`` says where the op takes it.
+        takes_density: Whether it has a sparse part, to which the options density, support and vector apply.
+        takes_blocks: Whether it cuts a weight, as the option blocks says.
+        takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape`` or packed,
+            where ``config.base`` asks for one (``register_base``). It is the last operand then, and ``arguments`` says
+            where the op takes it.
     """
 
     structure: ClassVar[str]
     op: ClassVar[torch._ops.OpOverload]
     takes_stacks: ClassVar[bool] = False
+    takes_density: ClassVar[bool] = False
+    takes_blocks: ClassVar[bool] = False
     takes_base: ClassVar[bool] = False
+
+    base: nn.Parameter | None
 
     def __init__(
         self,
@@ -67,6 +74,11 @@ class FactorizedWeight(nn.Module):
     def size(cls, shape: Sequence[int], config: SLConfig) -> int:
         """Returns the number of trained parameters of a weight of this shape."""
         raise NotImplementedError
+
+    @classmethod
+    def misfit_of(cls, shape: Sequence[int], config: SLConfig) -> str:
+        """Says why no weight of this shape can be of this structure; empty if one can."""
+        return ""
 
     def operands(self) -> dict[str, Tensor]:
         """Returns the tensors that ``op`` takes, in its order, by the names they have in this module."""
@@ -115,6 +127,24 @@ class FactorizedWeight(nn.Module):
     def factored_flops(self, tokens: int) -> int:
         """Returns the floating-point operations of multiplying with the parts; 0 where no lowering does so."""
         return 0
+
+    def register_base(self, config: SLConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Makes the parameter ``base``, not filled, where the options ask for one; called by the constructor."""
+        self.register_parameter("base", None)
+        if config.base in BITS:
+            packed = torch.empty(packed_shape(self.shape, config.base), dtype=torch.uint8, device=device)
+            self.base = nn.Parameter(packed, requires_grad=False)
+        elif config.base is not None:
+            self.base = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype), requires_grad=False)
+
+    @property
+    def base_kind(self) -> str | None:
+        """How the base is held, as ``config.base`` says it."""
+        base = self._parameters.get("base")
+        if base is None:
+            return None
+        packed = (kind for kind in BITS if base.shape == packed_shape(self.shape, kind))
+        return "frozen" if base.is_floating_point() else next(packed)
 
     @property
     def has_base(self) -> bool:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from slcompile import torch_private
 from slcompile.cost import Matmul, crossover, device_class, rates, why_no_kernels
 from slcompile.ops import FACTORED, KERNEL_DTYPES, WEIGHT_OPS
+from slcompile.ops.quantized import as_base
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
 _COMPOSE = torch.ops.slcompile.compose.default
@@ -194,7 +195,8 @@ def _multiplied(insert: Inserter, site: Site, x: fx.Node, bias: fx.Node | None) 
 def _with_base(insert: Inserter, site: Site, base: fx.Node) -> fx.Node:
     """Returns the same product with the base alone: what the dense model computes."""
     node, dtype = site.node, site.x.meta["val"].dtype
-    cast = insert.inline(node, _as, base, dtype)
+    columns = arguments(site.weight)[1].meta["val"].shape[-1]
+    cast = insert.inline(node, as_base, base, columns, dtype)
     if cast is not base:
         cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE  # it is as large as a composed weight
     is_swapped = site.transposed == site.weight_first

@@ -29,7 +29,7 @@ SKIPPABLE = (
 STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 AUTO = "auto"
-BASES = ("frozen",)
+BASES = ("frozen", "int8", "nf4")
 BY_PATTERN = ("rank", "density", "alpha")
 """Options that may be a mapping from fnmatch patterns on names to values."""
 
@@ -74,7 +74,8 @@ class SLConfig:
             the heads of ``"cp"`` (None: the divisor of the rows that is nearest to their square root).
         base: ``"frozen"`` keeps the model's own weight ``W0`` and trains what is added to it, ``W = W0 + scale * B @ A
             + S``, which is zero at first; with ``density=0`` that is LoRA (arXiv 2106.09685). Weights that do not
-            require a gradient get factors, too. None replaces the weight.
+            require a gradient get factors, too. ``"int8"`` and ``"nf4"`` do the same and hold ``W0`` in 8 or 4 bits a
+            number, with a scale for each 64 (QLoRA, arXiv 2305.14314). None replaces the weight.
         skip_passes: Names of passes that are left out, to find the one that is to blame for a wrong number.
 
     Raises:

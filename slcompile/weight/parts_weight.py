@@ -55,9 +55,7 @@ class PartsWeight(FactorizedWeight):
         new = functools.partial(torch.empty, device=device, dtype=dtype)
         for part, size in self.part_shapes(self.shape, config).items():
             self.register_parameter(part, nn.Parameter(new(size)))
-        self.register_parameter("base", None)
-        if config.base is not None:
-            self.base = nn.Parameter(new(self.shape), requires_grad=False)
+        self.register_base(config, device, dtype)
 
     @classmethod
     @override
@@ -146,7 +144,7 @@ class PartsWeight(FactorizedWeight):
             "rank": self.rank,
             "alpha": self.scale * self.rank,
             **({"blocks": self.blocks} if self.takes_blocks else {}),
-            **({"base": "frozen"} if self.has_base else {}),
+            **({"base": self.base_kind} if self.has_base else {}),
             "input_dim": self.input_dim,
         }
 

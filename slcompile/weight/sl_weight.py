@@ -16,6 +16,7 @@ from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
 from slcompile.ops import compose, compose_reference
+from slcompile.ops.quantized import as_base
 from slcompile.ops.support import IMPORTED, draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
 from slcompile.weight.marks import mark_values
 from slcompile.weight.start import spectral_factors
@@ -34,7 +35,7 @@ class Factors:
         index: Flat positions of the uniform support, ascending; None for the others.
         scale: Of the low-rank part.
         vector: Rows that share their columns: 1 but for the vector support.
-        base: What they are added to, of the weight's shape; None for nothing.
+        base: What they are added to, of the weight's shape, unpacked; None for nothing.
     """
 
     B: Tensor
@@ -56,9 +57,9 @@ class SLWeight(FactorizedWeight):
     ``rows_of_block`` (one int64), so that a state dict says it. A stack of matrices [experts, rows, columns] has stacks
     of factors; its support is that of one matrix of ``experts * rows`` rows.
 
-    With a frozen base there is one more parameter, ``base`` of the weight's shape, without gradient, and ``W = base +
-    scale * B @ A + S``. There the density may be 0: ``values`` and ``seed`` are then empty buffers that no state dict
-    holds.
+    With a frozen base there is one more parameter, ``base`` of the weight's shape or packed as uint8, without gradient,
+    and ``W = base + scale * B @ A + S``. The density may then be 0: ``values`` and ``seed`` are empty buffers, which no
+    state dict holds.
 
     ``config`` gives rank, density, alpha, support and base; ``config.seed`` and ``name`` give the seed. The factor at
     the side of ``input_dim`` is the one that starts random. For the other arguments see ``FactorizedWeight``.
@@ -106,9 +107,7 @@ class SLWeight(FactorizedWeight):
             mark_values(self.values)
         else:
             self.register_buffer("values", values, persistent=False)
-        self.register_parameter("base", None)
-        if config.base is not None:
-            self.base = nn.Parameter(new(self.shape), requires_grad=False)
+        self.register_base(config, device, dtype)
         self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device), persistent=bool(self.density))
         if self.support == "uniform":
             index_dtype = uniform_dtype(*self.as_matrix)
@@ -191,7 +190,7 @@ class SLWeight(FactorizedWeight):
             "density": self.density,
             **({"support": self.support} if self.density else {}),
             **({"vector": self.vector} if self.support == "vector" else {}),
-            **({"base": "frozen"} if self.has_base else {}),
+            **({"base": self.base_kind} if self.has_base else {}),
             "input_dim": self.input_dim,
         }
 
@@ -254,7 +253,7 @@ class SLWeight(FactorizedWeight):
         self.check_support()
         index = self.index if self.support == "uniform" else None
         B, A, values = self.B.detach(), self.A.detach(), self.values.detach()
-        base = None if self.base is None else self.base.detach()
+        base = None if self.base is None else as_base(self.base.detach(), self.shape[-1], self.dtype)
         return Factors(B, A, values, self.drawn_seed, index, self.scale, self.vector, base)
 
     @override

@@ -12,6 +12,7 @@ from typing_extensions import Self, override
 
 from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import register_weight_op
+from slcompile.ops.quantized import BITS, packed_shape, quantize
 
 Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
 
@@ -124,6 +125,24 @@ class FactorizedWeight(nn.Module):
         """Returns the floating-point operations of multiplying with the parts; 0 where no lowering does so."""
         return 0
 
+    def register_base(self, config: SLConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Registers the empty parameter ``base``, of the weight's shape or packed; None where there is none."""
+        self.register_parameter("base", None)
+        if config.base is not None:
+            is_packed = config.base in BITS
+            shape = packed_shape(self.shape, config.base) if is_packed else self.shape
+            empty = torch.empty(shape, device=device, dtype=torch.uint8 if is_packed else dtype)
+            self.register_parameter("base", nn.Parameter(empty, requires_grad=False))
+
+    @property
+    def base_kind(self) -> str | None:
+        """How the base is held: as ``config.base`` says."""
+        base = self._parameters.get("base")
+        if base is None:
+            return None
+        packed = (kind for kind in BITS if base.shape == packed_shape(self.shape, kind))
+        return "frozen" if base.is_floating_point() else next(packed)
+
     @property
     def has_base(self) -> bool:
         """Whether the parts are added to a weight that stays, the parameter ``base``."""
@@ -169,17 +188,19 @@ class FactorizedWeight(nn.Module):
         """Makes the weight that takes a dense one's place.
 
         Args:
-            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a base, it is
-                that, and shares its memory.
+            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a frozen
+                base, it is that, and shares its memory; a packed one is made of it.
             config: The options.
             how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
             name, input_dim: As for the class.
         """
         weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
-        if config.base is not None:
+        if config.base == "frozen":
             weight.base = nn.Parameter(dense, requires_grad=False)
         if dense.is_meta:
             return weight
+        if config.base in BITS:
+            weight.base = nn.Parameter(quantize(dense.detach(), config.base), requires_grad=False)
         if how == "spectral":
             weight.approximate(dense)
         else:

@@ -195,8 +195,7 @@ def _multiplied(insert: Inserter, site: Site, x: fx.Node, bias: fx.Node | None) 
 def _with_base(insert: Inserter, site: Site, base: fx.Node) -> fx.Node:
     """Returns the same product with the base alone: what the dense model computes."""
     node, dtype = site.node, site.x.meta["val"].dtype
-    columns = arguments(site.weight)[1].meta["val"].shape[-1]
-    cast = insert.inline(node, as_base, base, columns, dtype)
+    cast = insert.inline(node, as_base, base, _shape(site.weight)[-1], dtype)
     if cast is not base:
         cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE  # it is as large as a composed weight
     is_swapped = site.transposed == site.weight_first

@@ -170,3 +170,18 @@ def test_a_model_in_lower_precision_keeps_its_codes(x):
     model.bfloat16()
     assert torch.equal(weight.base, before)
     assert model(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("aten_kernels")
+@pytest.mark.parametrize("structure", ["block_low_rank", "tensor_train", "cp"])
+def test_other_structures_are_added_to_it(structure, assert_eager):
+    options = {"structure": structure, "base": "nf4", "rank": 4}
+    model, x = Wide(), torch.randn(16, 256)
+    slcompile.factorize_(model, SLConfig(**options))
+    names = {name: each for name, each in model.named_modules() if name.endswith("_sl")}
+    assert {each.base_kind for each in names.values()} == {"nf4"}
+    held = dequantize(model.up.weight_sl.base, 256, torch.float32)
+    assert torch.equal(model.up.weight_sl(), held)
+    randomize(model)
+    for lowering in ("composed", "factored"):
+        assert_eager(torch.compile(model, backend="sltrain", options={**options, "lowering": lowering}), model, [x])

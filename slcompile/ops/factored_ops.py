@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slcompile.ops.quantized import as_base, dequantize_reference
+from slcompile.ops.quantized import dequantize, dequantize_reference
 
 Factors = tuple[Tensor, Tensor]
 
@@ -27,7 +27,7 @@ Factors = tuple[Tensor, Tensor]
 class FactoredOps:
     """The ops of a structure, and its formulas in ATen.
 
-    All take the parts, then ``scale``; what ``compose`` takes after that is a base [N, K], or packed, or None.
+    All take the parts, then ``scale``; what ``compose`` takes after that is a base [N, K], or None.
 
     Attributes:
         parts: Names of the parts, in order.
@@ -48,11 +48,7 @@ class FactoredOps:
     def composed(self, *arguments: Any) -> Tensor:
         """Computes what ``compose`` does, in ops that every transform of autograd can differentiate."""
         *parts, scale, base = _with_base(arguments, len(self.parts))
-        product = _product(*self.factors(*parts), scale)
-        if base is None:
-            return product
-        packed = not base.is_floating_point()
-        return product + (dequantize_reference(base, product.shape[-1], product.dtype) if packed else base)
+        return _composed(*self.factors(*parts), scale, base, dequantize_reference)
 
     def multiply(self, x: Tensor, transposed: bool, *arguments: Any) -> Tensor:
         """Multiplies without W.
@@ -109,8 +105,7 @@ def define(
     def composed(*arguments: Any) -> Tensor:
         *given, scale, base = _with_base(arguments, count)
         with torch.autocast(given[0].device.type, enabled=False):
-            product = _product(*factors(*given), scale)
-            return product if base is None else product + as_base(base, product.shape[-1], product.dtype)
+            return _composed(*factors(*given), scale, base, dequantize)
 
     def composed_fake(*arguments: Any) -> Tensor:
         B, A = factors(*arguments[:count])
@@ -178,11 +173,13 @@ def _with_base(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     return arguments if len(arguments) == count + 2 else (*arguments, None)
 
 
-def _product(B: Tensor, A: Tensor, scale: float) -> Tensor:
+def _composed(B: Tensor, A: Tensor, scale: float, base: Tensor | None, unpack: Callable[..., Tensor]) -> Tensor:
     product = _scaled(B, A, scale)
     if product.dim() == 3:  # [n, N/n, K/n], each block where the first and the third of four dimensions are equal
         product = torch.diag_embed(product.movedim(0, -1), dim1=0, dim2=2).flatten(2).flatten(0, 1)
-    return product
+    if base is None:
+        return product
+    return (base.to(B.dtype) if base.is_floating_point() else unpack(base, product.shape[-1], B.dtype)) + product
 
 
 def _scaled(first: Tensor, second: Tensor, scale: float) -> Tensor:

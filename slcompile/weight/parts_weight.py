@@ -34,8 +34,6 @@ class PartsWeight(FactorizedWeight):
     main: ClassVar[tuple[str, str]]
     takes_base = True
 
-    base: nn.Parameter | None
-
     def __init__(
         self,
         shape: Sequence[int],

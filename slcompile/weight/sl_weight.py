@@ -74,7 +74,6 @@ class SLWeight(FactorizedWeight):
     B: nn.Parameter
     A: nn.Parameter
     values: Tensor  # a parameter, but where there is no sparse part
-    base: nn.Parameter | None
     seed: Tensor
     index: Tensor  # of the uniform support only
     rows_of_block: Tensor  # of the vector support only

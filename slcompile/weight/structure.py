@@ -41,8 +41,9 @@ class FactorizedWeight(nn.Module):
         takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
         takes_density: Whether it has a sparse part, to which the options density, support and vector apply.
         takes_blocks: Whether it cuts a weight, as the option blocks says.
-        takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape``, where
-            ``config.base`` asks for one. It is the last operand then, and ``arguments`` says where the op takes it.
+        takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape`` or packed,
+            where ``config.base`` asks for one (``register_base``). It is the last operand then, and ``arguments`` says
+            where the op takes it.
     """
 
     structure: ClassVar[str]
@@ -51,6 +52,8 @@ class FactorizedWeight(nn.Module):
     takes_density: ClassVar[bool] = False
     takes_blocks: ClassVar[bool] = False
     takes_base: ClassVar[bool] = False
+
+    base: nn.Parameter | None
 
     def __init__(
         self,
@@ -126,17 +129,17 @@ class FactorizedWeight(nn.Module):
         return 0
 
     def register_base(self, config: SLConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Registers the empty parameter ``base``, of the weight's shape or packed; None where there is none."""
+        """Makes the parameter ``base``, not filled, where the options ask for one; called by the constructor."""
         self.register_parameter("base", None)
-        if config.base is not None:
-            is_packed = config.base in BITS
-            shape = packed_shape(self.shape, config.base) if is_packed else self.shape
-            empty = torch.empty(shape, device=device, dtype=torch.uint8 if is_packed else dtype)
-            self.register_parameter("base", nn.Parameter(empty, requires_grad=False))
+        if config.base in BITS:
+            packed = torch.empty(packed_shape(self.shape, config.base), dtype=torch.uint8, device=device)
+            self.base = nn.Parameter(packed, requires_grad=False)
+        elif config.base is not None:
+            self.base = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype), requires_grad=False)
 
     @property
     def base_kind(self) -> str | None:
-        """How the base is held: as ``config.base`` says."""
+        """How the base is held, as ``config.base`` says it."""
         base = self._parameters.get("base")
         if base is None:
             return None

@@ -63,7 +63,7 @@ def is_low_bit(state: dict, bits: int = 8) -> bool:
 
 @pytest.mark.parametrize(
     ("library", "bits"),
-    [("bitsandbytes", 8), ("torchao", 8), pytest.param("torchao", 4, marks=pytest.mark.long)],
+    [("bitsandbytes", 8), *(pytest.param("torchao", bits, marks=pytest.mark.long) for bits in (8, 4))],
 )
 def test_states_of_few_bits_learn_as_float32_adamw_does(library, bits):
     """Plain and per layer; per layer gives the plain library's weights, bit for bit."""

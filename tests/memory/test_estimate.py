@@ -50,7 +50,9 @@ def test_weights_are_those_that_the_string_factorizes_experts_among_them():
 
 @pytest.mark.slow
 class TestAgainstReality:
-    @pytest.mark.parametrize("lowering", [None, "auto", "composed", "factored"])
+    @pytest.mark.parametrize(
+        "lowering", [None, "auto", *(pytest.param(each, marks=pytest.mark.long) for each in ("composed", "factored"))]
+    )
     def test_peak_of_a_real_step(self, table, lowering):
         sl = slcompile.SLConfig(rank=16, density=0.05, lowering=lowering or "auto")
         estimate, real = table.compared(llama(), sl, batch=2, factorized=lowering is not None)

@@ -66,7 +66,8 @@ def test_it_goes_on_from_the_last_whole_checkpoint(point, processes, whole, agai
     assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == [f"step-{STEPS:08}"]
 
 
-@pytest.mark.parametrize("point", ["hang", pytest.param("hang at the start", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("point", ["hang", "hang at the start"])
 def test_a_process_that_does_not_come_is_named(point, tmp_path):
     status, printed = run(point, tmp_path, processes=2, timeout=6)
     assert status != 0  # which it is not where the others wait for it

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from slcompile.config import SLConfig
 from slcompile.convert.candidates import Candidate, gather_linear
@@ -21,7 +22,12 @@ from slcompile.weight.structure import FactorizedWeight, structure_of
 
 
 def convert(
-    candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects, report: PassReport, ledger: Ledger
+    candidates: Sequence[Candidate],
+    config: SLConfig,
+    live: LiveObjects,
+    report: PassReport,
+    ledger: Ledger,
+    moments: Mapping[int, Tensor] | None = None,
 ) -> list[FactorizedWeight]:
     """Converts weights in one transaction; the caller holds the ledger's lock.
 
@@ -31,6 +37,7 @@ def convert(
         live: The objects of the process, found after the lock was taken.
         report: What the graph, or the call, replaces and leaves; it is noted in the ledger.
         ledger: The process's, or an estimate's own.
+        moments: Second moments of the inputs that weights are to be approximated for, by the id of the weight.
 
     Returns:
         The weight module of each candidate, in order.
@@ -52,9 +59,20 @@ def convert(
         init = "kaiming"
     elif init == "auto":
         init = record.auto_init = record.auto_init or _init_of(checked)
+    for candidate in candidates if init == "kaiming" and config.support == "largest" else ():
+        if not candidate.weight.is_meta:
+            raise ValueError(
+                f"support='largest' puts the non-zeros where the approximation of a trained weight is worst, and no "
+                f"weight looks trained ({candidate.name}, ...): take another support, or init='spectral'"
+            )
     weights = [
         structure_of(candidate.config).from_dense(
-            candidate.weight.detach(), candidate.config, init, name=candidate.name, input_dim=candidate.input_dim
+            candidate.weight.detach(),
+            candidate.config,
+            init,
+            name=candidate.name,
+            input_dim=candidate.input_dim,
+            moment=(moments or {}).get(id(candidate.weight)),
         )
         for candidate in candidates
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,3 +197,10 @@ def test_the_command_writes_factors_and_dense_weights(tmp_path, monkeypatch, cap
     assert "give --out DIR, --merged DIR, or both" in capsys.readouterr().err
     assert main([*command[:2], "--calibration", "batches", *command[4:], "--out", "factors"]) == 2
     assert "calibration batches are given as PACKAGE.MODULE:FUNCTION, got 'batches'" in capsys.readouterr().err
+
+
+def test_the_page_s_example_runs_as_it_stands(capsys):
+    page = (Path(slcompile.__file__).parents[1] / "docs" / "compress.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"run by tests/inspect/test_compress.py -->\n```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(code, "compress.md", "exec"), {})
+    assert "of the parameters of 2 weights are left" in capsys.readouterr().out

@@ -61,11 +61,11 @@ def factorize_model(
     example_args: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
     ledger: Ledger,
-    moments: Mapping[int, Tensor] | None = None,
+    made: Mapping[int, FactorizedWeight] | None = None,
 ) -> nn.Module:
     """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own.
 
-    ``moments`` are second moments of the inputs that weights are to be approximated for, by the id of the weight.
+    ``made`` are weight modules that were made and filled before, by the id of the dense weight.
     """
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
@@ -78,7 +78,7 @@ def factorize_model(
             require_possible_rank([each.shape for each in report.left if each.reason == "no_saving"], config)
             reasons = sorted({each.reason for each in report.left})
             raise ValueError(f"model has no eligible weight; its {len(uses)} weights stay dense: {', '.join(reasons)}")
-        convert(found.chosen, config, live, report, ledger, moments)
+        convert(found.chosen, config, live, report, ledger, made)
         object.__setattr__(model, EXPLICIT, config)
     return model
 

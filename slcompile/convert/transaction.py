@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from slcompile.config import SLConfig
 from slcompile.convert.candidates import Candidate, gather_linear
@@ -27,7 +26,7 @@ def convert(
     live: LiveObjects,
     report: PassReport,
     ledger: Ledger,
-    moments: Mapping[int, Tensor] | None = None,
+    made: Mapping[int, FactorizedWeight] | None = None,
 ) -> list[FactorizedWeight]:
     """Converts weights in one transaction; the caller holds the ledger's lock.
 
@@ -37,7 +36,7 @@ def convert(
         live: The objects of the process, found after the lock was taken.
         report: What the graph, or the call, replaces and leaves; it is noted in the ledger.
         ledger: The process's, or an estimate's own.
-        moments: Second moments of the inputs that weights are to be approximated for, by the id of the weight.
+        made: Weight modules that were made and filled before, by the id of the dense weight.
 
     Returns:
         The weight module of each candidate, in order.
@@ -59,6 +58,7 @@ def convert(
         init = "kaiming"
     elif init == "auto":
         init = record.auto_init = record.auto_init or _init_of(checked)
+    made = made or {}
     for candidate in candidates if init == "kaiming" and config.support == "largest" else ():
         if not candidate.weight.is_meta:
             raise ValueError(
@@ -66,13 +66,9 @@ def convert(
                 f"weight looks trained ({candidate.name}, ...): take another support, or init='spectral'"
             )
     weights = [
-        structure_of(candidate.config).from_dense(
-            candidate.weight.detach(),
-            candidate.config,
-            init,
-            name=candidate.name,
-            input_dim=candidate.input_dim,
-            moment=(moments or {}).get(id(candidate.weight)),
+        made.get(id(candidate.weight))
+        or structure_of(candidate.config).from_dense(
+            candidate.weight.detach(), candidate.config, init, name=candidate.name, input_dim=candidate.input_dim
         )
         for candidate in candidates
     ]

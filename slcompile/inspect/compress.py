@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from slcompile.config import SLConfig, checked_config
 from slcompile.convert.candidates import Candidate
-from slcompile.convert.input_moments import call, input_moments
 from slcompile.convert.ledger import ledger
+from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
 from slcompile.factorize import factorize_model, named_weights
-from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, spectrum, table
+from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, table
 from slcompile.models import arguments_for, unwrapped
-from slcompile.torch_private import leaves_with_paths
-from slcompile.weight.fit import whitening
+from slcompile.weight.fit import loss, spectrum
+from slcompile.weight.sl_weight import SLWeight
 from slcompile.weight.structure import structure_of
 
 SUPPORT = "largest"
@@ -34,11 +34,14 @@ class Compression:
     Attributes:
         weights: By fully qualified name, in the model's order. ``error`` is the relative error of what the weight
             computes on the calibration inputs, before distillation.
+        by_outputs: Whether the weights were weighed by what they do to the model's outputs. False where to some no
+            gradient came: then by what each weight computes, relative to that.
         distilled: Relative squared error of the model's outputs on the first and on the last batch of the
             distillation; None without one.
     """
 
     weights: Mapping[str, SuggestedRank]
+    by_outputs: bool
     distilled: tuple[float, float] | None = None
 
     @property
@@ -49,6 +52,8 @@ class Compression:
 
     def __str__(self) -> str:
         lines = [table(self.weights), f"{self.share:.1%} of the parameters of {len(self.weights)} weights are left"]
+        if not self.by_outputs:
+            lines.append("no gradient of the outputs came to some weights: each counted by what it computes itself")
         if self.distilled is not None:
             lines.append("squared error of the outputs {:.4f}, distilled to {:.4f}".format(*self.distilled))
         return "\n".join(lines)
@@ -106,17 +111,25 @@ def compress(
         chosen = eligible(model, config, *example)
         if budget is not None:
             require_possible(budget, chosen)
-        moments = input_moments(model, [(each.weight, each.input_dim) for each in chosen], batches)
-        _require_reached(chosen, moments)
+        uses = use_moments(model, [(each.weight, each.input_dim) for each in chosen], batches)
+        _require_reached(chosen, uses)
+        by_outputs = all(each.gradients is not None and bool(each.gradients.any()) for each in uses.values())
+        if not by_outputs:
+            for each in uses.values():
+                each.gradients = None
         targets = _targets(model, batches) if distill_steps else []
         if budget is not None:
-            energies = {each.name: spectrum(_as_it_acts(each, each.weight, moments)) for each in chosen}
+            energies = {each.name: _energies(each, uses[id(each.weight)]) for each in chosen}
             ranks = distribute(budget, chosen, energies)
             config = replace(config, rank={glob.escape(name): each for name, each in ranks.items()})
-        factorize_model(model, config, *example, ledger, moments)
-        found = _found(model, chosen, moments)
+        made, found = {}, {}
+        for each in chosen:
+            own = config.at(each.name)
+            assert own is not None, "the patterns matched when the weights were chosen"
+            made[id(each.weight)], found[each.name] = _fitted(each, own, uses[id(each.weight)])
+        factorize_model(model, config, *example, ledger, made)
         distilled = _distill(model, batches, targets, distill_steps, lr) if distill_steps else None
-    return Compression(found, distilled)
+    return Compression(found, by_outputs, distilled)
 
 
 def _options(
@@ -128,7 +141,7 @@ def _options(
     if (budget is None) == (rank is None):
         raise ValueError(f"give either budget or rank, got budget={budget!r} and rank={rank!r}")
     config = SLConfig(support=SUPPORT) if config is None else checked_config(config)
-    if config.base is not None or config.init == "kaiming" or not structure_of(config).takes_moment:
+    if config.base is not None or config.init == "kaiming" or structure_of(config) is not SLWeight:
         raise ValueError(
             f"compress approximates weights as structure='sparse_low_rank', got structure={config.structure!r}, "
             f"base={config.base!r}, init={config.init!r}"
@@ -157,46 +170,41 @@ def _serving(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _require_reached(chosen: Sequence[Candidate], moments: Mapping[int, Tensor]) -> None:
-    missing = [each.name for each in chosen if id(each.weight) not in moments]
+def _require_reached(chosen: Sequence[Candidate], uses: Mapping[int, Moments]) -> None:
+    missing = [each.name for each in chosen if id(each.weight) not in uses]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"calibration reaches no matmul of {missing[0]}{more}: give batches that do, or leave it out with exclude"
         )
-    broken = [each.name for each in chosen if not bool(torch.isfinite(moments[id(each.weight)]).all())]
-    if broken:
-        raise ValueError(f"calibration gives {broken[0]} inputs with NaN or Inf, or too large for float32")
+    for each in chosen:
+        known = uses[id(each.weight)]
+        if not all(bool(moment.isfinite().all()) for moment in (known.inputs, known.gradients) if moment is not None):
+            raise ValueError(f"calibration gives {each.name} inputs or gradients with NaN or Inf")
 
 
-def _as_it_acts(candidate: Candidate, weight: Tensor, moments: Mapping[int, Tensor]) -> Tensor:
-    """Returns a weight, or its error, times the square root of its inputs' moment, [..., outputs, inputs]."""
-    matrices, moment = weight.detach().float(), moments[id(candidate.weight)]
-    matrices = matrices if candidate.input_dim == 1 else matrices.mT
-    if matrices.dim() == 2:
-        _, L = whitening(moment)
-        return matrices if L is None else matrices @ L
-    found = [(matrix, whitening(own)[1]) for matrix, own in zip(matrices, moment, strict=True)]
-    return torch.stack([matrix if L is None else matrix @ L for matrix, L in found])
+def _energies(candidate: Candidate, known: Moments) -> Tensor:
+    """Returns what the outputs lose without each direction of a weight; without gradients, what the weight loses."""
+    found = spectrum(candidate.weight, known.inputs, known.gradients, candidate.input_dim)
+    # The moments are sums over the same tokens, and so is what is lost; of a stack, over those of a matrix.
+    matrices = candidate.weight.shape[0] if candidate.weight.dim() > 2 else 1
+    return (found * matrices / known.tokens if known.gradients is not None else found / found.sum()).cpu()
 
 
 @torch.no_grad()
-def _found(model: nn.Module, chosen: Sequence[Candidate], moments: Mapping[int, Tensor]) -> dict[str, SuggestedRank]:
-    """Returns what each weight got, and the relative error of what it computes."""
-    weights, found = dict(named_weights(model)), {}
-    for each in chosen:
-        weight = weights[each.name]
-        lost = _as_it_acts(each, weight.merged_wide() - each.weight.detach(), moments).norm()
-        error = lost / _as_it_acts(each, each.weight, moments).norm()
-        size = sum(part.numel() for kind in ("factors", "values") for part in weight.parts()[kind])
-        found[each.name] = SuggestedRank(weight.shape, weight.rank, size, float(error))
-    return found
-
-
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Returns the floating-point tensors that a model returns."""
-    found = [leaf for _, leaf in leaves_with_paths(call(model, batch))]
-    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _fitted(candidate: Candidate, config: SLConfig, known: Moments) -> tuple[SLWeight, SuggestedRank]:
+    """Makes the factors of a weight; says what it got, and the relative error of what it computes."""
+    dense = candidate.weight.detach()
+    weight = SLWeight(
+        dense.shape, config, name=candidate.name, input_dim=candidate.input_dim, device=dense.device, dtype=dense.dtype
+    )
+    weight.fit(dense, known.inputs, known.gradients)
+    lost, whole = (
+        loss(each, known.inputs, None, candidate.input_dim) for each in (weight.merged_wide() - dense, dense)
+    )
+    error = (lost / whole).sqrt()
+    size = sum(part.numel() for kind in ("factors", "values") for part in weight.parts()[kind])
+    return weight, SuggestedRank(weight.shape, weight.rank, size, float(error))
 
 
 def _targets(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:
@@ -206,6 +214,10 @@ def _targets(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:
     if not all(targets):
         raise ValueError("distill_steps needs a model that returns floating-point tensors, got none for a batch")
     return targets
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    return floating_leaves(call(model, arguments_for(model, batch)))
 
 
 def _distill(

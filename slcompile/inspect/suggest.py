@@ -108,7 +108,7 @@ def suggest(
     model = unwrapped(model)
     chosen = eligible(model, config, example_args, example_kwargs)
     require_possible(budget, chosen)
-    energies = {each.name: spectrum(each.weight.detach().double()) for each in chosen}
+    energies = {each.name: _energies(each.weight) for each in chosen}
     ranks = distribute(budget, chosen, energies)
     found = {
         each.name: SuggestedRank(
@@ -154,7 +154,7 @@ def require_possible(budget: float, chosen: Sequence[Candidate]) -> None:
 
 
 def distribute(budget: float, chosen: Sequence[Candidate], energies: Mapping[str, Tensor]) -> dict[str, int]:
-    """Distributes rank by what each next direction of a weight, of ``spectrum``, is worth for each parameter."""
+    """Distributes rank by what each next direction of a weight is worth for each parameter."""
     ranks = {each.name: 1 for each in chosen}
     left = budget * sum(each.weight.numel() for each in chosen) - sum(_size(each, 1) for each in chosen)
     gains = []
@@ -174,8 +174,8 @@ def _size(candidate: Candidate, rank: int) -> int:
     return structure_of(own).size(tuple(candidate.weight.shape), own)
 
 
-def spectrum(weight: Tensor) -> Tensor:
+def _energies(weight: Tensor) -> Tensor:
     """Returns the shares of the squared singular values, descending; of a stack of matrices, of them together."""
-    values = torch.linalg.svdvals(weight).square()
+    values = torch.linalg.svdvals(weight.detach().double()).square()
     values = values if values.dim() == 1 else values.sum(0)
     return (values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).cpu()

@@ -81,7 +81,6 @@ class SLWeight(FactorizedWeight):
     op = torch.ops.slcompile.compose.default
     takes_stacks = True
     takes_base = True
-    takes_moment = True
 
     B: nn.Parameter
     A: nn.Parameter
@@ -265,19 +264,30 @@ class SLWeight(FactorizedWeight):
         self._restore_support()
 
     @override
-    def approximate(self, dense: Tensor, moment: Tensor | None = None) -> None:
+    def approximate(self, dense: Tensor) -> None:
         """Sets the factors to the truncated SVD of ``dense``, and the values to the residual at the support.
 
-        With a second moment of inputs, and for the largest support, it alternates between the two (``fit``).
+        For the largest support, it alternates between the two, as ``fit`` does.
         """
-        support = self.index if self.has_index else self.seed
-        if self.support != "largest" and moment is None:
-            self.set_factors(*spectral_factors(dense, self.rank, self.scale, self.values, support, self.vector))
+        if self.support == "largest":
+            self.fit(dense)
             return
+        support = self.index if self.has_index else self.seed
+        self.set_factors(*spectral_factors(dense, self.rank, self.scale, self.values, support, self.vector))
+
+    @torch.no_grad()
+    def fit(self, dense: Tensor, inputs: Tensor | None = None, gradients: Tensor | None = None) -> None:
+        """Sets the factors, the values and the largest support so that least is lost of what ``dense`` computes.
+
+        Args:
+            dense: The weight to be near, of ``shape``.
+            inputs, gradients: Second moments, as ``slcompile.weight.fit`` takes them.
+        """
         where: int | Tensor = self.groups
         if self.support != "largest":
+            support = self.index if self.has_index else self.seed
             where = flat_positions(self.values, support, self.shape[-1], self.vector)
-        B, A, positions, values = fit(dense, self.rank, where, moment, self.input_dim)
+        B, A, positions, values = fit(dense, self.rank, where, inputs, gradients, self.input_dim)
         if self.support == "largest":
             starts, _ = group_widths(self.shape[-1], self.groups, positions.device)
             self.offsets.copy_((positions % self.shape[-1]).view(-1, self.groups).sub(starts).flatten())

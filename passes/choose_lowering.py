@@ -306,7 +306,7 @@ def _why_not(
     if x.meta["val"].dtype not in KERNEL_DTYPES:
         return "dtype", f"no kernel multiplies factors in {x.meta['val'].dtype}"
     if transposed and values.meta["val"].dim() == 1:
-        return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
+        return "uniform_support", "a product with W itself would scatter: no kernel does it for stored positions"
     if tokens is not None and kind.factored_tokens is not None and guard_or_true(tokens > kind.factored_tokens):
         most = f"kernels multiply factors for up to {kind.factored_tokens} tokens"
         return "tokens", f"{most}; for more, they would write gigabytes of partial sums"

@@ -316,7 +316,8 @@ class CtrlC:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        console.print("Ctrl-C: waiting for the end of this step; again to stop at once")
+        # Not printed: the signal may have come while something is, and a stream's buffer may not be entered twice.
+        os.write(sys.stderr.fileno(), b"Ctrl-C: waiting for the end of this step; again to stop at once\n")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         signal.signal(signal.SIGINT, self.before)

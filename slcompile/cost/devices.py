@@ -88,7 +88,7 @@ _CPU = Rates(
     transposes=1,
     vector=_by_dtype(15e9, 35e9, 10e9, 35e9),
 )
-_CPU_AMX = dataclasses.replace(_CPU, matmul=_by_dtype(40e9, 85e9, 1e9, 700e9))
+_CPU_AMX = dataclasses.replace(_CPU, matmul=_by_dtype(40e9, 85e9, 1e9, 700e9), vector=_by_dtype(15e9, 35e9, 10e9, 90e9))
 
 # What counts for these kernels is how many bytes are under way: many small programs, each with several tiles of its
 # factor in flight, whose rows are 128 bytes. Of the tiles that were tried, these need no spilled registers at any of

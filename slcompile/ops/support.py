@@ -187,7 +187,10 @@ def flat_positions(values: Tensor, support: Tensor, columns: int, vector: int = 
     groups = values.shape[-1]
     rows = values.numel() // groups
     row_start = (torch.arange(rows, device=values.device).unsqueeze(1) + _zero(support)) * columns
-    return (row_start + stratified_columns(support, rows, columns, groups, vector=vector)).flatten()
+    column = block_columns(support, rows, columns, groups, vector)
+    if vector > 1:
+        column = column.repeat_interleave(vector, 0)[:rows]
+    return (row_start + column).flatten()
 
 
 def draw_seed(seed: int | None, name: str) -> int:

@@ -4,6 +4,9 @@ The rows of a block share their columns, so S times a tile of tokens is a produc
 operands is read through the columns: ``kernels/vector.cpp``. It takes and makes matrices as other matmuls do, and no
 transposed copy is needed. Inductor's compiler compiles it, once for each dtype and length of blocks, when a model first
 runs it; it lies in Inductor's cache. The columns of the blocks are kept: 4 bytes for ``vector`` non-zeros.
+
+One token's products take some 50 µs, which is why calls are short here: ops without ``custom_op``'s layers of Python,
+and ``out=``, which autocast leaves alone, in the place of a context.
 """
 
 from __future__ import annotations
@@ -23,10 +26,21 @@ from slcompile.ops.support import block_columns
 
 _TAGS = (torch.Tag.needs_contiguous_strides,)
 _SOURCE = Path(__file__).parents[1] / "kernels" / "vector.cpp"
+_TILES_SOURCE = _SOURCE.with_name("vector_amx.cpp")
+FEW_TOKENS = 4
+"""Up to so many tokens, values are read as they lie, and nothing is multiplied in tiles."""
 _STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
-@torch.library.custom_op("slcompile::vector_addmm", mutates_args=(), tags=_TAGS)
+def _op(function: Callable[..., Tensor]) -> Any:
+    """Registers an op of CPUs, without autograd; returns it."""
+    name = f"slcompile::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
+    torch.library.impl(name, "CPU", function)
+    return getattr(torch.ops.slcompile, function.__name__).default
+
+
+@_op
 def vector_addmm(
     factor: Tensor,
     hidden: Tensor,
@@ -56,26 +70,40 @@ def vector_addmm(
         factor, hidden, values, wide = (each.float() for each in (factor, hidden, values, x))
         bias = None if bias is None else bias.float()
         return vector_addmm(factor, hidden, values, support, wide, bias, transposed, vector).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        writing = factor if transposed else factor.t()
-        result = torch.mm(hidden, writing) if bias is None else torch.addmm(bias, hidden, writing)
-    rows, groups = values.shape
-    columns = result.shape[1] if transposed else x.shape[1]
+    writing = factor if transposed else factor.t()
+    (tokens, width), outputs, (rows, groups) = x.shape, writing.shape[1], values.shape
+    columns = outputs if transposed else width
+    result = x.new_empty(tokens, outputs)
+    x, values = _with_rows(x), values.contiguous()
+    function, has_tiles = _function("transposed" if transposed else "product", x, vector)
+    if not has_tiles or x.numel() == 0:
+        if bias is None:
+            torch.mm(hidden, writing, out=result)
+        else:
+            torch.addmm(bias, hidden, writing, out=result)
     if x.numel() == 0:
         return result
-    x, values = _with_rows(x), values.contiguous()
-    run = _library(x.dtype, vector).add_transposed if transposed else _library(x.dtype, vector).add_product
     blocks = _columns(values, support, columns, vector)
-    _call(run, (x, x.stride(0), values, blocks, result, result.stride(0)), (len(x), rows, columns, groups))
+    of_factor: tuple[int | None, ...] = ()
+    if has_tiles:
+        hidden, factor, bias = _with_rows(hidden), _with_rows(factor), bias if bias is None else bias.contiguous()
+        of_bias = None if bias is None else bias.data_ptr()
+        of_factor = (
+            hidden.data_ptr(), hidden.stride(0), factor.data_ptr(), factor.stride(0), hidden.shape[1], of_bias,
+        )  # fmt: skip
+    function(
+        *of_factor, x.data_ptr(), x.stride(0), values.data_ptr(), blocks.data_ptr(), result.data_ptr(), outputs,
+        tokens, rows, columns, groups, torch.get_num_threads(),
+    )  # fmt: skip
     return result
 
 
-@vector_addmm.register_fake
+@torch.library.register_fake("slcompile::vector_addmm")
 def _(factor, hidden, values, support, x, bias, transposed, vector):
     return x.new_empty((x.shape[0], factor.shape[1 if transposed else 0]))
 
 
-@torch.library.custom_op("slcompile::vector_dots", mutates_args=(), tags=_TAGS)
+@_op
 def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int) -> Tensor:
     """Computes ``left^T @ right`` at the support.
 
@@ -95,12 +123,15 @@ def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, ve
     result = left.new_empty(values.shape, dtype=torch.promote_types(left.dtype, torch.float32))
     (tokens, rows), (_, columns) = left.shape, right.shape
     blocks = _columns(values, support, columns, vector)
-    operands = (left, left.stride(0), right, right.stride(0), blocks, result)
-    _call(_library(left.dtype, vector).dots, operands, (tokens, rows, columns, values.shape[1]))
+    function, _ = _function("dots", left, vector)
+    function(
+        left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), blocks.data_ptr(), result.data_ptr(),
+        tokens, rows, columns, values.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
     return result.to(values.dtype)
 
 
-@vector_dots.register_fake
+@torch.library.register_fake("slcompile::vector_dots")
 def _(left, right, values, support, vector):
     return torch.empty_like(values).contiguous()
 
@@ -123,12 +154,31 @@ def _making(vector: int) -> Callable[[Tensor, Tensor, int, int], tuple[Tensor]]:
 
 
 @functools.cache
-def _library(dtype: torch.dtype, vector: int) -> Any:
-    """Returns the compiled functions."""
-    defined = f"#define VECTOR {vector}\n#define STORED {_STORED[dtype]}\n"
-    return torch_private.cpp_library(defined + _SOURCE.read_text())
+def _compiled(name: str, dtype: torch.dtype, vector: int, few: bool) -> tuple[Any, bool]:
+    """Returns a compiled function, and whether it is AMX's: of that dtype, and of more than few tokens."""
+    library, has_tiles = _library(dtype, vector)
+    has_tiles &= not few
+    if name == "dots":
+        function = library.dots_amx if has_tiles else library.dots
+        function.argtypes = (c_void_p, c_int64) * 2 + (c_void_p,) * 2 + (c_int64,) * 5
+    else:
+        function = getattr(library, name if has_tiles else f"add_{name}")
+        of_factor = (c_void_p, c_int64) * 2 + (c_int64, c_void_p) if has_tiles else ()
+        function.argtypes = of_factor + (c_void_p, c_int64) + (c_void_p,) * 3 + (c_int64,) * 6
+    function.restype = None
+    return function, has_tiles
 
 
-def _call(function: Any, operands: tuple[Tensor | int, ...], sizes: tuple[int, ...]) -> None:
-    given = (c_void_p(each.data_ptr()) if isinstance(each, Tensor) else c_int64(each) for each in operands)
-    function(*given, *map(c_int64, (*sizes, torch.get_num_threads())))
+def _function(name: str, x: Tensor, vector: int) -> tuple[Any, bool]:
+    return _compiled(name, x.dtype, vector, x.shape[0] <= FEW_TOKENS)
+
+
+@functools.cache
+def _library(dtype: torch.dtype, vector: int) -> tuple[Any, bool]:
+    """Returns the compiled functions, and whether there are those for AMX."""
+    source = f"#define VECTOR {vector}\n#define STORED {_STORED[dtype]}\n" + _SOURCE.read_text()
+    if dtype == torch.bfloat16 and vector >= 16 and torch_private.has_amx():
+        library = torch_private.cpp_library(source + _TILES_SOURCE.read_text())
+        if library.may_use_tiles():
+            return library, True
+    return torch_private.cpp_library(source), False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
 import signal
@@ -27,6 +28,15 @@ from examples.quality.training import Stopped, make_model, parameter_groups, tra
 
 FUNCTIONAL = Path(torch.nn.functional.__file__)
 SHORT = Settings(kind="sl", corpus="text", width=128, steps=10, lr=1e-3, embed_lr=5e-3)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before():
+    """The command silences the package's; its process is this one."""
+    log = logging.getLogger("slcompile")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="module")

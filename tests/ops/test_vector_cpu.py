@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from slcompile.ops import compose_reference, sparse_cpu
+from slcompile import torch_private
+from slcompile.ops import compose_reference, sparse_cpu, vector_cpu
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.ops.support import groups_per_row
 from slcompile.ops.vector_cpu import vector_addmm, vector_dots
@@ -46,13 +48,19 @@ def assert_close(found: Tensor, exact: Tensor, eager: Tensor, magnitude: Tensor)
 
 
 def addmm_operands(
-    shape: tuple[int, int], tokens: int, dtype: torch.dtype, transposed: bool, density: float = 0.1, bias: bool = False
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    density: float = 0.1,
+    bias: bool = False,
+    rank: int = RANK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     rows, columns = shape
     terms, outputs = (rows, columns) if transposed else (columns, rows)
     return (
-        random(RANK, outputs, dtype=dtype) if transposed else random(outputs, RANK, dtype=dtype),
-        random(tokens, RANK, dtype=dtype, seed=1),
+        random(rank, outputs, dtype=dtype) if transposed else random(outputs, rank, dtype=dtype),
+        random(tokens, rank, dtype=dtype, seed=1),
         random(rows, groups_per_row(columns, density), dtype=dtype, seed=2),
         torch.tensor([5]),
         random(tokens, terms, dtype=dtype, seed=4),
@@ -158,6 +166,51 @@ def test_infinities_stay_with_their_tokens_rows_and_columns(tokens: int) -> None
     assert bool(found.isnan().any(0).sum() == 1)
 
 
+def test_autocast_changes_nothing() -> None:
+    operands = addmm_operands((33, 65), 5, torch.float32, False, bias=True)
+    expected = vector_addmm(*operands, False, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vector_addmm(*operands, False, 16), expected)
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[Callable[[], None]]:
+    """Forgets which functions were chosen, before and after."""
+
+    def forget() -> None:
+        vector_cpu._library.cache_clear()
+        vector_cpu._compiled.cache_clear()
+
+    yield forget
+    forget()
+
+
+@pytest.mark.parametrize("vector", [16, 64])
+def test_tiles_and_vectors_agree(
+    vector: int, monkeypatch: pytest.MonkeyPatch, nothing_compiled: Callable[[], None]
+) -> None:
+    """Where AMX multiplies bfloat16, what other CPUs run is tested, too; AMX's result is rounded once, not twice."""
+    if not torch_private.has_amx():
+        pytest.skip("this CPU has no AMX")
+    left, right = random(63, 131, dtype=torch.bfloat16), random(63, 150, dtype=torch.bfloat16, seed=1)
+    values, seed = left.new_zeros(131, groups_per_row(150, 0.3)).float(), torch.tensor([5])
+    factored = [
+        (*addmm_operands((131, 150), 63, torch.bfloat16, transposed, 0.3, bias=True, rank=70), transposed, vector)
+        for transposed in (False, True)
+    ]
+    dots, errors = {}, {}
+    for has_tiles in (True, False):
+        monkeypatch.setattr(torch_private, "has_amx", lambda answer=has_tiles: answer)
+        nothing_compiled()
+        assert vector_cpu._library(torch.bfloat16, vector)[1] == has_tiles
+        dots[has_tiles] = vector_dots(left, right, values, seed, vector)
+        errors[has_tiles] = [
+            float((vector_addmm(*each).double() - dense_addmm(*wide(each[:6]), *each[6:])).norm()) for each in factored
+        ]
+    torch.testing.assert_close(dots[True], dots[False], rtol=1e-5, atol=1e-4)
+    assert all(tiles <= vectors for tiles, vectors in zip(errors[True], errors[False], strict=True)), errors
+
+
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_opcheck(tokens: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -189,6 +242,7 @@ def test_columns_are_kept_once_for_a_seed_and_are_small() -> None:
 
 
 def test_the_source_is_part_of_the_package() -> None:
-    code = "import importlib.resources as r; print(r.files('slcompile.kernels').joinpath('vector.cpp').read_text())"
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert "add_transposed" in found
+    code = "import importlib.resources as r; print(r.files('slcompile.kernels').joinpath('{}').read_text())"
+    for name in ("vector.cpp", "vector_amx.cpp"):
+        command = [sys.executable, "-c", code.format(name)]
+        assert "transposed(" in subprocess.run(command, check=True, capture_output=True, text=True).stdout

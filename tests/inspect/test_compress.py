@@ -111,12 +111,12 @@ def test_rank_goes_where_the_outputs_need_it():
 
 def test_a_distillation_brings_the_outputs_nearer():
     dense, model, other = Net(), Net(), Net()
-    slcompile.compress(other, inputs(1), rank=4)
-    other.up.bias.grad = torch.ones(96)
-    found = slcompile.compress(model, ({"x": each} for each in inputs(1)), rank=4, distill_steps=60, lr=1e-2)
+    slcompile.compress(other, inputs(1, 16), rank=4)
+    batches = ({"x": each} for each in inputs(1, 16))
+    found = slcompile.compress(model, batches, rank=4, distill_steps=96, lr=1e-2)
     assert found.distilled is not None
     assert found.distilled[1] < 0.85 * found.distilled[0]
-    assert outputs_error(model, dense) < 0.9 * outputs_error(other, dense)
+    assert outputs_error(model, dense) < 0.95 * outputs_error(other, dense)
     assert all(torch.equal(model.get_parameter(name), dense.get_parameter(name)) for name in ("up.bias", "down.bias"))
     assert all(parameter.grad is None for parameter in model.parameters())
 

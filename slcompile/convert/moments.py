@@ -199,8 +199,10 @@ class _Reads:
             return  # it contracts the other dimension
         if key not in self.moments:
             sizes = [weight.shape[-2:][dim] for dim in (input_dim, 1 - input_dim)]
-            both = [weight.new_zeros((*weight.shape[:-2], size, size), dtype=torch.float32) for size in sizes]
-            self.moments[key] = Moments(*both)
+            inputs, gradients = (
+                weight.new_zeros((*weight.shape[:-2], size, size), dtype=torch.float32) for size in sizes
+            )
+            self.moments[key] = Moments(inputs, gradients)
         held = self.moments[key]
         moment = held.gradients if self.backward else held.inputs
         assert moment is not None

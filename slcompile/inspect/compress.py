@@ -113,10 +113,10 @@ def compress(
             require_possible(budget, chosen)
         uses = use_moments(model, [(each.weight, each.input_dim) for each in chosen], batches)
         _require_reached(chosen, uses)
-        by_outputs = all(each.gradients is not None and bool(each.gradients.any()) for each in uses.values())
+        by_outputs = all(known.gradients is not None and bool(known.gradients.any()) for known in uses.values())
         if not by_outputs:
-            for each in uses.values():
-                each.gradients = None
+            for known in uses.values():
+                known.gradients = None
         targets = _targets(model, batches) if distill_steps else []
         options = {each.name: each.config for each in chosen}
         if budget is not None:

@@ -66,9 +66,9 @@ def fit(
         own = own if isinstance(own, int) else own - index * size
         H, G = (None if each is None else each[index] for each in (inputs, gradients))
         parts.append(fit(matrix, rank, own, H, G, input_dim))
-    left, right, positions, values = (list(each) for each in zip(*parts, strict=True))
-    shifted = [each + index * size for index, each in enumerate(positions)]
-    return torch.stack(left), torch.stack(right), torch.cat(shifted), torch.cat(values)
+    left, right, places, there = (list(each) for each in zip(*parts, strict=True))
+    shifted = [each + index * size for index, each in enumerate(places)]
+    return torch.stack(left), torch.stack(right), torch.cat(shifted), torch.cat(there)
 
 
 def damped(moment: Tensor | None, damping: float) -> tuple[Tensor | None, Tensor | None]:

@@ -29,7 +29,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--rank", help="or give each weight this rank: an int, a fraction, or a mapping by pattern")
     parser.add_argument("--density", help="put this share of each weight's entries into S")
     parser.add_argument("--distill-steps", type=int, default=0, metavar="N", help="then train so many steps")
-    parser.add_argument("--lr", type=float, default=1e-3, help="train with this learning rate")
+    parser.add_argument("--lr", type=float, default=3e-4, help="train with this learning rate")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the factors of a transformers model here")
     parser.add_argument("--merged", type=Path, metavar="DIR", help="write dense safetensors here")
     return parser

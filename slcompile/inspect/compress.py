@@ -68,7 +68,7 @@ def compress(
     density: float | Mapping[str, float] | None = None,
     config: SLConfig | None = None,
     distill_steps: int = 0,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
 ) -> Compression:
     """Compresses a trained model in place: each weight becomes the ``B A + S`` that changes the outputs least.
 

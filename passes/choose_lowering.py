@@ -16,7 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile import torch_private
 from slcompile.cost import Matmul, crossover, device_class, rates, why_no_kernels
-from slcompile.ops import KERNEL_DTYPES, WEIGHT_OPS
+from slcompile.ops import FACTORED, KERNEL_DTYPES, WEIGHT_OPS
+from slcompile.ops.quantized import as_base
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
 
 _COMPOSE = torch.ops.slcompile.compose.default
@@ -27,9 +28,10 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     """Replaces matmuls with composed weights by factored ones where those are predicted to be faster.
 
     ``x W^T`` becomes ``hidden = scale * x A^T`` and ``linear_factored(x, hidden, B, ...)``, ``x W`` likewise with the
-    roles of the factors exchanged, and ``weight_grads`` becomes two products through the rank and ``values_grad``; with
-    a base, its own product stays, and the rest is added to it; without a sparse part that is a plain product. The
-    hidden matrices of the forward pass are those of the gradients too. Legal because products are associative and W
+    roles of the factors exchanged, and ``weight_grads`` becomes two products through the rank and ``values_grad``. The
+    ops of other structures become what their formulas say (``slcompile.ops.FACTORED``). With a base, its own product
+    stays, and the rest is added to it; without a sparse part that is a plain product. The hidden matrices of the
+    forward pass are those of the gradients too. Legal because products are associative and W
     is a sum; the result is rounded elsewhere. A weight that no composed matmul reads any more is not composed.
 
     Left composed: what is predicted to be faster so, and what is not a product with the whole matrix (a slice of a
@@ -51,26 +53,28 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     backward = _depends_on_tangents(gm.graph)
     phases = Counter((site.weight, site.node in backward) for site in sites)
     costs = [_costs(site, phases[site.weight, site.node in backward], device) for site in sites]
-    grads = gm.graph.find_nodes(op="call_function", target=_GRADS)
+    grads_ops = {_GRADS, *(ops.grads for ops in FACTORED.values())}
+    grads = [node for node in gm.graph.nodes if node.target in grads_ops]
     if lowering == "auto":
         _guard_to_one_side([*costs, *(_grads_costs(node, 0, device) for node in grads)])
     chosen: dict[fx.Node, Site | None] = {}  # of the nodes to make factored: the site, None for weight_grads
-    hiddens: set[tuple[fx.Node, bool, fx.Node]] = set()  # what is multiplied with which factor, as matmuls are factored
+    hiddens: set[Any] = set()  # what is multiplied with which factor, as matmuls are factored
     for site, cost in zip(sites, costs, strict=True):
         phase = "backward" if site.node in backward else "forward"
-        why_not = _why_not(site.x, arguments(site.weight)[2], cost.tokens, site.transposed, device, lowering)
+        why_not = _why_not(site.x, site.weight, cost.tokens, site.transposed, device, lowering)
         decision = _choose(_name(site.weight), cost, lowering, why_not)
         decision = replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
             chosen[site.node] = site
-            hiddens.add((*_matrix(site.x, site.weight_first), arguments(site.weight)[0 if site.transposed else 1]))
+            hiddens.add((*_matrix(site.x, site.weight_first), arguments(site.weight)[0], site.transposed))
     for node in grads:
-        left, right, B, A, *_ = arguments(node)
-        missing = ((*_matrix(left, False), B) not in hiddens) + ((*_matrix(right, False), A) not in hiddens)
-        why_not = _why_not(left, arguments(node)[4], None, False, device, lowering)
+        left, right, first, *_ = arguments(node)
+        needed = (*_matrix(left, False), first, True), (*_matrix(right, False), first, False)
+        missing = sum(each not in hiddens for each in needed)
+        why_not = _why_not(left, node, None, False, device, lowering)
         decision = _choose(f"{_name(node)} gradients", _grads_costs(node, missing, device), lowering, why_not)
-        decision = replace(decision, node=node.name, factor=B.name, phase="gradients")
+        decision = replace(decision, node=node.name, factor=first.name, phase="gradients")
         report.add(decision, decision.lowering == "factored")
         if decision.lowering == "factored":
             chosen[node] = None
@@ -115,7 +119,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
     """Returns the products that read a weight and can be factored, and a decision for whatever else reads it."""
     sites: list[Site] = []
     others: list[Decision] = []
-    if weight.target is not _COMPOSE:
+    if weight.target is not _COMPOSE and weight.target not in FACTORED:
         detail = f"{op_name(weight)} has no factored lowering"
         return [], [Decision(_name(weight), "no_factors", detail, _shape(weight), lowering="composed")]
     waiting, seen = list(weight.users), set(weight.users)
@@ -146,29 +150,21 @@ def _matrix(x: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:
 
 
 def _multiply_factored(insert: Inserter, site: Site) -> None:
-    node, (B, A, values, support, scale, *_) = site.node, arguments(site.weight)
+    node = site.node
     x = insert.transpose(node, site.x) if site.weight_first else site.x
-    dtype = x.meta["val"].dtype
-    # The factor at x's side gives the hidden matrix: [R, width of x].
-    reading, writing = (insert.transpose(node, B), A) if site.transposed else (A, B)
-    hidden = insert.inline(node, _hidden, x, reading, scale)
-    writing, values = (insert.inline(node, _as, each, dtype) for each in (writing, values))
     bias: fx.Node | None = arguments(node)[0] if op_name(node) == "addmm" else None
     if base := _base(site.weight):
         bias = _with_base(insert, site, base)
-    # linear_factored takes one number for each row; anything else that addmm broadcasts is added afterwards.
-    plain = not site.weight_first and not site.transposed and base is None
-    inside = bias if plain and bias is not None and bias.meta["val"].shape == B.meta["val"].shape[:1] else None
-    if _is_empty(values):
-        out = writing if site.transposed else insert.transpose(node, writing)
-        result = insert.call(node, torch.ops.aten.mm.default, hidden, out)
+    if ops := FACTORED.get(site.weight.target):
+        inside = None
+        given = arguments(site.weight)[: len(ops.parts) + 1]
+        result = insert.inline(node, ops.multiply, x, site.transposed, *given)
     else:
-        many = insert.call(
-            node,
-            torch.ops.slcompile.linear_factored.default,
-            *(x, [hidden], [writing], [values], [support], [inside], site.transposed, *_vector(site.weight)),
-        )
-        result = insert.call(node, operator.getitem, many, 0)
+        # linear_factored takes one number for each row; anything else that addmm broadcasts is added afterwards.
+        plain = bias is not None and not site.weight_first and not site.transposed and base is None
+        rows = arguments(site.weight)[0].meta["val"].shape[:1]
+        inside = bias if plain and bias is not None and bias.meta["val"].shape == rows else None
+        result = _multiplied(insert, site, x, inside)
     if site.weight_first:
         result = insert.transpose(node, result)
     if bias is not None and inside is None:
@@ -176,10 +172,30 @@ def _multiply_factored(insert: Inserter, site: Site) -> None:
     node.replace_all_uses_with(result, propagate_meta=False)
 
 
+def _multiplied(insert: Inserter, site: Site, x: fx.Node, bias: fx.Node | None) -> fx.Node:
+    """Returns a product with factors and a sparse part, and the bias."""
+    node, (B, A, values, support, scale, *_) = site.node, arguments(site.weight)
+    dtype = x.meta["val"].dtype
+    # The factor at x's side gives the hidden matrix: [R, width of x].
+    reading, writing = (insert.transpose(node, B), A) if site.transposed else (A, B)
+    hidden = insert.inline(node, _hidden, x, reading, scale)
+    writing, values = (insert.inline(node, _as, each, dtype) for each in (writing, values))
+    if _is_empty(values):
+        assert bias is None, "without a sparse part there is a base, whose product has the bias"
+        out = writing if site.transposed else insert.transpose(node, writing)
+        return insert.call(node, torch.ops.aten.mm.default, hidden, out)
+    many = insert.call(
+        node,
+        torch.ops.slcompile.linear_factored.default,
+        *(x, [hidden], [writing], [values], [support], [bias], site.transposed, *_vector(site.weight)),
+    )
+    return insert.call(node, operator.getitem, many, 0)
+
+
 def _with_base(insert: Inserter, site: Site, base: fx.Node) -> fx.Node:
     """Returns the same product with the base alone: what the dense model computes."""
     node, dtype = site.node, site.x.meta["val"].dtype
-    cast = insert.inline(node, _as, base, dtype)
+    cast = insert.inline(node, as_base, base, _shape(site.weight)[-1], dtype)
     if cast is not base:
         cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE  # it is as large as a composed weight
     is_swapped = site.transposed == site.weight_first
@@ -191,6 +207,11 @@ def _with_base(insert: Inserter, site: Site, base: fx.Node) -> fx.Node:
 
 
 def _grads_factored(insert: Inserter, node: fx.Node) -> None:
+    if ops := FACTORED.get(node.target):
+        made = insert.inline(node, ops.gradients, *arguments(node))
+        for user in list(node.users):
+            user.replace_all_uses_with(made[arguments(user)[1]], propagate_meta=False)
+        return
     left, right, B, A, values, support, scale, *_ = arguments(node)
     reading = (insert.transpose(node, B), A)
     hiddens = [insert.inline(node, _hidden, x, factor, scale) for x, factor in zip((left, right), reading, strict=True)]
@@ -210,7 +231,8 @@ def _vector(node: fx.Node) -> tuple[Any, ...]:
 
 def _base(compose: fx.Node) -> fx.Node | None:
     """Returns the weight that a compose adds the rest to, if there is one."""
-    return next(iter(arguments(compose)[7:]), None)
+    ops = FACTORED.get(compose.target)
+    return next(iter(arguments(compose)[len(ops.parts) + 1 if ops else 7 :]), None)
 
 
 def _is_empty(values: fx.Node) -> bool:
@@ -242,10 +264,8 @@ class Costs:
 
 def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
     """Predicts the costs of a product; ``composes`` products share one composition."""
-    B, A, values, *_ = arguments(site.weight)
     x, at = site.x.meta["val"], rates(device or site.x.meta["val"].device)
-    matmul = _matmul(B, A, values, x.dtype, *_vector(site.weight))
-    matmul = replace(matmul, base=_base(site.weight) is not None)
+    matmul = replace(_matmul(site.weight, x.dtype), base=_base(site.weight) is not None)
     return Costs(
         matmul,
         x.shape[1 if site.weight_first else 0],
@@ -256,9 +276,9 @@ def _costs(site: Site, composes: int, device: torch.device | None) -> Costs:
 
 def _grads_costs(node: fx.Node, missing: int, device: torch.device | None) -> Costs:
     """Predicts the costs of a weight_grads; ``missing`` hidden matrices are made for it alone."""
-    left, _, B, A, values, *_ = arguments(node)
+    left = arguments(node)[0]
     at = rates(device or left.meta["val"].device)
-    matmul = _matmul(B, A, values, left.meta["val"].dtype, *_vector(node))
+    matmul = _matmul(node, left.meta["val"].dtype)
     return Costs(
         matmul,
         left.meta["val"].shape[0],
@@ -287,7 +307,7 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
 
 def _why_not(
     x: fx.Node,
-    values: fx.Node,
+    reader: fx.Node,
     tokens: int | torch.SymInt | None,
     transposed: bool,
     device: torch.device | None,
@@ -295,10 +315,14 @@ def _why_not(
 ) -> tuple[str, str] | None:
     """Says why a product has no factored lowering on its device, if it has none; tokens are None for gradients.
 
-    A symbolic number of tokens is guarded to one side of the most that kernels are for, unless nothing is factored.
+    ``reader`` is what takes the weight's parts: the weight's op, or that of its gradients. A symbolic number of tokens
+    is guarded to one side of the most that kernels are for, unless nothing is factored.
     """
     device = device or x.meta["val"].device
     kind = device_class(device)
+    if reader.target in FACTORED:  # ATen multiplies with the parts on every device
+        return None
+    values = arguments(reader)[2 if reader.target is _COMPOSE else 4]
     if kind.per_thread or lowering == "composed" or _is_empty(values):
         return None
     if missing := why_no_kernels(device):
@@ -331,10 +355,17 @@ def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | No
     return Decision(name, reason, detail, (cost.matmul.rows, cost.matmul.columns), 1, lowering, costs)
 
 
-def _matmul(B: fx.Node, A: fx.Node, values: fx.Node, dtype: torch.dtype, vector: int = 1) -> Matmul:
-    sizes = (*B.meta["val"].shape, A.meta["val"].shape[1], values.meta["val"].numel())
-    rows, rank, columns, nonzeros = map(torch_private.size_hint, sizes)
-    return Matmul(rows, columns, rank, nonzeros, dtype, vector)
+def _matmul(reader: fx.Node, dtype: torch.dtype) -> Matmul:
+    """Returns the sizes of a weight, from its op or that of its gradients."""
+    given = arguments(reader)
+    if ops := FACTORED.get(reader.target):
+        start = 2 if reader.target is ops.grads else 0
+        B, A = torch_private.run_fake(ops.factors, [each.meta["val"] for each in given[start:][: len(ops.parts)]])
+        blocks = len(B) if B.dim() == 3 else 1
+        return Matmul(blocks * B.shape[-2], blocks * A.shape[-1], B.shape[-1], 0, dtype, blocks=blocks)
+    B, A, values = (each.meta["val"] for each in given[0 if reader.target is _COMPOSE else 2 :][:3])
+    rows, rank, columns, nonzeros = map(torch_private.size_hint, (*B.shape, A.shape[1], values.numel()))
+    return Matmul(rows, columns, rank, nonzeros, dtype, *_vector(reader))
 
 
 def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from slcompile.ops import FACTORED
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, trunk
 
 
 def fuse_weight_grads(gm: fx.GraphModule) -> PassReport:
     """Replaces ``compose_backward(mm(left^T, right), ...)`` by ``weight_grads(left, right, ...)``.
+
+    The ops of other structures that have both are replaced likewise (``slcompile.ops.FACTORED``).
 
     Legal where nothing else reads the product: casts and an even or odd number of transposes may lie between. The
     product is then no node of its own, so that a lowering is free never to form it. A gradient that is a sum (a weight
@@ -17,7 +20,9 @@ def fuse_weight_grads(gm: fx.GraphModule) -> PassReport:
     """
     report = PassReport()
     insert = Inserter(gm.graph)
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.slcompile.compose_backward.default):
+    fused_ops = {torch.ops.slcompile.compose_backward.default: torch.ops.slcompile.weight_grads.default}
+    fused_ops |= {ops.backward: ops.grads for ops in FACTORED.values()}
+    for node in [node for node in gm.graph.nodes if node.target in fused_ops]:
         product, swapped, exclusive = trunk(arguments(node)[0])
         shape = tuple(arguments(node)[0].meta["val"].shape)
         if op_name(product) != "mm":
@@ -30,7 +35,7 @@ def fuse_weight_grads(gm: fx.GraphModule) -> PassReport:
         first, second = arguments(product)
         # G = first @ second, or its transpose: then G = second^T @ first^T.
         left, right = (second, insert.transpose(node, first)) if swapped else (insert.transpose(node, first), second)
-        fused = insert.call(node, torch.ops.slcompile.weight_grads.default, left, right, *arguments(node)[1:])
+        fused = insert.call(node, fused_ops[node.target], left, right, *arguments(node)[1:])
         node.replace_all_uses_with(fused, propagate_meta=False)
         report.replaced.append(Decision(node.name, shape=shape))
     if report.replaced:

@@ -12,7 +12,7 @@ from torch.func import functionalize
 
 from slcompile import torch_private
 from slcompile.cost import why_no_kernels
-from slcompile.ops import KERNEL_DTYPES
+from slcompile.ops import FACTORED, KERNEL_DTYPES
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
 from slcompile.ops.values_grad import values_grad_aten
@@ -28,7 +28,8 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     The last pass: it runs on the forward and the backward graph after they were partitioned, so that a composed weight
     is recomputed as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written.
     On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
-    Inductor would lower that to slow scatters. So they do on GPUs for float64, and where no kernel runs.
+    Inductor would lower that to slow scatters. So they do on GPUs for float64, and where no kernel runs. Those of other
+    structures are calls everywhere, and their ``grads`` a product and a call.
 
     The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
     every op but higher-order ones, which take operands, and whose graphs return results, in the layout that was traced:
@@ -48,7 +49,9 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         or torch_private.is_subgraph(gm)
         or any(map(torch_private.is_higher_order, gm.graph.nodes))
     )
-    for node in [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.")]:
+    structures = {ops.grads: ops.grads_composed for ops in FACTORED.values()}
+    ours = [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.") or node.target in structures]
+    for node in ours:
         if node.target is _OPS.compose.default:
             node = _fold_cast(insert, node)
         value = arguments(node)[0].meta["val"]
@@ -57,7 +60,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
             why_aten = f"no kernel computes in {value.dtype}"
         on_gpu = not why_aten
         table = _triton(autotune) if on_gpu else _aten()
-        lowered = table.get(node.target)
+        lowered = table.get(node.target) or structures.get(node.target)
         why = f": {why_aten}" if why_aten else ""
         if lowered is None:
             report.left.append(Decision(node.name, "in_place", f"{op_name(node)} runs its ATen implementation{why}"))

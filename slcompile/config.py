@@ -29,7 +29,7 @@ SKIPPABLE = (
 STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 AUTO = "auto"
-BASES = ("frozen",)
+BASES = ("frozen", "int8", "nf4")
 BY_PATTERN = ("rank", "density", "alpha")
 """Options that may be a mapping from fnmatch patterns on names to values."""
 
@@ -70,10 +70,14 @@ class SLConfig:
         autotune: Whether Triton kernels time several configurations, once for each shape, instead of taking the
             device's default.
         dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.
-        structure: What takes a dense weight's place; ``"sparse_low_rank"`` is SLTrain's.
+        structure: What takes a dense weight's place; ``"sparse_low_rank"`` is SLTrain's, docs/structures.md has the
+            others. Of those that have no sparse part, density, support and vector must be left as they are.
+        blocks: Into how many a structure cuts a weight, where it does: the blocks of ``"block_low_rank"`` (None: 4),
+            the heads of ``"cp"`` (None: the divisor of the rows that is nearest to their square root).
         base: ``"frozen"`` keeps the model's own weight ``W0`` and trains what is added to it, ``W = W0 + scale * B @ A
             + S``, which is zero at first; with ``density=0`` that is LoRA (arXiv 2106.09685). Weights that do not
-            require a gradient get factors, too. None replaces the weight.
+            require a gradient get factors, too. ``"int8"`` and ``"nf4"`` do the same and hold ``W0`` in 8 or 4 bits a
+            number, with a scale for each 64 (QLoRA, arXiv 2305.14314). None replaces the weight.
         skip_passes: Names of passes that are left out, to find the one that is to blame for a wrong number.
 
     Raises:
@@ -96,6 +100,7 @@ class SLConfig:
     autotune: bool = False
     dryrun: bool = False
     structure: str = "sparse_low_rank"
+    blocks: int | None = None
     base: str | None = None
     skip_passes: tuple[str, ...] = ()
 
@@ -125,6 +130,9 @@ class SLConfig:
         require_choice("lowering", self.lowering, LOWERINGS)
         require_choice("save", self.save, SAVES)
         require_choice("structure", self.structure, STRUCTURES)
+        is_count = self.blocks is None or (_is_int(self.blocks) and self.blocks >= 2)
+        _require(is_count, "blocks", self.blocks, "None or an int >= 2")
+        self._require_meaning()
         if self.base is not None:
             require_choice("base", self.base, BASES)
             self._require_possible_base()
@@ -174,6 +182,19 @@ class SLConfig:
                 return None
             plain[field] = value
         return replace(self, **plain) if plain else self
+
+    def _require_meaning(self) -> None:
+        """Raises ValueError where an option is given that the structure does not have."""
+        structure = STRUCTURES[self.structure]
+        names = [] if structure.takes_blocks else ["blocks"]
+        names += [] if structure.takes_density or self.density == 0 else ["density"]
+        names += [] if structure.takes_density else ["support", "vector"]
+        for name in names:
+            if getattr(self, name) != getattr(SLConfig, name):
+                lacks = "is not cut into blocks" if name == "blocks" else "has no sparse part"
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} means nothing for structure={self.structure!r}, which {lacks}"
+                )
 
     def _require_possible_base(self) -> None:
         if not STRUCTURES[self.structure].takes_base:

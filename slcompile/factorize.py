@@ -75,7 +75,7 @@ def factorize_model(
         found = gather(uses, config, live, model=model)
         report = found.report()
         if not found.chosen:
-            require_possible_rank([each.shape for each in report.left if each.reason == "no_saving"], config)
+            require_possible_rank([each.shape for each in report.left if each.reason in ("no_saving", "shape")], config)
             reasons = sorted({each.reason for each in report.left})
             raise ValueError(f"model has no eligible weight; its {len(uses)} weights stay dense: {', '.join(reasons)}")
         convert(found.chosen, config, live, report, ledger, made)

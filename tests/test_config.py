@@ -27,6 +27,7 @@ def test_defaults() -> None:
         "autotune": False,
         "dryrun": False,
         "structure": "sparse_low_rank",
+        "blocks": None,
         "base": None,
         "skip_passes": (),
     }

@@ -33,7 +33,7 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
 
     Depends only on what Dynamo guards on, so it holds for every model that reuses the graph. The codes, in the order in
     which they are looked for: ``no_matmul``, ``other_use`` (``tied`` to an embedding), ``no_grad``, ``not_2d``,
-    ``dtype``, ``frozen``, ``too_small``, ``no_saving`` (where rank and density do not depend on names).
+    ``dtype``, ``frozen``, ``too_small``, ``shape``, ``no_saving`` (both where no setting depends on names).
     """
     if not use.matmuls:
         return "no_matmul", f"read by {', '.join(sorted(set(use.others))) or 'nothing'}, not by a matmul"
@@ -53,10 +53,12 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
         return "frozen", "requires_grad is False"
     if min(weight.shape[-2:]) < config.min_dim:
         return "too_small", f"has fewer than {config.min_dim} rows or columns (min_dim)"
-    return ("", "") if config.is_by_pattern else _saving_reason(weight, config)
+    return ("", "") if config.is_by_pattern else _size_reason(weight, config)
 
 
-def _saving_reason(weight: Tensor, config: SLConfig) -> tuple[str, str]:
+def _size_reason(weight: Tensor, config: SLConfig) -> tuple[str, str]:
+    if misfit := structure_of(config).misfit_of(weight.shape, config):
+        return "shape", misfit
     size = structure_of(config).size(weight.shape, config)
     if size >= weight.numel():
         return "no_saving", f"its factors take {size} parameters at this rank, dense {weight.numel()}"
@@ -64,11 +66,11 @@ def _saving_reason(weight: Tensor, config: SLConfig) -> tuple[str, str]:
 
 
 def setting_reason(names: Sequence[str], weight: Tensor, config: SLConfig) -> tuple[str, str]:
-    """Says why a weight has no place under options that depend on names: ``unmatched`` or ``no_saving``."""
+    """Says why a weight has no place under options that depend on names: ``unmatched``, ``shape``, ``no_saving``."""
     own = config.at(*names)
     if own is None:
         return "unmatched", "no pattern of rank, density or alpha matches it"
-    return _saving_reason(weight, own)
+    return _size_reason(weight, own)
 
 
 def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SLConfig) -> tuple[str, str]:
@@ -95,8 +97,8 @@ def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SL
 def require_possible_rank(shapes: Iterable[Sequence[int]], config: SLConfig) -> None:
     """Raises ValueError where the rank, an int, is more than the smaller side of every one of these matrices.
 
-    With a base, it does so where the factors of every one take as many parameters as the matrix. Of a stack of matrices
-    the last two sizes are those of its matrices.
+    It does so where none of them has a shape that the structure can have, and, with a base, where the factors of every
+    one take as many parameters as the matrix. Of a stack of matrices the last two sizes are those of its matrices.
     """
     shapes = list(shapes)
     smaller_sides = [min(shape[-2:]) for shape in shapes]
@@ -105,12 +107,19 @@ def require_possible_rank(shapes: Iterable[Sequence[int]], config: SLConfig) -> 
             f"rank must be at most {max(smaller_sides)}, the smaller side of the largest eligible weight, got "
             f"{config.rank}"
         )
-    if config.base is None or config.is_by_pattern:
+    if config.is_by_pattern:
         return
+    misfits = [structure_of(config).misfit_of(shape, config) for shape in shapes if len(shape) == 2]
+    if misfits and all(misfits):
+        raise ValueError(f"structure={config.structure!r} fits no eligible weight: one {misfits[0]}")
+    if config.base is None:
+        return
+    shapes = [shape for shape in shapes if len(shape) == 2 or structure_of(config).takes_stacks]
     sizes = [(structure_of(config).size(shape, config), math.prod(shape)) for shape in shapes]
     if sizes and all(size >= dense for size, dense in sizes):
         least, dense = min(sizes, key=lambda each: each[0] / each[1])
+        beside = f" with density={config.density}" if structure_of(config).takes_density else ""
         raise ValueError(
-            f"rank={config.rank} with density={config.density} saves nothing beside base={config.base!r}: what is "
+            f"rank={config.rank}{beside} saves nothing beside base={config.base!r}: what is "
             f"added takes {least} parameters, and the weight itself has {dense}; take a smaller rank"
         )

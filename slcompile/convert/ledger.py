@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slcompile.ops.quantized import BITS
 from slcompile.passes import Decision, PassReport
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
@@ -102,7 +103,7 @@ class Ledger:
             record: Of the model.
             roots: The model's outermost modules.
             weights: Each dense parameter that was converted, and the module that took its place.
-            init: What the weights start from: ``"kaiming"``, ``"spectral"``, or ``"base"`` beside a frozen base.
+            init: What the weights start from: ``"kaiming"``, ``"spectral"``, or the kind of base they are added to.
             report: What the graph, or the call of ``factorize_``, replaced and left.
         """
         is_first, record.begun = not record.begun, True
@@ -114,8 +115,9 @@ class Ledger:
         start = {
             "kaiming": "init kaiming, which replaces the weights",
             "spectral": "init spectral, which replaces the weights by their best approximation",
-            "base": "which begin at zero and are added to the weights, which are frozen",
-        }[init]
+        }.get(init, "which begin at zero and are added to the weights, which are frozen")
+        if init in BITS:
+            start += f" and held as {init}"
         trained = (each for _, weight in weights for each in weight.parameters() if each.requires_grad)
         log.log(
             logging.WARNING if is_first else logging.INFO,

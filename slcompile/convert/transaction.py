@@ -77,7 +77,7 @@ def convert(
     for candidate, weight in zip(candidates, weights, strict=True):
         retire(candidate.weight, f"{candidate.name} was converted to factors", weight)
     pairs = [(candidate.weight, weight) for candidate, weight in zip(candidates, weights, strict=True)]
-    ledger.note_conversion(record, roots, pairs, init if config.base is None else "base", report)
+    ledger.note_conversion(record, roots, pairs, config.base or init, report)
     return weights
 
 

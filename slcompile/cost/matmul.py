@@ -68,7 +68,7 @@ class Matmul:
     """One matmul with a factorized weight, or the product that makes its gradient: N rows, K columns, rank R.
 
     ``vector`` rows share their columns: 1 but for the vector support. ``base`` is whether all is added to a dense
-    matrix that stays.
+    matrix that stays. Of a weight of ``blocks`` on the diagonal, the rank is that of a block.
     """
 
     rows: int
@@ -78,12 +78,13 @@ class Matmul:
     dtype: torch.dtype
     vector: int = 1
     base: bool = False
+    blocks: int = 1
 
     @property
     def _name(self) -> str:
         return DTYPES[self.dtype]
 
-    def _product(self, m: int, n: int, k: int, rates: Rates, share: float = 1.0) -> float:
+    def _product(self, m: float, n: float, k: float, rates: Rates, share: float = 1.0) -> float:
         moved = (m * k + k * n + m * n) * self.dtype.itemsize
         return max(2 * m * n * k / (share * rates.matmul[self._name]), moved / rates.memory) + rates.launch
 
@@ -119,7 +120,7 @@ class Matmul:
 
     def compose(self, rates: Rates) -> float:
         """Returns seconds to write W once: the product of its factors, to which the values are added."""
-        product = self._product(self.rows, self.columns, self.rank, rates, rates.narrow)
+        product = self._product(self.rows, self.columns, self.rank / self.blocks, rates, rates.narrow)
         base = self._added(self.rows, self.columns, rates) if self.base else 0.0
         return product + base + self._at_support(2, rates)
 
@@ -141,12 +142,12 @@ class Matmul:
     @property
     def compose_flops(self) -> int:
         """Operations to write W once."""
-        return 2 * self.rows * self.columns * self.rank
+        return 2 * self.rows * self.columns * self.rank // self.blocks
 
     @property
     def project_flops(self) -> int:
         """Operations to project the dense gradient G on B and A."""
-        return 4 * self.rows * self.columns * self.rank
+        return 4 * self.rows * self.columns * self.rank // self.blocks
 
     def factored_flops(self, tokens: int) -> int:
         """Counts the operations of one product through the rank and with S, or of the factors' gradients.
@@ -157,8 +158,9 @@ class Matmul:
 
     def grads_composed(self, tokens: int, rates: Rates) -> float:
         """Returns seconds to make the dense gradient G, to project it on the factors and to read it at the support."""
-        projections = self._product(self.rows, self.rank, self.columns, rates, rates.narrow) + self._product(
-            self.rank, self.columns, self.rows, rates, rates.narrow
+        rank = self.rank / self.blocks
+        projections = self._product(self.rows, rank, self.columns, rates, rates.narrow) + self._product(
+            rank, self.columns, self.rows, rates, rates.narrow
         )
         return self._product(self.rows, self.columns, tokens, rates) + projections + self._at_support(1, rates)
 

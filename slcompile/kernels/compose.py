@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slcompile.cost.devices import aligned
 from slcompile.kernels.entries import add_
+from slcompile.ops.quantized import as_base
 
 
 def compose(
@@ -35,14 +36,15 @@ def compose(
         scale: Factor of the low-rank part.
         dtype: Of the result, to which the factors are rounded for their product, as autocast does; None is B's.
         vector: Rows that share their columns.
-        base: [N, K] or [E, N, K], which the rest is added to, rounded like the factors; None for nothing.
+        base: [N, K] or [E, N, K], which the rest is added to, rounded like the factors, or packed as uint8; None for
+            nothing.
 
     Returns:
         [N, K] or [E, N, K], its rows neighbours in memory with a gap where that aligns them.
     """
     dtype = dtype or B.dtype
     columns = A.shape[-1]
-    onto = None if base is None else aligned_rows(base.to(dtype))
+    onto = None if base is None else aligned_rows(as_base(base, columns, dtype))
     W = scaled_product(B.to(dtype), aligned_rows(A.to(dtype)), scale, onto)
     if not values.numel():
         return W.narrow(-1, 0, columns)

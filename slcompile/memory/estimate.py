@@ -85,8 +85,9 @@ def estimate_memory(
         described |= {key for each in model.modules() if isinstance(each, FactorizedWeight) for key in each.describe()}
         for name in ("sltrain", "low_rank") if factorized else ("dense",):
             usages[name] = _usage(model, events, kind, with_values=name != "low_rank")
-    options = ("rank", "density", "support", "base")
-    asked: dict[str, Any] = {key: getattr(config, key) for key in options if key in described}
+    options = ("rank", "density", "support", "blocks", "base")
+    given = {key: getattr(config, key) for key in options if key in described}
+    asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     settings: dict[str, Any] = {
         "optimizer": optimizer + (" per layer" if per_layer else ""),
         **({} if config.structure == SLConfig.structure else {"structure": config.structure}),

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from slcompile import torch_private
 from slcompile.cost import aligned
 from slcompile.memory.graphs import Graphs
-from slcompile.ops import WEIGHT_OPS
+from slcompile.ops import FACTORED, WEIGHT_OPS
 from slcompile.passes.graph import arguments
 
 PARTS = (
@@ -211,13 +211,14 @@ def _buffers(node: fx.Node) -> list[Buffer]:
 
 def _is_composed(node: fx.Node) -> bool:
     """Returns whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
-    projecting = torch.ops.slcompile.compose_backward.default
-    return node.target in WEIGHT_OPS or any(each.target is projecting for each in _readers(node))
+    projecting = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in FACTORED.values())}
+    return node.target in WEIGHT_OPS or any(each.target in projecting for each in _readers(node))
 
 
 def _workspace(node: fx.Node, device: str) -> int:
     """Returns the bytes that an op of ours allocates besides its results while its kernels run."""
-    makes_dense = (torch.ops.slcompile.weight_grads.default, torch.ops.slcompile.values_grad.default)
+    makes_dense = {torch.ops.slcompile.weight_grads.default, torch.ops.slcompile.values_grad.default}
+    makes_dense |= {ops.grads for ops in FACTORED.values()}
     if device != "cuda" or node.target not in makes_dense:
         return 0
     left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K]

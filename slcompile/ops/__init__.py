@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from slcompile.ops.block_low_rank import BLOCK_LOW_RANK
 from slcompile.ops.compose import compose, compose_backward, compose_reference
+from slcompile.ops.cp import CP
+from slcompile.ops.factored_ops import FACTORED, FactoredOps, define
 from slcompile.ops.linear_factored import linear_factored
 from slcompile.ops.project import project
+from slcompile.ops.tensor_train import TENSOR_TRAIN
 from slcompile.ops.values_grad import values_grad
 from slcompile.ops.weight_grads import weight_grads
 
@@ -24,11 +28,17 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the Triton kernels of these ops compute with; other dtypes run in ATen on every device."""
 
 __all__ = [
+    "BLOCK_LOW_RANK",
+    "CP",
+    "FACTORED",
     "KERNEL_DTYPES",
+    "TENSOR_TRAIN",
     "WEIGHT_OPS",
+    "FactoredOps",
     "compose",
     "compose_backward",
     "compose_reference",
+    "define",
     "linear_factored",
     "project",
     "register_weight_op",

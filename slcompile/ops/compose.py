@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slcompile.ops.quantized import as_base, dequantize_reference
 from slcompile.ops.support import flat_positions
 
 
@@ -34,7 +35,9 @@ def compose_reference(
     sparse = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
     sparse = sparse.scatter(0, flat_positions(values, support, A.shape[-1], vector).long(), values.flatten())
     added = scale * (B @ A) + sparse.view(shape)
-    return added if base is None else base + added
+    if base is None:
+        return added
+    return added + (base if base.is_floating_point() else dequantize_reference(base, A.shape[-1], B.dtype))
 
 
 @torch.library.custom_op("slcompile::compose", mutates_args=())
@@ -58,13 +61,18 @@ def compose(
         scale: Factor of the low-rank part.
         dtype: Of the result; None is B's.
         vector: Rows that share their columns.
-        base: [N, K] or [E, N, K], which the rest is added to; rounded to B's dtype.
+        base: [N, K] or [E, N, K], which the rest is added to; rounded to B's dtype. Or uint8: packed
+            (``slcompile.ops.quantized``).
 
     Returns:
         [N, K] or [E, N, K], contiguous, whatever autocast says.
     """
     with torch.autocast(B.device.type, enabled=False):
-        weight = _scaled_product(B, A, scale) if base is None else _added_product(base.to(B.dtype), B, A, scale)
+        weight = (
+            _scaled_product(B, A, scale)
+            if base is None
+            else _added_product(as_base(base, A.shape[-1], B.dtype), B, A, scale)
+        )
         # The support has no repetition, so this is exact and deterministic.
         weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[-1], vector), values.flatten())
         return weight if dtype is None else weight.to(dtype)

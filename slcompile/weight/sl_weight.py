@@ -16,6 +16,7 @@ from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
 from slcompile.ops import compose, compose_reference
+from slcompile.ops.quantized import as_base
 from slcompile.ops.support import (
     IMPORTED,
     draw_seed,
@@ -46,7 +47,7 @@ class Factors:
         index: Flat positions of the uniform and the largest support, ascending; None for the others.
         scale: Of the low-rank part.
         vector: Rows that share their columns: 1 but for the vector support.
-        base: What they are added to, of the weight's shape; None for nothing.
+        base: What they are added to, of the weight's shape, unpacked; None for nothing.
     """
 
     B: Tensor
@@ -69,9 +70,9 @@ class SLWeight(FactorizedWeight):
     (uint8, [non-zeros]), from which ``index`` follows there, which no state dict holds. A stack of matrices [experts,
     rows, columns] has stacks of factors; its support is that of one matrix of ``experts * rows`` rows.
 
-    With a frozen base there is one more parameter, ``base`` of the weight's shape, without gradient, and ``W = base +
-    scale * B @ A + S``. There the density may be 0: ``values`` and ``seed`` are then empty buffers that no state dict
-    holds.
+    With a frozen base there is one more parameter, ``base`` of the weight's shape or packed as uint8, without gradient,
+    and ``W = base + scale * B @ A + S``. The density may then be 0: ``values`` and ``seed`` are empty buffers, which no
+    state dict holds.
 
     ``config`` gives rank, density, alpha, support and base; ``config.seed`` and ``name`` give the seed. The factor at
     the side of ``input_dim`` is the one that starts random. For the other arguments see ``FactorizedWeight``.
@@ -80,12 +81,12 @@ class SLWeight(FactorizedWeight):
     structure = "sparse_low_rank"
     op = torch.ops.slcompile.compose.default
     takes_stacks = True
+    takes_density = True
     takes_base = True
 
     B: nn.Parameter
     A: nn.Parameter
     values: Tensor  # a parameter, but where there is no sparse part
-    base: nn.Parameter | None
     seed: Tensor
     index: Tensor  # of the uniform and the largest support only
     offsets: Tensor  # of the largest support only
@@ -119,9 +120,7 @@ class SLWeight(FactorizedWeight):
             mark_values(self.values)
         else:
             self.register_buffer("values", values, persistent=False)
-        self.register_parameter("base", None)
-        if config.base is not None:
-            self.base = nn.Parameter(new(self.shape), requires_grad=False)
+        self.register_base(config, device, dtype)
         self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device), persistent=bool(self.density))
         if self.has_index:
             index = torch.empty(self.values.shape, dtype=uniform_dtype(*self.as_matrix), device=device)
@@ -218,7 +217,7 @@ class SLWeight(FactorizedWeight):
             "density": self.density,
             **({"support": self.support} if self.density else {}),
             **({"vector": self.vector} if self.support == "vector" else {}),
-            **({"base": "frozen"} if self.has_base else {}),
+            **({"base": self.base_kind} if self.has_base else {}),
             "input_dim": self.input_dim,
         }
 
@@ -306,7 +305,7 @@ class SLWeight(FactorizedWeight):
         self.check_support()
         index = self.index if self.has_index else None
         B, A, values = self.B.detach(), self.A.detach(), self.values.detach()
-        base = None if self.base is None else self.base.detach()
+        base = None if self.base is None else as_base(self.base.detach(), self.shape[-1], self.dtype)
         return Factors(B, A, values, self.drawn_seed, index, self.scale, self.vector, base)
 
     @override
@@ -372,7 +371,8 @@ class SLWeight(FactorizedWeight):
         if values is not None and (offsets is not None) != (self.support == "largest"):
             having = "no offsets" if offsets is None else "offsets, which are of support='largest'"
             return f"{prefix}values have {having}; this weight has support={self.support!r}: its non-zeros would move"
-        if self.support == "largest" and offsets is not None and not offsets.is_meta:
+        is_held = offsets is not None and not offsets.is_meta
+        if self.support == "largest" and is_held and offsets.shape == self.offsets.shape:
             _, widths = group_widths(self.shape[-1], self.groups, offsets.device)
             each = offsets.to(torch.int64).reshape(-1, self.groups)
             if not bool(((each >= 0) & (each < widths)).all()):

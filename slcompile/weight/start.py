@@ -58,10 +58,17 @@ def spectral_factors(
         B [..., rows, rank], A [..., rank, columns] and values, float32.
     """
     weight = weight.float()
-    oversampled = min(rank + 8, *weight.shape[-2:])
-    U, s, V = torch.svd_lowrank(weight, q=oversampled, niter=4)
-    root = (s[..., :rank] / scale).sqrt().unsqueeze(-2)
-    B, A = U[..., :rank] * root, (V[..., :rank] * root).mT
+    B, A = low_rank_factors(weight, rank, scale)
     positions = flat_positions(values, support, weight.shape[-1], vector)
     residual = (B @ A).mul_(-scale).add_(weight)
     return B, A, residual.view(-1).index_select(0, positions).view(values.shape)
+
+
+@torch.no_grad()
+def low_rank_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns B [..., rows, rank] and A [..., rank, columns], ``scale * B @ A`` the truncated SVD; float32."""
+    weight = weight.float()
+    oversampled = min(rank + 8, *weight.shape[-2:])
+    U, s, V = torch.svd_lowrank(weight, q=oversampled, niter=4)
+    root = (s[..., :rank] / scale).sqrt().unsqueeze(-2)
+    return U[..., :rank] * root, (V[..., :rank] * root).mT

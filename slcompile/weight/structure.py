@@ -12,6 +12,7 @@ from typing_extensions import Self, override
 
 from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import register_weight_op
+from slcompile.ops.quantized import BITS, packed_shape, quantize
 
 Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
 
@@ -38,14 +39,21 @@ class FactorizedWeight(nn.Module):
         structure: Name in the table of structures, and in checkpoints.
         op: The op that composes the weight, ``op(*operands, *op_args) -> Tensor``, in ``slcompile.ops.WEIGHT_OPS``.
         takes_stacks: Whether it takes the place of stacks of matrices, too; those stay dense otherwise.
-        takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape``, where
-            ``config.base`` asks for one. It is the last operand then, and ``arguments`` says where the op takes it.
+        takes_density: Whether it has a sparse part, to which the options density, support and vector apply.
+        takes_blocks: Whether it cuts a weight, as the option blocks says.
+        takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape`` or packed,
+            where ``config.base`` asks for one (``register_base``). It is the last operand then, and ``arguments`` says
+            where the op takes it.
     """
 
     structure: ClassVar[str]
     op: ClassVar[torch._ops.OpOverload]
     takes_stacks: ClassVar[bool] = False
+    takes_density: ClassVar[bool] = False
+    takes_blocks: ClassVar[bool] = False
     takes_base: ClassVar[bool] = False
+
+    base: nn.Parameter | None
 
     def __init__(
         self,
@@ -66,6 +74,11 @@ class FactorizedWeight(nn.Module):
     def size(cls, shape: Sequence[int], config: SLConfig) -> int:
         """Returns the number of trained parameters of a weight of this shape."""
         raise NotImplementedError
+
+    @classmethod
+    def misfit_of(cls, shape: Sequence[int], config: SLConfig) -> str:
+        """Says why no weight of this shape can be of this structure; empty if one can."""
+        return ""
 
     def operands(self) -> dict[str, Tensor]:
         """Returns the tensors that ``op`` takes, in its order, by the names they have in this module."""
@@ -115,6 +128,24 @@ class FactorizedWeight(nn.Module):
         """Returns the floating-point operations of multiplying with the parts; 0 where no lowering does so."""
         return 0
 
+    def register_base(self, config: SLConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Makes the parameter ``base``, not filled, where the options ask for one; called by the constructor."""
+        self.register_parameter("base", None)
+        if config.base in BITS:
+            packed = torch.empty(packed_shape(self.shape, config.base), dtype=torch.uint8, device=device)
+            self.base = nn.Parameter(packed, requires_grad=False)
+        elif config.base is not None:
+            self.base = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype), requires_grad=False)
+
+    @property
+    def base_kind(self) -> str | None:
+        """How the base is held, as ``config.base`` says it."""
+        base = self._parameters.get("base")
+        if base is None:
+            return None
+        packed = (kind for kind in BITS if base.shape == packed_shape(self.shape, kind))
+        return "frozen" if base.is_floating_point() else next(packed)
+
     @property
     def has_base(self) -> bool:
         """Whether the parts are added to a weight that stays, the parameter ``base``."""
@@ -160,17 +191,19 @@ class FactorizedWeight(nn.Module):
         """Makes the weight that takes a dense one's place.
 
         Args:
-            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a base, it is
-                that, and shares its memory.
+            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a frozen
+                base, it is that, and shares its memory; a packed one is made of it.
             config: The options.
             how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
             name, input_dim: As for the class.
         """
         weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
-        if config.base is not None:
+        if config.base == "frozen":
             weight.base = nn.Parameter(dense, requires_grad=False)
         if dense.is_meta:
             return weight
+        if config.base in BITS:
+            weight.base = nn.Parameter(quantize(dense.detach(), config.base), requires_grad=False)
         if how == "spectral":
             weight.approximate(dense)
         else:

@@ -1,0 +1,105 @@
+"""AdamW on a few parameters at a time, those whose gradients are largest: BlockLLM (arXiv 2406.17296)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from typing_extensions import override
+
+from slcompile import torch_private
+
+
+class BlockAdamW(AdamW):
+    """AdamW that steps a share of the parameters, and holds moments of those alone.
+
+    Every ``update_every`` steps it chooses anew: the matrices with the largest gradients, by their norm divided by the
+    root of their size, and by how often each was chosen, until they hold ``share`` of all elements. Vectors (biases,
+    norms) are stepped always. Moments of a matrix that is chosen no more are dropped. Choosing needs all gradients at
+    once, so ``per_layer`` refuses it; it reads their norms from the device once.
+
+    Args:
+        params: As ``torch.optim.AdamW`` takes them, factors among them.
+        lr: Learning rate.
+        share: Of the elements of all matrices, in (0, 1]; one matrix at least is stepped.
+        update_every: Steps from one choice to the next.
+        **kwargs: Of AdamW.
+
+    Raises:
+        ValueError: ``share`` or ``update_every`` is not allowed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        share: float = 0.1,
+        update_every: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share!r}")
+        if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
+            raise ValueError(f"update_every must be an int >= 1, got {update_every!r}")
+        self.share, self.update_every = share, update_every
+        super().__init__(params, lr, **kwargs)
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates what is chosen, of the parameters that have a gradient; returns what ``closure`` does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = self.param_groups[0]
+        if first.get("block_step", 0) % self.update_every == 0:
+            self._choose()
+        first["block_step"] = first.get("block_step", 0) + 1  # in a group, so that a state dict holds it
+        resting: list[tuple[Tensor, Tensor]] = []
+        for group in self.param_groups:
+            chosen = group["chosen"] if len(group["chosen"]) == len(group["params"]) else [True] * len(group["params"])
+            for parameter, is_chosen in zip(group["params"], chosen, strict=True):
+                if not is_chosen and parameter.grad is not None:
+                    resting.append((parameter, parameter.grad))
+                    parameter.grad = None
+        try:
+            torch_private.step_without_hooks(AdamW)(self)
+        finally:
+            for parameter, gradient in resting:
+                parameter.grad = gradient
+        return loss
+
+    def _choose(self) -> None:
+        """Writes into each group which of its parameters step, and how often each was chosen."""
+        candidates: list[tuple[dict[str, Any], int, Tensor]] = []
+        for group in self.param_groups:
+            size = len(group["params"])
+            if len(group.get("times_chosen", ())) != size:  # at first, or weights became factors
+                group["times_chosen"] = [0] * size
+            group["chosen"] = [parameter.dim() < 2 for parameter in group["params"]]
+            candidates += [(group, i, each) for i, each in enumerate(group["params"]) if each.dim() >= 2]
+        with_gradient = [each for each in candidates if each[2].grad is not None]
+        if not with_gradient:
+            return
+        norms = torch.stack([each.grad.norm().float() / math.sqrt(each.numel()) for _, _, each in with_gradient])  # type: ignore[union-attr]  # they have one
+        by_merit = sorted(
+            zip(norms.tolist(), with_gradient, strict=True),
+            key=lambda pair: -pair[0] / (1 + pair[1][0]["times_chosen"][pair[1][1]]),
+        )
+        room = self.share * sum(each.numel() for _, _, each in candidates)
+        taken = 0
+        for _, (group, i, parameter) in by_merit:
+            if taken and taken + parameter.numel() > room:
+                continue  # a smaller one may still fit
+            taken += parameter.numel()
+            group["chosen"][i] = True
+            group["times_chosen"][i] += 1
+        for group, i, parameter in candidates:
+            if not group["chosen"][i]:
+                self.state.pop(parameter, None)

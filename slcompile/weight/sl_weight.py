@@ -371,8 +371,8 @@ class SLWeight(FactorizedWeight):
         if values is not None and (offsets is not None) != (self.support == "largest"):
             having = "no offsets" if offsets is None else "offsets, which are of support='largest'"
             return f"{prefix}values have {having}; this weight has support={self.support!r}: its non-zeros would move"
-        is_held = offsets is not None and not offsets.is_meta
-        if self.support == "largest" and is_held and offsets.shape == self.offsets.shape:
+        own = self.offsets.shape if self.support == "largest" else None
+        if offsets is not None and not offsets.is_meta and offsets.shape == own:
             _, widths = group_widths(self.shape[-1], self.groups, offsets.device)
             each = offsets.to(torch.int64).reshape(-1, self.groups)
             if not bool(((each >= 0) & (each < widths)).all()):

@@ -3,7 +3,7 @@
     python examples/many_gpus.py
 
 Estimated without a GPU: parameters sharded by FSDP2, one sequence of 2048 tokens on each GPU, bfloat16, AdamW. Needs
-``pip install "slcompile[examples]"``; eight minutes up to 13B on a busy CPU core, longer for the larger ones.
+``pip install "slcompile[examples]"``; ten minutes on a busy CPU core.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 import slcompile
 from slcompile.memory.many import ManyReport, Share, estimate_many
 from slcompile.memory.sharding import Layout
-from slcompile.models import known_config
+from slcompile.models import KNOWN, known_config
 
-MODELS = ("llama-1b", "llama-7b", "llama-13b", "llama-33b", "llama-3-70b", "llama-3-405b")
-SHOWN = ("llama-1b", "llama-7b", "llama-13b", "llama-3-70b")
+MODELS = ("llama-1b", "llama-7b", "llama-13b", "llama-33b", "llama-3-8b", "llama-3-70b", "llama-3-405b")
+SHOWN = ("llama-1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-3-70b", "mixtral-8x7b")
 GPUS = (1, 8, 64, 512)
 SIZES = (24, 40, 80)
 MARGIN = 0.9
@@ -46,7 +46,7 @@ def largest(shares: dict[str, Share], size: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=KNOWN)
     parser.add_argument("--rank", type=float, default=0.25)
     parser.add_argument("--density", type=float, default=0.03)
     parser.add_argument("--length", type=int, default=2048)

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/many_processes.py
 
-Bytes are those that the kernel counts on a process's own TCP connections. The estimates beside them are
-``estimate_many``'s. Needs ``pip install "slcompile[examples]"``; a few minutes on two CPU cores.
+Bytes are those that the kernel counts on a process's own TCP connections; those that ``estimate_many`` foresaw stand
+beside them. Needs ``pip install "slcompile[examples]"``; a few minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -215,13 +215,16 @@ def main() -> None:
             alone[name] = run.sent()
             del run
             gc.collect()
+        shares = estimated(config, sl, way, *shape) if dist.get_rank() == 0 else {}  # the same on all
         for what, found, digits in (
             ("sent (MB)", sent, 1e6),
+            ("estimated (MB)", {name: over_gloo(share) for name, share in shares.items()}, 1e6),
             ("of the layers (MB)", alone, 1e6),
             ("step (ms)", seconds, 1e-3),
         ):
-            dense, factorized = found["dense"], found["sltrain"]
-            say(f"{way:5}{what:20}{dense / digits:10.1f}{factorized / digits:10.1f}{factorized / dense:8.3f}")
+            if dist.get_rank() == 0:
+                dense, factorized = found["dense"], found["sltrain"]
+                print(f"{way:5}{what:20}{dense / digits:10.1f}{factorized / digits:10.1f}{factorized / dense:8.3f}")
     dist.destroy_process_group()
 
 

@@ -5,18 +5,26 @@
 On 4 nodes of 8 GPUs, the same command on each of them:
 
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        examples/pretrain_distributed.py --width 2048 --layers 24 --context 1024 --steps 10000
+        examples/pretrain_distributed.py --width 2048 --layers 24 --context 1024 --batch 256 --steps 10000
 
-The model is made on the meta device, factorized there, sharded, and only then given memory: no process ever holds a
-dense weight, or a whole factor of more than one layer. Started again, on any number of processes, it goes on from the
-checkpoint. The text is the Python source of torch itself, unless ``--text`` names a file.
+The model is made on the meta device, factorized there, and given memory layer by layer, each of which is sharded at
+once: no process ever holds a dense weight, or whole factors of more than one layer. Start, batches and losses are the
+same on any number of processes.
+
+Started again, on any number of processes, it goes on from the last checkpoint. One is written every ``--save-every``
+steps, beside the others, and moved into place when it is whole: whichever process is killed, and when, the last whole
+one is there. A process that does not come to a step within ``--timeout`` seconds ends the training with an error that
+names its rank. The text is the Python source of torch itself, unless ``--text`` names a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 import slcompile
+from slcompile.optim.low_bit import LowBitPlanner
 
 VOCABULARY = 256
 
@@ -69,25 +78,30 @@ class Transformer(nn.Module):
 
 
 def sharded(model: nn.Module, config: slcompile.SLConfig, device: torch.device, seed: int) -> nn.Module:
-    """Factorizes a model on the meta device, compiles its layers, shards it, gives it memory and draws its start."""
+    """Factorizes a model on the meta device, then gives memory to a layer, draws its start and shards it, one by one.
+
+    Every process draws the same whole layer and keeps its rows, so that the start is that of any number of processes.
+    """
     slcompile.factorize_(model, config)
-    for layer in model.layers:
-        layer.compile(backend="sltrain", fullgraph=True)  # equal layers share one compiled graph
-        fully_shard(layer)
-    fully_shard(model)
-    model.to_empty(device=device)
-    torch.manual_seed(seed + dist.get_rank())  # each process draws its own rows of every parameter
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return model
+    torch.manual_seed(seed)
+    rest = [each for each in model.children() if each is not model.layers]
+    for part in (*model.layers, *rest):
+        part.to_empty(device=device)
+        for module in part.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if part not in rest:
+            part.compile(backend="sltrain", fullgraph=True)  # equal layers share one compiled graph
+            fully_shard(part)
+    return fully_shard(model)
 
 
 def batches(text: Tensor, size: int, context: int, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [size, context] of a step: other ones on each process, the same after a restart."""
-    generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
+    """Inputs and targets of a step: this process's share of [size, context], the same after a restart."""
+    generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(text) - context - 1, (size,), generator=generator)
-    windows = torch.stack([text[start : start + context + 1] for start in starts]).long()
+    own = starts.chunk(dist.get_world_size())[dist.get_rank()]
+    windows = torch.stack([text[start : start + context + 1] for start in own]).long()
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -101,42 +115,105 @@ def count(parameters: Iterable[Tensor]) -> int:
 
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
-    """Each process writes its own shards."""
+    """Each process writes its own shards beside the checkpoints of other steps; the first one moves them into place."""
     weights, states = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": states, "step": torch.tensor(step)}, checkpoint_id=folder)
+    unfinished, whole = folder / "unfinished", folder / f"step-{step:08}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    dist.barrier()
+    dcp.save({"model": weights, "optimizer": states, "step": torch.tensor(step)}, checkpoint_id=unfinished)
+    if dist.get_rank() == 0:
+        older = checkpoints(folder)
+        unfinished.rename(whole)
+        for each in older:
+            shutil.rmtree(each)
+    dist.barrier()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints, the oldest first: several where a process was killed before it removed the older ones."""
+    return sorted(folder.glob("step-*"))
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """Reads a checkpoint that any number of processes wrote; returns its step, 0 where there is none."""
-    if not (folder / ".metadata").is_file():
+    """Reads the last checkpoint, which any number of processes wrote; returns its step, 0 where there is none."""
+    found = checkpoints(folder)
+    if not found:
         return 0
     weights, states = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": states, "step": torch.tensor(0)}
-    dcp.load(state, checkpoint_id=folder)
+    # With 8- or 4-bit states, which not every number of processes can read, refuses before anything is overwritten.
+    dcp.load(state, checkpoint_id=found[-1], planner=LowBitPlanner(optimizer))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(state["step"])
 
 
+@contextlib.contextmanager
+def naming_absent(group: dist.ProcessGroup, seconds: float) -> Iterator[None]:
+    """Calls the roll of a gloo group before and, where something failed, after: the error names who did not answer."""
+    timeout = timedelta(seconds=seconds)  # that of the group does not count
+    dist.monitored_barrier(group, timeout, wait_all_ranks=True)
+    try:
+        yield
+    except RuntimeError:  # a collective says not for whom it waited
+        dist.monitored_barrier(group, timeout, wait_all_ranks=True)
+        raise
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("width", 128), ("heads", 4), ("layers", 4), ("context", 128), ("batch", 8), ("steps", 100)):
+    for name, default in (("width", 128), ("heads", 4), ("layers", 4), ("context", 128), ("batch", 16), ("steps", 100)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--rank", type=float, default=0.25, help="a fraction, or from 1 on a number of columns")
     parser.add_argument("--density", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--save-every", type=int, default=50, help="steps")
+    parser.add_argument("--log-every", type=int, default=10, help="steps")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that a process may be late")
     parser.add_argument("--out", type=Path, default=Path("runs/distributed"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    world = int(os.environ["WORLD_SIZE"])
+    if args.batch % world:
+        parser.error(f"--batch must be a multiple of the {world} processes, got {args.batch}")
+    return args
 
 
-def main() -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    roll: dist.ProcessGroup,
+    args: argparse.Namespace,
+) -> dict[int, float]:
+    """Goes on from the last checkpoint; returns the losses that were logged, by step."""
+    text, losses = read_text(args.text), {}
+    for step in range(load(model, optimizer, args.out / "checkpoints") + 1, args.steps + 1):
+        with naming_absent(roll, args.timeout):
+            ids, targets = (each.to(device) for each in batches(text, args.batch, args.context, step))
+            loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % args.log_every == 0 or step == args.steps:
+                dist.all_reduce(loss.detach_())
+                losses[step] = loss.item() / dist.get_world_size()
+                if dist.get_rank() == 0:
+                    print(f"step {step}: loss {losses[step]:.3f}", flush=True)
+            if step % args.save_every == 0 or step == args.steps:
+                save(model, optimizer, args.out / "checkpoints", step)
+    return losses
+
+
+def main() -> dict[int, float]:
     args = parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=args.timeout))
+    roll = dist.new_group(backend="gloo")  # beside whatever carries the tensors
     say = print if dist.get_rank() == 0 else lambda *_: None
 
     shape = (args.width, args.heads, args.layers, args.context)
@@ -145,23 +222,12 @@ def main() -> None:
     with torch.device("meta"):
         model = Transformer(*shape)
     dense = count(model.parameters())
-    sharded(model, config, device, args.seed)
+    with naming_absent(roll, args.timeout):
+        sharded(model, config, device, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    start = load(model, optimizer, args.out / "checkpoint")
     local = count(each.to_local() for each in model.parameters())
     say(f"{dense:,} parameters when dense, {count(model.parameters()):,} now, {local:,} of them here")
-
-    text = read_text(args.text)
-    for step in range(start + 1, args.steps + 1):
-        ids, targets = (each.to(device) for each in batches(text, args.batch, args.context, step))
-        loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 10 == 0 or step == args.steps:
-            dist.all_reduce(loss.detach_())
-            say(f"step {step}: loss {loss.item() / dist.get_world_size():.3f}")
-    save(model, optimizer, args.out / "checkpoint", args.steps)
+    losses = train(model, optimizer, device, roll, args)
 
     # Whole factors on the first process, which merges them and writes one weight at a time.
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -171,6 +237,7 @@ def main() -> None:
         alone.load_state_dict(whole, assign=True)
         say(f"wrote {slcompile.save_merged(alone, args.out / 'dense')}")
     dist.destroy_process_group()
+    return losses
 
 
 if __name__ == "__main__":

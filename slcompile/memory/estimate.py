@@ -14,7 +14,7 @@ from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model
 from slcompile.memory.graphs import Call, capture
-from slcompile.memory.liveness import PARTS, PROOF_LAYERS, Event, Plan, profile, repeated, step_events
+from slcompile.memory.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.report import MemoryReport, Usage
 from slcompile.models import _transformers, meta_copy, unwrapped
@@ -199,16 +199,12 @@ def _usage(model: nn.Module, events: Sequence[Event], optimizer: Optimizer, with
     now["indices"] = sum(each.nbytes for each in indices.values()) if with_values else 0
     now["buffers"] = sum(each.nbytes for each in model.buffers() if id(each) not in indices)
     now["optimizer state"] = sum(optimizer.state(each.numel(), each.itemsize) for each in trained)
-    largest, at_peak, peak, where = dict(now), dict(now), sum(now.values()), "before the step"
-    places: dict[str, int] = {}
-    for event in events:
-        if event.of_values and not with_values:
-            continue
+    counted = [each for each in events if with_values or not each.of_values]
+    places = profile(counted, now)
+    peak, at_peak, where = peak_of(places, now)
+    largest = dict(now)
+    for event in counted:
         now[event.part] += event.size
-        total = sum(now.values())
         largest[event.part] = max(largest[event.part], now[event.part])
-        label = event.label
-        places[label] = max(places.get(label, 0), total)
-        if total > peak:
-            at_peak, peak, where = dict(now), total, label
-    return Usage(sum(each.numel() for each in trained), largest, peak, where, at_peak, places)
+    totals = {label: total for label, (total, _) in places.items()}
+    return Usage(sum(each.numel() for each in trained), largest, peak, where, at_peak, totals)

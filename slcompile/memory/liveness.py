@@ -428,9 +428,9 @@ def repeated(events: Sequence[Event], layers: int) -> list[Event]:
     return result
 
 
-def profile(events: Sequence[Event]) -> dict[str, tuple[int, dict[str, int]]]:
-    """Returns the most allocated in each place, and of what it consists."""
-    now = dict.fromkeys(PARTS, 0)
+def profile(events: Sequence[Event], held: Mapping[str, int] | None = None) -> dict[str, tuple[int, dict[str, int]]]:
+    """Returns the most allocated in each place, with what is held all the time, and of what it consists."""
+    now = dict.fromkeys(PARTS, 0) if held is None else dict(held)
     found: dict[str, tuple[int, dict[str, int]]] = {}
     for event in events:
         now[event.part] += event.size
@@ -438,3 +438,12 @@ def profile(events: Sequence[Event]) -> dict[str, tuple[int, dict[str, int]]]:
         if event.label not in found or total > found[event.label][0]:
             found[event.label] = total, dict(now)
     return found
+
+
+def peak_of(
+    places: Mapping[str, tuple[int, dict[str, int]]], held: Mapping[str, int]
+) -> tuple[int, dict[str, int], str]:
+    """Returns the most of a ``profile``, of what it consists, and its place."""
+    found = {START: (sum(held.values()), dict(held)), **places}
+    place = max(found, key=lambda each: found[each][0])
+    return *found[place], place

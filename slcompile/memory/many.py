@@ -15,7 +15,7 @@ from slcompile import torch_private
 from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, step_of
 from slcompile.memory.graphs import Call
-from slcompile.memory.liveness import PARTS, Event, Plan
+from slcompile.memory.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.sharding import (
     GATHERED,
@@ -245,12 +245,7 @@ def _share(
     now["buffers"] = sum(each.nbytes for each in model.buffers()) - now["indices"]
     if layout.data > 1 and not layout.fsdp:
         now[BUCKETS] = sum(each.nbytes for each in parameters.values() if each.requires_grad)
-    at_peak, peak, place = dict(now), sum(now.values()), "before the step"
-    for event in events:
-        now[event.part] += event.size
-        total = sum(now.values())
-        if total > peak:
-            at_peak, peak, place = dict(now), total, event.label
+    peak, at_peak, place = peak_of(profile(events, now), now)
     partial, activations = _exchanged(model, whole, call) if layout.tp > 1 else ({}, 0)
     count = sum(each.numel() for each in whole.parameters() if each.requires_grad)
     return Share(count, peak, place, at_peak, sent(parameters, layout, partial, activations))

@@ -37,12 +37,21 @@ def _blockwise(count: int, itemsize: int) -> int:
     return 8 * count if count < 4096 else 2 * count + 8 * math.ceil(count / 256)
 
 
+def _four_bits(count: int, itemsize: int) -> int:
+    # torchao: two moments, half a byte each and a float32 scale for every 128, and two tables of 16 float32; tensors
+    # that are small, or whose size blocks do not divide, stay in the parameter's dtype.
+    return 2 * itemsize * count if count < 4096 or count % 128 else count + 8 * (count // 128) + 128
+
+
 OPTIMIZERS = {
     "adamw": Optimizer(_copies(2), _copies(0)),
     "adamw-foreach": Optimizer(_copies(2), _copies(1), together=True),
     # On the CPU bitsandbytes unpacks the moments and a block's scales to five float32 tensors.
     "adamw8bit": Optimizer(_blockwise, _copies(0), scratch_cpu=lambda count, itemsize: 20 * count),
+    "adamw4bit": Optimizer(_four_bits, _copies(0)),
     "sgd": Optimizer(_copies(0), _copies(0)),
     "sgd-momentum": Optimizer(_copies(1), _copies(0)),
 }
-"""``adamw``: torch's with ``fused=True``; ``adamw-foreach``: torch's default on GPUs; ``adamw8bit``: bitsandbytes'."""
+"""``adamw``: torch's with ``fused=True``; ``adamw-foreach``: torch's default on GPUs; ``adamw8bit``: bitsandbytes';
+``adamw4bit``: torchao's, which Inductor compiles to kernels that unpack, update and pack, and which is taken to
+allocate nothing of a parameter's size."""

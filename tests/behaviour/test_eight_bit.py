@@ -1,4 +1,4 @@
-"""8-bit optimizers of torchao and bitsandbytes on factors, also per layer, beside float32 AdamW."""
+"""8- and 4-bit optimizers of torchao and bitsandbytes on factors, also per layer, beside float32 AdamW."""
 
 from __future__ import annotations
 
@@ -48,23 +48,26 @@ def curve(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tens
     return losses
 
 
-def eight_bit(library: str) -> type[torch.optim.Optimizer]:
+def low_bit(library: str, bits: int = 8) -> type[torch.optim.Optimizer]:
     module = pytest.importorskip(f"{library}.optim", reason='needs pip install "slcompile[optim]"')
-    return module.AdamW8bit
+    return getattr(module, f"AdamW{bits}bit")
 
 
-def is_eight_bit(state: dict) -> bool:
-    """Whether a parameter's two moments take one byte each and not four (bitsandbytes; torchao)."""
+def is_low_bit(state: dict, bits: int = 8) -> bool:
+    """Whether a parameter's two moments take so many bits a number (bitsandbytes; torchao)."""
     moments = [state[name] for name in ("state1", "state2") if name in state]
     if moments:
         return all(each.dtype == torch.uint8 for each in moments)
-    return all(type(state[name]).__name__ == "OptimState8bit" for name in ("exp_avg", "exp_avg_sq"))
+    return all(type(state[name]).__name__ == f"OptimState{bits}bit" for name in ("exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
-def test_eight_bit_states_learn_as_float32_adamw_does(library):
+@pytest.mark.parametrize(
+    ("library", "bits"),
+    [("bitsandbytes", 8), *(pytest.param("torchao", bits, marks=pytest.mark.long) for bits in (8, 4))],
+)
+def test_states_of_few_bits_learn_as_float32_adamw_does(library, bits):
     """Plain and per layer; per layer gives the plain library's weights, bit for bit."""
-    cls = eight_bit(library)
+    cls = low_bit(library, bits)
     config = slcompile.SLConfig(rank=32, density=0.1)
     hyper = {"lr": 3e-3, "weight_decay": 0.01}
     curves, models = {}, {}
@@ -79,7 +82,7 @@ def test_eight_bit_states_learn_as_float32_adamw_does(library):
         if name != "AdamW":
             for module in model.modules():
                 if isinstance(module, slcompile.SLWeight):
-                    assert all(is_eight_bit(optimizer.state[p]) for p in (module.B, module.A, module.values))
+                    assert all(is_low_bit(optimizer.state[p], bits) for p in (module.B, module.A, module.values))
     final = {name: sum(losses[-10:]) / 10 for name, losses in curves.items()}
     for name, losses in curves.items():
         print(f"{name:24}", *(f"{each:.3f}" for each in losses[9::10]), f"mean of the last ten {final[name]:.4f}")
@@ -94,14 +97,14 @@ def test_eight_bit_states_learn_as_float32_adamw_does(library):
 @pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
 def test_eight_bit_states_of_factors_that_the_first_step_makes(library, tmp_path):
     """Adoption, and a state dict that goes through a file into the plain class of the library."""
-    cls = eight_bit(library)
+    cls = low_bit(library)
     model = llama()
     model.compile(backend="sltrain", options={"rank": 32, "density": 0.1})
     optimizer = per_layer(cls, model.parameters(), lr=3e-3)
     batches = sentences()[:4]
     losses = curve(model, optimizer, batches[:2])
     weight = model.model.layers[1].mlp.up_proj.weight_sl
-    assert all(is_eight_bit(optimizer.state[p]) for p in weight.parameters())
+    assert all(is_low_bit(optimizer.state[p]) for p in weight.parameters())
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
 
     with warnings.catch_warnings():

@@ -52,6 +52,7 @@ print(json.dumps({"growth": growth, "shapes": shapes, "files": sum(report.files.
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 def test_more_than_two_gibibytes_are_streamed(tmp_path):
     try:

@@ -50,7 +50,9 @@ def test_weights_are_those_that_the_string_factorizes_experts_among_them():
 
 @pytest.mark.slow
 class TestAgainstReality:
-    @pytest.mark.parametrize("lowering", [None, "auto", "composed", "factored"])
+    @pytest.mark.parametrize(
+        "lowering", [None, "auto", *(pytest.param(each, marks=pytest.mark.long) for each in ("composed", "factored"))]
+    )
     def test_peak_of_a_real_step(self, table, lowering):
         sl = slcompile.SLConfig(rank=16, density=0.05, lowering=lowering or "auto")
         estimate, real = table.compared(llama(), sl, batch=2, factorized=lowering is not None)
@@ -100,6 +102,23 @@ class TestAgainstReality:
         expected = sum(scratch) if OPTIMIZERS[name].together else max(scratch)
         # Scalars and lists of them beside.
         assert expected <= table.peak_above(optimizer.step, "cpu") <= expected + 4096
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_state_of_four_bits(self, dtype):
+        optim = pytest.importorskip("torchao.optim")
+        parameters = [nn.Parameter(torch.randn(size, dtype=dtype)) for size in [(64, 256), (300,), (17, 1000)]]
+        optimizer = optim.AdamW4bit(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        with torch.compiler.set_stance("force_eager"):  # its update is compiled once for each shape
+            optimizer.step()
+        kept = []
+        for parameter in parameters:
+            moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+            inner = [[getattr(m, n) for n in getattr(m, "tensor_attrs", ())] or [m] for m in moments]
+            kept.append(sum(each.nbytes for tensors in inner for each in tensors))
+        assert kept == [OPTIMIZERS["adamw4bit"].state(each.numel(), each.itemsize) for each in parameters]
+        assert kept[0] < 1.1 * 64 * 256
 
 
 class Two(nn.Module):

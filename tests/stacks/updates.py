@@ -203,6 +203,51 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     return found
 
 
+def low_bit_model(width: int = 256, groups: int = 16, seed: int = 0) -> nn.Module:
+    """Halves of its factors and values are whole blocks of 256, and most of more than 4096 numbers."""
+    torch.manual_seed(seed)
+    model = ranks.example.Transformer(width=width, heads=2, layers=1, context=16)
+    return slcompile.factorize_(model, slcompile.SLConfig(rank=32, density=groups / width, seed=0))
+
+
+def low_bit_class(name: str) -> type[torch.optim.Optimizer]:
+    import torchao.optim
+
+    return getattr(torchao.optim, name)
+
+
+CUT = {"AdamW8bit": (256, 11), "AdamW4bit": (192, 14)}
+"""Width, and values in each row of q, k and v: whole blocks of 256 or of 128, and half a block more in each half."""
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The class of each first moment, of this process's shard, and its numbers, whole."""
+    found = []
+    for parameter in optimizer.param_groups[0]["params"]:
+        moment = optimizer.state[parameter]["exp_avg"]
+        kind = type(local(moment)).__name__
+        numbers = moment.full_tensor() if isinstance(moment, torch.distributed.tensor.DTensor) else moment
+        found.append((kind, numbers.dequantize() if hasattr(numbers, "dequantize") else numbers))
+    return found
+
+
+def low_bit(folder: Path) -> dict[str, Any]:
+    """8- and 4-bit states of shards, saved per layer; and one that other processes cannot read."""
+    torch.compiler.set_stance("force_eager")
+    found: dict[str, Any] = {}
+    for name in ("AdamW8bit", "AdamW4bit"):
+        for place, shape in ((folder / name, ()), (folder / f"{name} cut", CUT[name])):
+            model = sharded(low_bit_model(*shape))
+            optimizer = per_layer(low_bit_class(name), model.parameters(), lr=3e-3)
+            train(model, optimizer)
+            ranks.example.save(model, optimizer, place, STEPS)
+            kinds, numbers = zip(*moments(optimizer), strict=True)
+            torch.save(numbers, place / f"moments{dist.get_rank()}.pt")
+            found[place.name] = kinds
+    torch.compiler.set_stance("default")
+    return found
+
+
 def most_gradients(folder: Path) -> dict[str, list[int]]:
     """The most gradients that are there at once, in bytes: plain and per layer, under FSDP2."""
     found = {}
@@ -227,7 +272,7 @@ def most_gradients(folder: Path) -> dict[str, list[int]]:
 
 def updates(folder: Path) -> dict[str, Any]:
     """All of it in one process group."""
-    parts = (equal, orders, clipped, checkpoints, most_gradients)
+    parts = (equal, orders, clipped, checkpoints, low_bit, most_gradients)
     return dict(itertools.chain((each.__name__, each(folder)) for each in parts))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import slcompile
 from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import BLOCK_LOW_RANK, CP, FACTORED, TENSOR_TRAIN
+from slcompile.ops.quantized import dequantize
 from slcompile.weight import BlockLowRankWeight, CPWeight, TensorTrainWeight
 from slcompile.weight.structure import FactorizedWeight
 from slcompile.weight.tensor_train import modes
@@ -43,15 +44,18 @@ SHAPES = {
 
 def by_formula(weight: Any) -> Tensor:
     """The weight as docs/structures.md writes it, in float64."""
-    parts = [each.detach().double() for each in weight.operands().values()]
-    base = parts.pop() if weight.has_base else torch.zeros(weight.shape, dtype=torch.float64)
+    parts = [getattr(weight, name).detach().double() for name in weight.ops.parts]
     if isinstance(weight, BlockLowRankWeight):
         product = torch.block_diag(*(b @ a for b, a in zip(*parts, strict=True)))
     elif isinstance(weight, TensorTrainWeight):
         product = torch.einsum("ia,ajb,bkc,cl->ijkl", *parts)
     else:
         product = torch.einsum("hr,ir,rj->hij", *parts)
-    return base + weight.scale * product.reshape(weight.shape)
+    added = weight.scale * product.reshape(weight.shape)
+    if weight.base is None:
+        return added
+    packed = weight.base.dtype == torch.uint8
+    return added + (dequantize(weight.base, weight.shape[1], torch.float64) if packed else weight.base.double())
 
 
 def options(structure: str, base: str | None = None, **more: Any) -> dict[str, Any]:
@@ -170,6 +174,20 @@ def test_both_lowerings_are_as_exact_as_eager_mode(structure, base, lowering, as
     x = torch.randn(3, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model.eval(), backend="sltrain")(x), model(x))
+
+
+@pytest.mark.parametrize(("structure", "base"), [("block_low_rank", "int8"), ("tensor_train", "nf4"), ("cp", "int8")])
+def test_beside_a_base_of_few_bits(structure, base, tmp_path, assert_eager, aten_kernels):
+    model = factorized(structure, base)
+    weight = model.up.weight_sl
+    assert (weight.base.dtype, weight.describe()["base"]) == (torch.uint8, base)
+    torch.testing.assert_close(weight().double(), by_formula(weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.reference(), weight())
+    for lowering in ("composed", "factored"):
+        asked = options(structure, base, lowering=lowering)
+        assert_eager(torch.compile(model, backend="sltrain", options=asked), model, [torch.randn(16, 64)])
+        torch._dynamo.reset()
+    assert set(slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "net.onnx").merged) == set(SIZES)
 
 
 @CASES

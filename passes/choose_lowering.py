@@ -389,7 +389,7 @@ def _why_not(
     if x.meta["val"].dtype not in KERNEL_DTYPES:
         return "dtype", f"no kernel multiplies factors in {x.meta['val'].dtype}"
     if transposed and values.meta["val"].dim() == 1:
-        return "uniform_support", "a product with W itself would scatter: no kernel does it for the uniform support"
+        return "uniform_support", "a product with W itself would scatter: no kernel does it for stored positions"
     if cost is None or cost.few is None or not guard_or_true(cost.tokens > cost.few):
         return None
     if cost.matmul.vector < LEAST_VECTOR:

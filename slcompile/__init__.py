@@ -10,6 +10,7 @@ from slcompile.export.peft import load_peft, save_peft
 from slcompile.export.safetensors import save_merged
 from slcompile.factorize import factorize_, factors, merge_, merged_state_dict
 from slcompile.health import CheckReport, check
+from slcompile.inspect.compress import Compression, compress
 from slcompile.inspect.explain import explain
 from slcompile.inspect.explanation import Explanation
 from slcompile.inspect.graph_diff import GraphDiff, graph_diff
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BenchReport",
     "CheckReport",
+    "Compression",
     "Decision",
     "Explanation",
     "ExportReport",
@@ -43,6 +45,7 @@ __all__ = [
     "Suggestion",
     "bench",
     "check",
+    "compress",
     "estimate_memory",
     "explain",
     "export_onnx",

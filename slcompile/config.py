@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-SUPPORTS = ("vector", "stratified", "uniform")
+SUPPORTS = ("vector", "stratified", "uniform", "largest")
 VECTOR = 16
 """Rows that share their columns in the vector support, unless the user says otherwise."""
 VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -49,6 +49,8 @@ class SLConfig:
         support: Where the non-zeros of ``S`` are. ``"vector"`` has one in each of ``density * columns`` groups of a
             row, the same for blocks of ``vector`` rows, which vector units multiply fast; no index is stored.
             ``"stratified"`` draws them for each row; ``"uniform"`` is the paper's random subset, stored as int32.
+            ``"largest"`` takes in each group of a row the entry that the low-rank part approximates worst: of trained
+            weights only, and stored as one byte a non-zero.
         vector: Rows of a block of the vector support, a power of two up to 128; the last block of a weight may have
             fewer. 1 is the stratified support. Only with ``support="vector"``.
         init: ``"kaiming"`` is the paper's start for random weights, ``"spectral"`` the best approximation of
@@ -112,6 +114,12 @@ class SLConfig:
         if self.vector != VECTOR and self.support != "vector":
             raise ValueError(f"vector={self.vector} needs support='vector', got support={self.support!r}")
         require_choice("init", self.init, INITS)
+        if self.support == "largest" and (self.init == "kaiming" or self.base is not None):
+            other = "init='kaiming'" if self.init == "kaiming" else f"base={self.base!r}"
+            raise ValueError(
+                f"support='largest' puts the non-zeros where the approximation of a trained weight is worst, and "
+                f"{other} approximates none: take another support"
+            )
         _require(
             self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
             "seed",

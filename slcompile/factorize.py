@@ -61,8 +61,12 @@ def factorize_model(
     example_args: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
     ledger: Ledger,
+    made: Mapping[int, FactorizedWeight] | None = None,
 ) -> nn.Module:
-    """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own."""
+    """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own.
+
+    ``made`` are weight modules that were made and filled before, by the id of the dense weight.
+    """
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
     uses = uses_of(model, config, example_args, example_kwargs)
@@ -74,7 +78,7 @@ def factorize_model(
             require_possible_rank([each.shape for each in report.left if each.reason in ("no_saving", "shape")], config)
             reasons = sorted({each.reason for each in report.left})
             raise ValueError(f"model has no eligible weight; its {len(uses)} weights stay dense: {', '.join(reasons)}")
-        convert(found.chosen, config, live, report, ledger)
+        convert(found.chosen, config, live, report, ledger, made)
         object.__setattr__(model, EXPLICIT, config)
     return model
 

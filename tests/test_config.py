@@ -67,7 +67,7 @@ GOOD: dict[str, list[Any]] = {
     "rank": [1, 4096, 1e-6, 0.999],
     "density": [1, 1.0, 1e-9],
     "alpha": [1, 0.5, 1e9, "auto"],
-    "support": ["stratified", "vector", "uniform"],
+    "support": ["stratified", "vector", "uniform", "largest"],
     "init": ["auto", "kaiming", "spectral"],
     "seed": [None, 0, 2**63 - 1],
     "min_dim": [1, 4096],

@@ -543,3 +543,20 @@ def test_ddp_leaves_gradients_in_its_buckets_and_calls_back_before_it_ends(tmp_p
         wrapped(torch.ones(2, 4)).sum().backward()
         assert calls == [True, True]
         assert all(each.grad is None for each in layer.parameters())
+
+
+def test_watching_sees_the_ops_of_both_passes_and_not_its_own():
+    seen = []
+
+    def see(name, args, result):
+        seen.append(name)
+        torch.mm(torch.ones(1, 1), torch.ones(1, 1))
+
+    weight, x = torch.randn(4, 3), torch.randn(2, 5, 3, requires_grad=True)
+    with torch_private.Watching(see):
+        y = nn.functional.linear(x, weight, torch.zeros(4))
+        forward = list(seen)
+        torch.autograd.grad(y.sum(), x)
+    torch.mm(weight, weight.t())
+    assert forward.count("addmm") == 1
+    assert seen.count("mm") == 1  # the input's gradient

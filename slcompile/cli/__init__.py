@@ -1,13 +1,13 @@
-"""The command line: ``slcompile bench``, ``check``, ``diff``, ``export``, ``memory``, ``rates`` and ``suggest``."""
+"""The command line: ``slcompile bench``, ``check``, ``compress``, ``diff``, ``export``, ``memory`` and more."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from slcompile.cli import bench, check, diff, export, memory, rates, suggest
+from slcompile.cli import bench, check, compress, diff, export, memory, rates, suggest
 
-COMMANDS = (bench, check, diff, export, memory, rates, suggest)
+COMMANDS = (bench, check, compress, diff, export, memory, rates, suggest)
 """Modules with ``add(commands)``, which adds a parser, and ``run(args)``, which does what it parsed and may return
 an exit code."""
 

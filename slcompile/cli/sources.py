@@ -7,7 +7,7 @@ import ast
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,7 @@ def errors_of(doing: str) -> Iterator[None]:
 
 def from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
     """Calls ``package.module:factory``, also of the current directory; returns its model and arguments."""
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(f"a model is given as PACKAGE.MODULE:FACTORY, got {name!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    with errors_of(f"importing {module_name}"):
-        module = importlib.import_module(module_name)
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-        raise ValueError(f"{module_name} has no function {attribute!r}{did_you_mean(attribute, functions)}")
+    factory = from_module(name, "a model is given as PACKAGE.MODULE:FACTORY")
     with errors_of(f"the factory {name}"):
         made = factory()
     parts = made if isinstance(made, tuple) else (made,)
@@ -93,6 +83,22 @@ def from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]
     if not (is_model and isinstance(inputs, (tuple, list)) and isinstance(kwargs, Mapping)):
         raise ValueError(f"the factory {name} must return (model, args) or (model, args, kwargs), got {made!r:.200}")
     return model, inputs, kwargs
+
+
+def from_module(name: str, how: str) -> Callable[..., Any]:
+    """Returns the function ``package.module:function``, also of the current directory; ``how`` is for an error."""
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"{how}, got {name!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with errors_of(f"importing {module_name}"):
+        module = importlib.import_module(module_name)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        raise ValueError(f"{module_name} has no function {attribute!r}{did_you_mean(attribute, functions)}")
+    return found
 
 
 def from_hf(path: Path, shape: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:

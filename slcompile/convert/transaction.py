@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -21,7 +21,12 @@ from slcompile.weight.structure import FactorizedWeight, structure_of
 
 
 def convert(
-    candidates: Sequence[Candidate], config: SLConfig, live: LiveObjects, report: PassReport, ledger: Ledger
+    candidates: Sequence[Candidate],
+    config: SLConfig,
+    live: LiveObjects,
+    report: PassReport,
+    ledger: Ledger,
+    made: Mapping[int, FactorizedWeight] | None = None,
 ) -> list[FactorizedWeight]:
     """Converts weights in one transaction; the caller holds the ledger's lock.
 
@@ -31,6 +36,7 @@ def convert(
         live: The objects of the process, found after the lock was taken.
         report: What the graph, or the call, replaces and leaves; it is noted in the ledger.
         ledger: The process's, or an estimate's own.
+        made: Weight modules that were made and filled before, by the id of the dense weight.
 
     Returns:
         The weight module of each candidate, in order.
@@ -52,8 +58,16 @@ def convert(
         init = "kaiming"
     elif init == "auto":
         init = record.auto_init = record.auto_init or _init_of(checked)
+    made = made or {}
+    for candidate in candidates if init == "kaiming" and config.support == "largest" else ():
+        if not candidate.weight.is_meta:
+            raise ValueError(
+                f"support='largest' puts the non-zeros where the approximation of a trained weight is worst, and no "
+                f"weight looks trained ({candidate.name}, ...): take another support, or init='spectral'"
+            )
     weights = [
-        structure_of(candidate.config).from_dense(
+        made.get(id(candidate.weight))
+        or structure_of(candidate.config).from_dense(
             candidate.weight.detach(), candidate.config, init, name=candidate.name, input_dim=candidate.input_dim
         )
         for candidate in candidates

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.config import SLConfig, checked_config
-from slcompile.convert.candidates import gather
+from slcompile.convert.candidates import Candidate, gather
+from slcompile.convert.eligibility import require_possible_rank
 from slcompile.convert.weight_uses import uses_of
 from slcompile.models import unwrapped
 from slcompile.weight.owners import LiveObjects
@@ -28,7 +29,8 @@ class SuggestedRank:
         shape: Of the weight.
         rank: Of its low-rank part.
         parameters: Of its factors and values.
-        error: Relative error of the best approximation of this rank, without a sparse part, in the Frobenius norm.
+        error: Relative error of the best approximation of this rank, without a sparse part, in the Frobenius norm;
+            of ``compress``, that of what the weight computes.
     """
 
     shape: tuple[int, ...]
@@ -61,13 +63,18 @@ class Suggestion:
         return sum(each.parameters for each in self.weights.values()) / dense
 
     def __str__(self) -> str:
-        width = max(len(name) for name in self.weights)
-        rows = [f"{'weight':<{width}}  {'shape':>14}  {'rank':>6}  {'parameters':>12}  {'error':>6}"]
-        for name, each in self.weights.items():
-            shape = "x".join(map(str, each.shape))
-            rows.append(f"{name:<{width}}  {shape:>14}  {each.rank:>6}  {each.parameters:>12,}  {each.error:>6.3f}")
-        rows.append(f"{self.share:.1%} of the parameters of {len(self.weights)} weights, {self.budget:.1%} asked for")
-        return "\n".join(rows)
+        asked = f"{self.share:.1%} of the parameters of {len(self.weights)} weights, {self.budget:.1%} asked for"
+        return f"{table(self.weights)}\n{asked}"
+
+
+def table(weights: Mapping[str, SuggestedRank]) -> str:
+    """Returns one line for each weight, under a heading."""
+    width = max(len(name) for name in weights)
+    rows = [f"{'weight':<{width}}  {'shape':>14}  {'rank':>6}  {'parameters':>12}  {'error':>6}"]
+    for name, each in weights.items():
+        shape = "x".join(map(str, each.shape))
+        rows.append(f"{name:<{width}}  {shape:>14}  {each.rank:>6}  {each.parameters:>12,}  {each.error:>6.3f}")
+    return "\n".join(rows)
 
 
 @torch.no_grad()
@@ -97,45 +104,74 @@ def suggest(
         ValueError: The budget is not in (0, 1), or less than rank 1 and the density take; the weights are on the meta
             device; or nothing is eligible.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1:
-        raise ValueError(f"budget must be a number in (0, 1), got {budget!r}")
     config = replace(checked_config(config), rank=1)
     model = unwrapped(model)
+    chosen = eligible(model, config, example_args, example_kwargs)
+    require_possible(budget, chosen)
+    energies = {each.name: _energies(each.weight) for each in chosen}
+    ranks = distribute(budget, chosen, energies)
+    found = {
+        each.name: SuggestedRank(
+            tuple(each.weight.shape),
+            rank := ranks[each.name],
+            _size(each, rank),
+            float(energies[each.name][rank:].sum()) ** 0.5,
+        )
+        for each in chosen
+    }
+    return Suggestion(found, budget)
+
+
+def eligible(
+    model: nn.Module,
+    config: SLConfig,
+    example_args: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+) -> list[Candidate]:
+    """Returns the weights that the options factorize; ValueError where there are none, or they hold no numbers."""
     config.require_patterns_match(dense_names(model))
     uses = uses_of(model, config, example_args, example_kwargs)
-    chosen = gather(uses, config, LiveObjects.find(), model=model).chosen
+    found = gather(uses, config, LiveObjects.find(), model=model)
+    chosen, left = found.chosen, found.report().left
     if not chosen:
-        raise ValueError(f"model has no eligible weight of {len(uses)}: nothing to distribute a budget over")
+        require_possible_rank([each.shape for each in left if each.reason == "no_saving"], config)
+        reasons = ", ".join(sorted({each.reason for each in left}))
+        raise ValueError(f"model has no eligible weight of {len(uses)}{reasons and f' ({reasons})'}")
     if any(each.weight.is_meta for each in chosen):
         raise ValueError("model must have weights, got some on the meta device, which have no spectrum")
-    energies = {each.name: _energies(each.weight) for each in chosen}
-    options = {each.name: each.config for each in chosen}
-    shapes = {each.name: tuple(each.weight.shape) for each in chosen}
+    return chosen
 
-    def size(name: str, rank: int) -> int:
-        own = options[name]
-        return structure_of(own).size(shapes[name], replace(own, rank=rank))
 
-    ranks = dict.fromkeys(shapes, 1)
-    dense = sum(math.prod(shape) for shape in shapes.values())
-    left = budget * dense - sum(size(name, 1) for name in shapes)
-    if left < 0:
-        least = sum(size(name, 1) for name in shapes) / dense
-        raise ValueError(f"budget={budget} cannot be met: rank 1 and density={config.density} take {least:.4f}")
+def require_possible(budget: float, chosen: Sequence[Candidate]) -> None:
+    """Raises ValueError where a budget is none, or less than what rank 1 takes."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1:
+        raise ValueError(f"budget must be a number in (0, 1), got {budget!r}")
+    least = sum(_size(each, 1) for each in chosen) / sum(each.weight.numel() for each in chosen)
+    if least > budget:
+        raise ValueError(
+            f"budget={budget} cannot be met: rank 1 and density={chosen[0].config.density} take {least:.4f}"
+        )
+
+
+def distribute(budget: float, chosen: Sequence[Candidate], energies: Mapping[str, Tensor]) -> dict[str, int]:
+    """Distributes rank by what each next direction of a weight is worth for each parameter."""
+    ranks = {each.name: 1 for each in chosen}
+    left = budget * sum(each.weight.numel() for each in chosen) - sum(_size(each, 1) for each in chosen)
     gains = []
-    for name, energy in energies.items():
-        cost = size(name, 2) - size(name, 1)
-        most = (math.prod(shapes[name]) - 1 - size(name, 1)) // cost + 1  # the largest rank that saves parameters
-        gains += [(float(each) / cost, name, cost) for each in energy[1 : max(1, most)]]
+    for each in chosen:
+        cost = _size(each, 2) - _size(each, 1)
+        most = (each.weight.numel() - 1 - _size(each, 1)) // cost + 1  # the largest rank that saves parameters
+        gains += [(float(energy) / cost, each.name, cost) for energy in energies[each.name][1 : max(1, most)]]
     for _, name, cost in sorted(gains, key=lambda gain: -gain[0]):  # of one weight they come in the order of ranks
         if cost <= left:
             ranks[name] += 1
             left -= cost
-    found = {
-        name: SuggestedRank(shapes[name], rank, size(name, rank), float(energies[name][rank:].sum()) ** 0.5)
-        for name, rank in ranks.items()
-    }
-    return Suggestion(found, budget)
+    return ranks
+
+
+def _size(candidate: Candidate, rank: int) -> int:
+    own = replace(candidate.config, rank=rank)
+    return structure_of(own).size(tuple(candidate.weight.shape), own)
 
 
 def _energies(weight: Tensor) -> Tensor:

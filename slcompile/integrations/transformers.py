@@ -6,6 +6,7 @@ Factors travel as transformers' quantized weights do: ``config.json`` has a ``qu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from slcompile.convert.ledger import EXPLICIT
 from slcompile.export.checkpoint import described_weights, install
 from slcompile.factorize import factorize_
 from slcompile.models import METHOD, unwrapped
+from slcompile.weight.placing import shapes_only
 from slcompile.weight.structure import FactorizedWeight
 
 
@@ -46,8 +48,14 @@ class FactorsLoader(HfQuantizer):
                 "slcompile.factorize_(model, config)"
             )
         install(model, cast(FactorsConfig, self.quantization_config).weights)
+        # transformers initializes what is not loaded, and reads weights on the way whose buffers it has not filled.
+        self._unread = contextlib.ExitStack()
+        self._unread.enter_context(
+            shapes_only([each for each in model.modules() if isinstance(each, FactorizedWeight)])
+        )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._unread.close()
         for module in model.modules():
             if isinstance(module, FactorizedWeight):
                 module.loaded()

@@ -1,4 +1,4 @@
-"""Where the non-zeros of S are: stratified and vector (computed from a seed, stored nowhere), uniform (the paper's).
+"""Where the non-zeros of S are: stratified and vector (computed from a seed, stored nowhere), uniform, largest.
 
 Stratified: each row of ``columns`` entries is cut into ``groups`` consecutive groups whose widths differ by at
 most one, and holds exactly one non-zero in each. Group ``j`` of row ``i`` has its non-zero at
@@ -7,6 +7,11 @@ most one, and holds exactly one non-zero in each. Group ``j`` of row ``i`` has i
 
 Vector: the same for blocks of ``vector`` consecutive rows, the last of which may be shorter: in the formula, ``i`` is
 ``row // vector``, so that the rows of a block share their columns. With ``vector = 1`` it is the stratified support.
+
+Largest: one non-zero in each group of a row, as in the stratified support, where the weight was approximated worst. Its
+place in the group is stored as a small offset; ops take it as they take the uniform support, by flat positions.
+
+Uniform, the paper's: a random subset of all entries, stored as flat positions.
 
 All of it is integer arithmetic, so the same seed gives the same support on every device and in every version;
 ``kernels/support.py`` has the same integers in Triton. ``mix32`` is the public 32-bit finaliser "lowbias32".
@@ -116,13 +121,59 @@ def uniform_dtype(rows: int, columns: int) -> torch.dtype:
     return torch.int32 if rows * columns < 2**31 else torch.int64
 
 
+def offset_dtype(columns: int, groups: int) -> torch.dtype:
+    """Returns the smallest of uint8, uint16 and int32 that holds every offset in a group of a row."""
+    widest = -(-columns // groups)
+    return torch.uint8 if widest <= 1 << 8 else torch.uint16 if widest <= 1 << 16 else torch.int32
+
+
+def group_widths(columns: int, groups: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Returns first column and width of each group of a row, int64 [groups]."""
+    edges = torch.arange(groups + 1, device=device) * columns // groups
+    return edges[:-1], edges.diff()
+
+
+def largest_offsets(gains: Tensor, groups: int) -> Tensor:
+    """Returns the offset of the largest entry in each group of each row; of equal ones, the first.
+
+    Args:
+        gains: [rows, columns], or a stack of such; not negative.
+        groups: Non-zeros in each row, from ``groups_per_row``.
+
+    Returns:
+        int64 of shape [..., rows, groups].
+    """
+    starts, widths = group_widths(gains.shape[-1], groups, gains.device)
+    inside = torch.arange(int(widths.max()), device=gains.device)
+    columns = (starts.unsqueeze(1) + inside).clamp_max(gains.shape[-1] - 1)
+    outside = inside >= widths.unsqueeze(1)
+    return gains[..., columns].masked_fill(outside, -1.0).argmax(-1)
+
+
+def offset_index(offsets: Tensor, rows: int, columns: int, groups: int) -> Tensor:
+    """Returns the flat positions, ascending, that offsets in groups stand for.
+
+    Args:
+        offsets: Integers [rows * groups], row by row.
+        rows, columns: Of the weight; those of a stack of matrices follow one another.
+        groups: Non-zeros in each row.
+
+    Returns:
+        int32 or int64 of shape [rows * groups].
+    """
+    starts, _ = group_widths(columns, groups, offsets.device)
+    row_start = torch.arange(rows, device=offsets.device).unsqueeze(1) * columns
+    found = offsets.view(rows, groups).to(torch.int64) + starts + row_start
+    return found.flatten().to(uniform_dtype(rows, columns))
+
+
 def flat_positions(values: Tensor, support: Tensor, columns: int, vector: int = 1) -> Tensor:
     """Returns flat positions of ``values`` in a row-major weight.
 
     Args:
-        values: [rows, groups] for the stratified and vector support, [non-zeros] for the uniform one. The rows of a
-            stack of matrices, [matrices, rows, groups], follow one another.
-        support: The seed, one element, for stratified and vector; the flat index, like ``values``, for uniform.
+        values: [rows, groups] for the stratified and vector support, [non-zeros] for the uniform and largest ones. The
+            rows of a stack of matrices, [matrices, rows, groups], follow one another.
+        support: The seed, one element, for stratified and vector; the flat index, like ``values``, for the others.
         columns: Columns of the weight.
         vector: Rows that share their columns; 1 for stratified.
 

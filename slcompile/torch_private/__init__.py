@@ -48,6 +48,7 @@ from slcompile.torch_private.dynamo import (
 )
 from slcompile.torch_private.eager import (
     WRAPPED,
+    Watching,
     after_backward,
     before_load_state_dict,
     bucket_hooks,
@@ -66,6 +67,7 @@ from slcompile.torch_private.eager import (
 __all__ = [
     "WRAPPED",
     "SkippedFrame",
+    "Watching",
     "add_artifact",
     "after_backward",
     "aot_graphs",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 
 def is_transforming() -> bool:
@@ -97,3 +99,22 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     from torch.utils._pytree import tree_map
 
     return tree_map(function, tree)
+
+
+class Watching(TorchDispatchMode):
+    """A context in which ``seen(name, args, result)`` is called after each ATen op of this thread.
+
+    Ops that are made of others come as those. What ``seen`` does itself is not watched.
+    """
+
+    def __init__(self, seen: Callable[[str, Sequence[Any], Any], None]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._seen(func.overloadpacket.__name__, args, result)
+        return result

@@ -102,7 +102,7 @@ class ParallelSLWeight(SLWeight):
 
 def require_divisible(weight: SLWeight, size: int, cut: int) -> None:
     """Raises ValueError where a weight cannot be cut for so many processes."""
-    if len(weight.shape) != 2 or weight.input_dim != 1 or weight.support == "uniform":
+    if len(weight.shape) != 2 or weight.input_dim != 1 or weight.has_index:
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} with support={weight.support!r} cannot be shared: only those of "
             "nn.Linear can, with the stratified or the vector support"

@@ -50,7 +50,7 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def reset_parameters(self: nn.Module) -> None:
         weights = [getattr(self, name + SUFFIX) for name in names]
         if hasattr(base, "reset_parameters"):
-            with _shapes_only(weights):
+            with shapes_only(weights):
                 base.reset_parameters(self)  # bias and the like
         for weight in weights:
             weight.reset_parameters()
@@ -81,7 +81,7 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 
 @contextlib.contextmanager
-def _shapes_only(weights: Sequence[FactorizedWeight]) -> Iterator[None]:
+def shapes_only(weights: Sequence[FactorizedWeight]) -> Iterator[None]:
     """Within, these weights read as tensors on the meta device: what is drawn for them is discarded, not composed."""
     for weight in weights:
         vars(weight)["forward"] = functools.partial(torch.empty, weight.shape, device="meta")

@@ -17,7 +17,19 @@ from slcompile.config import SLConfig
 from slcompile.cost import Matmul
 from slcompile.ops import compose, compose_reference
 from slcompile.ops.quantized import as_base
-from slcompile.ops.support import IMPORTED, draw_seed, groups_per_row, uniform_count, uniform_dtype, uniform_index
+from slcompile.ops.support import (
+    IMPORTED,
+    draw_seed,
+    flat_positions,
+    group_widths,
+    groups_per_row,
+    offset_dtype,
+    offset_index,
+    uniform_count,
+    uniform_dtype,
+    uniform_index,
+)
+from slcompile.weight.fit import fit
 from slcompile.weight.marks import mark_values
 from slcompile.weight.start import spectral_factors
 from slcompile.weight.structure import FactorizedWeight, register
@@ -30,9 +42,9 @@ class Factors:
     Attributes:
         B: [rows, rank], or a stack [experts, rows, rank].
         A: [rank, columns], or a stack.
-        values: [rows, groups] of the stratified and the vector support, [non-zeros] of the uniform one.
+        values: [rows, groups] of the stratified and the vector support, [non-zeros] of the uniform and the largest one.
         seed: Of the support.
-        index: Flat positions of the uniform support, ascending; None for the others.
+        index: Flat positions of the uniform and the largest support, ascending; None for the others.
         scale: Of the low-rank part.
         vector: Rows that share their columns: 1 but for the vector support.
         base: What they are added to, of the weight's shape, unpacked; None for nothing.
@@ -53,9 +65,10 @@ class SLWeight(FactorizedWeight):
     """A weight ``W = scale * B @ A + S`` of shape [rows, columns] whose forward is one op, ``compose``.
 
     Parameters ``B`` [rows, rank], ``A`` [rank, columns], ``values`` ([rows, groups] stratified and vector, [non-zeros]
-    uniform); buffers ``seed`` (one int64), of the uniform support ``index`` (int32, sorted), of the vector support
-    ``rows_of_block`` (one int64), so that a state dict says it. A stack of matrices [experts, rows, columns] has stacks
-    of factors; its support is that of one matrix of ``experts * rows`` rows.
+    uniform and largest); buffers ``seed`` (one int64), of the uniform support ``index`` (int32, sorted), of the vector
+    support ``rows_of_block`` (one int64), so that a state dict says it; of the largest support ``offsets`` in groups
+    (uint8, [non-zeros]), from which ``index`` follows there, which no state dict holds. A stack of matrices [experts,
+    rows, columns] has stacks of factors; its support is that of one matrix of ``experts * rows`` rows.
 
     With a frozen base there is one more parameter, ``base`` of the weight's shape or packed as uint8, without gradient,
     and ``W = base + scale * B @ A + S``. The density may then be 0: ``values`` and ``seed`` are empty buffers, which no
@@ -75,7 +88,8 @@ class SLWeight(FactorizedWeight):
     A: nn.Parameter
     values: Tensor  # a parameter, but where there is no sparse part
     seed: Tensor
-    index: Tensor  # of the uniform support only
+    index: Tensor  # of the uniform and the largest support only
+    offsets: Tensor  # of the largest support only
     rows_of_block: Tensor  # of the vector support only
     vector = 1  # of weights that were pickled before there was another
 
@@ -108,9 +122,12 @@ class SLWeight(FactorizedWeight):
             self.register_buffer("values", values, persistent=False)
         self.register_base(config, device, dtype)
         self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device), persistent=bool(self.density))
-        if self.support == "uniform":
-            index_dtype = uniform_dtype(*self.as_matrix)
-            self.register_buffer("index", torch.empty(self.values.shape, dtype=index_dtype, device=device))
+        if self.has_index:
+            index = torch.empty(self.values.shape, dtype=uniform_dtype(*self.as_matrix), device=device)
+            self.register_buffer("index", index, persistent=self.support == "uniform")
+        if self.support == "largest":
+            kind = offset_dtype(self.shape[-1], self.groups)
+            self.register_buffer("offsets", torch.zeros(self.values.shape, dtype=kind, device=device))
         if self.vector > 1:
             self.register_buffer("rows_of_block", torch.empty(1, dtype=torch.int64, device=device))
         self._restore_support()
@@ -126,6 +143,16 @@ class SLWeight(FactorizedWeight):
     def as_matrix(self) -> tuple[int, int]:
         """Rows, those of a stack one after another, and columns."""
         return math.prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the positions of the non-zeros are held, and not computed from the seed."""
+        return self.support in ("uniform", "largest")
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row, each of which holds one non-zero; not of the uniform support."""
+        return groups_per_row(self.shape[-1], self.density)
 
     @property
     def scale(self) -> float:
@@ -159,7 +186,7 @@ class SLWeight(FactorizedWeight):
 
     @override
     def operands(self) -> dict[str, Tensor]:
-        where = "index" if self.support == "uniform" else "seed"
+        where = "index" if self.has_index else "seed"
         return {name: getattr(self, name) for name in ("B", "A", "values", where, *self._base_name)}
 
     @override
@@ -176,7 +203,8 @@ class SLWeight(FactorizedWeight):
 
     @override
     def parts(self) -> dict[str, list[Tensor]]:
-        indices = [self.index] if self.support == "uniform" else []
+        indices = [self.index] if self.has_index else []
+        indices += [self.offsets] if self.support == "largest" else []
         names = ("seed", *(["rows_of_block"] if self.vector > 1 else ()), *self._base_name)
         buffers = [getattr(self, name) for name in names]
         return {"factors": [self.B, self.A], "values": [self.values], "indices": indices, "buffers": buffers}
@@ -210,7 +238,7 @@ class SLWeight(FactorizedWeight):
 
     def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
-        operands = [self.B, self.A, self.values, self.index if self.support == "uniform" else self.seed]
+        operands = [self.B, self.A, self.values, self.index if self.has_index else self.seed]
         if self.base is not None:
             operands.append(self.base)
         return op(*self.arguments(operands))
@@ -221,7 +249,7 @@ class SLWeight(FactorizedWeight):
         """Draws the paper's start and restores the support's buffers.
 
         The factor that reads the input is Kaiming-uniform(a=sqrt(5)), the other zero, values U(+-1/sqrt(in)); with a
-        base, values are zero, so that the weight is the base.
+        base, values are zero, so that the weight is the base. The largest support stays where it is.
         """
         fan_in = self.shape[-2:][self.input_dim]
         bound = 1 / math.sqrt(fan_in)
@@ -236,9 +264,34 @@ class SLWeight(FactorizedWeight):
 
     @override
     def approximate(self, dense: Tensor) -> None:
-        """Sets the factors to the truncated SVD of ``dense``, and the values to the residual at the support."""
-        support = list(self.operands().values())[-1]
+        """Sets the factors to the truncated SVD of ``dense``, and the values to the residual at the support.
+
+        For the largest support, it alternates between the two, as ``fit`` does.
+        """
+        if self.support == "largest":
+            self.fit(dense)
+            return
+        support = self.index if self.has_index else self.seed
         self.set_factors(*spectral_factors(dense, self.rank, self.scale, self.values, support, self.vector))
+
+    @torch.no_grad()
+    def fit(self, dense: Tensor, inputs: Tensor | None = None, gradients: Tensor | None = None) -> None:
+        """Sets the factors, the values and the largest support so that least is lost of what ``dense`` computes.
+
+        Args:
+            dense: The weight to be near, of ``shape``.
+            inputs, gradients: Second moments, as ``slcompile.weight.fit`` takes them.
+        """
+        where: int | Tensor = self.groups
+        if self.support != "largest":
+            support = self.index if self.has_index else self.seed
+            where = flat_positions(self.values, support, self.shape[-1], self.vector)
+        B, A, positions, values = fit(dense, self.rank, where, inputs, gradients, self.input_dim)
+        if self.support == "largest":
+            starts, _ = group_widths(self.shape[-1], self.groups, positions.device)
+            self.offsets.copy_((positions % self.shape[-1]).view(-1, self.groups).sub(starts).flatten())
+            self._restore_support()
+        self.set_factors(B, A / self.scale, values.view(self.values.shape))
 
     @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor, values: Tensor) -> None:
@@ -250,7 +303,7 @@ class SLWeight(FactorizedWeight):
     def factors(self) -> Factors:
         """Returns the parameters, detached, sharing memory. Raises as ``check_support``."""
         self.check_support()
-        index = self.index if self.support == "uniform" else None
+        index = self.index if self.has_index else None
         B, A, values = self.B.detach(), self.A.detach(), self.values.detach()
         base = None if self.base is None else as_base(self.base.detach(), self.shape[-1], self.dtype)
         return Factors(B, A, values, self.drawn_seed, index, self.scale, self.vector, base)
@@ -275,6 +328,21 @@ class SLWeight(FactorizedWeight):
                 f"the buffer rows_of_block holds {int(self.rows_of_block)} but this weight has vector={self.vector}: "
                 "something overwrote it. Load a state dict, or call reset_parameters()."
             )
+        if self.support == "largest" and not torch.equal(self.index, self._index_of_offsets()):
+            raise RuntimeError(
+                "the buffer offsets no longer says where the non-zeros are: something overwrote it. Load a state "
+                "dict, or call reset_parameters()."
+            )
+
+    def _index_of_offsets(self) -> Tensor:
+        return offset_index(self.offsets, *self.as_matrix, self.groups)
+
+    def _follow_offsets(self) -> None:
+        index = self._index_of_offsets()
+        if self.index.device == index.device:
+            self.index.copy_(index)  # in place: whoever compiled the model holds this tensor
+        else:
+            self.index = index
 
     def _restore_support(self) -> None:
         self.seed.fill_(self.drawn_seed)
@@ -282,6 +350,12 @@ class SLWeight(FactorizedWeight):
             self.rows_of_block.fill_(self.vector)
         if self.support == "uniform" and not self.index.is_meta and self.drawn_seed != IMPORTED:
             self.index.copy_(uniform_index(self.drawn_seed, *self.as_matrix, self.density))
+        if self.support == "largest":
+            # to_empty leaves garbage, which must not point out of the weight.
+            _, widths = group_widths(self.shape[-1], self.groups, self.offsets.device)
+            offsets = self.offsets.view(-1, self.groups).to(torch.int64)
+            self.offsets.copy_(offsets.clamp(min=0).minimum(widths - 1).flatten())
+            self._follow_offsets()
 
     @override
     def misfit(self, state: Mapping[str, Any], prefix: str) -> str:
@@ -293,6 +367,16 @@ class SLWeight(FactorizedWeight):
                 f"{prefix}values are of blocks of vector={vector} rows, those of this weight of vector={self.vector}: "
                 f"its non-zeros would move. Factorize with support='vector', vector={vector}"
             )
+        offsets = state.get(f"{prefix}offsets")
+        if values is not None and (offsets is not None) != (self.support == "largest"):
+            having = "no offsets" if offsets is None else "offsets, which are of support='largest'"
+            return f"{prefix}values have {having}; this weight has support={self.support!r}: its non-zeros would move"
+        own = self.offsets.shape if self.support == "largest" else None
+        if offsets is not None and not offsets.is_meta and offsets.shape == own:
+            _, widths = group_widths(self.shape[-1], self.groups, offsets.device)
+            each = offsets.to(torch.int64).reshape(-1, self.groups)
+            if not bool(((each >= 0) & (each < widths)).all()):
+                return f"{prefix}offsets must lie in their groups of {int(widths.max())} columns"
         index, size = state.get(f"{prefix}index"), math.prod(self.shape)
         if index is not None and not index.is_meta:
             ends = [] if not index.numel() else [int(index[0]), int(index[-1])]
@@ -312,15 +396,18 @@ class SLWeight(FactorizedWeight):
         if not self.density:
             return
         mark_values(self.values)  # load_state_dict(assign=True) brings another parameter
+        if self.support == "largest":
+            self._follow_offsets()
         if not self.seed.is_meta:
             self.drawn_seed = int(self.seed)
 
 
 def values_shape(shape: Sequence[int], config: SLConfig) -> tuple[int, ...]:
-    """Returns the shape of ``values``: [non-zeros] of the uniform support, [..., rows, groups] of the others."""
+    """Returns the shape of ``values``: [..., rows, groups] where columns are drawn for each row, else [non-zeros]."""
     density = config.plain_density
     if not density:
         return (*shape[:-1], 0)
-    if config.support != "uniform":
-        return (*shape[:-1], groups_per_row(shape[-1], density))
-    return (uniform_count(math.prod(shape[:-1]), shape[-1], density),)
+    rows, groups = math.prod(shape[:-1]), groups_per_row(shape[-1], density)
+    if config.support == "largest":
+        return (rows * groups,)
+    return (uniform_count(rows, shape[-1], density),) if config.support == "uniform" else (*shape[:-1], groups)

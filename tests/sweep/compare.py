@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile import torch_private
-from slcompile.config import LOWERINGS, SUPPORTS
+from slcompile.config import LOWERINGS
 from slcompile.health import composed_by_formula, share_of_budget
 from slcompile.names import SUFFIX
 from tests.sweep.cases import CASES, Case, fewer, longer_or_shorter
@@ -35,6 +35,8 @@ from tests.sweep.running import (
 from tests.testing import aten_kernels
 
 DTYPES = ("float32", "bfloat16")
+SUPPORTS = ("vector", "stratified", "uniform")
+"""Those that random weights take."""
 GENERATED = 4
 IN_CODE = ("factored", "auto", "factored", "composed")
 """Lowerings whose graphs are compiled to C++, in turn: what was wrong so far was around factored products."""

@@ -1,0 +1,230 @@
+"""Compression of trained weights: it loses less of what they compute, keeps to its budget, and can be distilled."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slcompile
+from slcompile.cli import main
+from slcompile.config import SLConfig
+from slcompile.weight.sl_weight import SLWeight
+
+
+class Net(nn.Module):
+    """Three weights, of which one is a Conv1D-style parameter, on inputs of a steep spectrum, and a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.drop, self.down = nn.Linear(64, 96), nn.Dropout(0.5), nn.Linear(96, 64)
+        self.mix = nn.Parameter(torch.randn(64, 48) / 8)
+        with torch.no_grad():
+            self.down.weight.copy_(torch.randn(64, 96) @ torch.diag(0.9 ** torch.arange(96.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.drop(torch.relu(self.up(x)))) @ self.mix
+
+
+def inputs(seed: int, batches: int = 4) -> list[Tensor]:
+    """Of one distribution, different for each seed: [32, 64] each."""
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(9))).Q
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(32, 64, generator=generator) * 0.9 ** torch.arange(64.0) @ turn for _ in range(batches)]
+
+
+def outputs_error(model: nn.Module, dense: nn.Module) -> float:
+    x = torch.cat(inputs(7))
+    with torch.no_grad():
+        found, expected = model.eval()(x), dense.eval()(x)
+    return float((found - expected).norm() / expected.norm())
+
+
+CONFIG = SLConfig(rank=8, density=0.06, init="spectral", seed=0)
+
+
+@pytest.mark.parametrize("support", ["vector", "uniform", "largest"])
+def test_it_loses_less_of_what_the_weights_compute_than_spectral_does(support):
+    dense, plain, model = Net(), Net(), Net()
+    config = SLConfig(**{**CONFIG.to_options(), "support": support, "vector": 16})
+    slcompile.factorize_(plain, config, example_args=(inputs(1)[0],))
+    found = slcompile.compress(model, inputs(1, 16), rank=8, config=config)
+    assert set(found.weights) == {"up.weight", "down.weight", "mix"} == set(slcompile.factors(model))
+    assert model.training
+    assert model.drop.training
+    assert outputs_error(model, dense) < 0.8 * outputs_error(plain, dense)
+    # The error that is said is that of what the weight computes.
+    x = torch.cat(inputs(1, 16))
+    weights = {name: net.get_parameter("up.weight") if net is dense else net.up.weight
+               for name, net in (("dense", dense), ("model", model))}  # fmt: skip
+    expected = (x @ (weights["model"] - weights["dense"]).t()).norm() / (x @ weights["dense"].t()).norm()
+    assert found.weights["up.weight"].error == pytest.approx(expected.item(), rel=0.02)  # damping is in it
+
+
+def test_a_budget_is_spent_by_what_each_weight_loses():
+    model = Net()
+    found = slcompile.compress(model, inputs(1), budget=0.4, density=0.06)
+    dense = {name: math.prod(each.shape) for name, each in found.weights.items()}
+    assert 0.37 < found.share <= 0.4
+    assert found.share == sum(each.parameters for each in found.weights.values()) / sum(dense.values())
+    for name, weight in slcompile.factors(model).items():
+        each = found.weights[name]
+        assert each.rank == weight.A.shape[0]
+        assert each.parameters == sum(part.numel() for part in (weight.B, weight.A, weight.values))
+        assert each.parameters == SLWeight.size(each.shape, SLConfig(rank=each.rank, density=0.06, support="largest"))
+    assert "of the parameters of 3 weights are left" in str(found)
+
+
+class Branches(nn.Module):
+    """Two weights of one kind, of which the second does little to the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.much, self.little = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.much(x) + 0.01 * self.little(x)
+
+
+def test_rank_goes_where_the_outputs_need_it():
+    found = slcompile.compress(Branches(), inputs(1), budget=0.4, density=0.06)
+    assert found.by_outputs
+    much, little = found.weights.values()
+    assert little.rank == 1
+    assert much.rank > 15
+    # Without a gradient each weight counts by what it computes itself.
+    model = Branches()
+    model.forward = lambda x: Branches.forward(model, x).argmax(-1)
+    found = slcompile.compress(model, inputs(1), budget=0.4, density=0.06)
+    assert not found.by_outputs
+    much, little = found.weights.values()
+    assert abs(much.rank - little.rank) <= 2
+    assert "no gradient of the outputs came to some weights" in str(found)
+
+
+def test_a_distillation_brings_the_outputs_nearer():
+    dense, model, other = Net(), Net(), Net()
+    slcompile.compress(other, inputs(1, 16), rank=4)
+    batches = ({"x": each} for each in inputs(1, 16))
+    found = slcompile.compress(model, batches, rank=4, distill_steps=97, lr=1e-2)
+    assert found.distilled is not None
+    assert found.distilled[1] < 0.97 * found.distilled[0]  # of the first batch, which is the last again
+    assert outputs_error(model, dense) < 0.97 * outputs_error(other, dense)
+    assert all(torch.equal(model.get_parameter(name), dense.get_parameter(name)) for name in ("up.bias", "down.bias"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_distillation_that_diverges_leaves_the_factors_from_before_it():
+    model, other = Net(), Net()
+    torch.manual_seed(1)
+    slcompile.compress(other, inputs(1), rank=4)
+    torch.manual_seed(1)
+    with pytest.raises(RuntimeError, match=r"the distillation's loss is .* take a lower lr than 1e\+30"):
+        slcompile.compress(model, inputs(1), rank=4, distill_steps=20, lr=1e30)
+    assert all(torch.equal(each, other.state_dict()[name]) for name, each in model.state_dict().items())
+
+
+def test_the_random_state_stays():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    model = Net()
+    torch.manual_seed(5)
+    slcompile.compress(model, inputs(1), rank=4, config=CONFIG)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either budget or rank, got budget=None and rank=None"),
+        ({"rank": 4, "budget": 0.5}, "give either budget or rank, got budget=0.5 and rank=4"),
+        ({"budget": 0.05}, r"budget=0\.05 cannot be met: rank 1 and density=0\.03 take 0\.0[0-9]+"),
+        ({"budget": 1.5}, r"budget must be a number in \(0, 1\), got 1\.5"),
+        ({"rank": 4, "distill_steps": -1}, "distill_steps must be an int >= 0, got -1"),
+        ({"rank": 4, "lr": 0}, "lr must be a finite number > 0, got 0"),
+        ({"rank": 4, "calibration": []}, "calibration must have a batch, got none"),
+        (
+            {"rank": 4, "calibration": [torch.full((4, 64), math.nan)]},
+            "calibration gives up.weight inputs or gradients with NaN or Inf",
+        ),
+        ({"rank": 4, "config": SLConfig(base="frozen")}, "compress approximates weights .* base='frozen'"),
+        ({"rank": {"nothing*": 4}}, r"rank pattern 'nothing\*' matches no parameter"),
+        ({"rank": 90}, "rank must be at most 64, the smaller side of the largest eligible weight, got 90"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_changes(arguments, message):
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    given: dict[str, Any] = {"calibration": inputs(1), **arguments}
+    with pytest.raises(ValueError, match=message):
+        slcompile.compress(net, **given)
+    assert type(net.up) is nn.Linear
+    assert all(torch.equal(each, before[name]) for name, each in net.state_dict().items())
+    assert net.training
+
+
+def test_a_weight_that_no_input_reaches_is_named():
+    with pytest.raises(ValueError, match=r"reaches no matmul of lone\.weight: give batches that do, or leave it out"):
+        slcompile.compress(Lone(), inputs(1), rank=4)
+    assert slcompile.compress(Lone(), inputs(1), rank=4, config=SLConfig(exclude="lone*")).weights.keys() == {
+        "up.weight"
+    }
+
+
+class Lone(nn.Module):
+    """A weight that a product reads while Dynamo traces, and an op of its own otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.lone = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.lone(x) if torch.compiler.is_compiling() else x
+
+
+def test_the_command_writes_factors_and_dense_weights(tmp_path, monkeypatch, capsys):
+    name = f"compressed_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nfrom transformers import GPT2Config, GPT2LMHeadModel\n\n"
+        "def model():\n"
+        "    torch.manual_seed(0)\n"
+        "    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=32)\n"
+        "    return GPT2LMHeadModel(config)\n\n"
+        "def batches():\n"
+        "    for _ in range(3):\n"
+        "        yield {'input_ids': torch.randint(0, 128, (2, 16)), 'use_cache': False}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["compress", f"{name}:model", "--calibration", f"{name}:batches", "--budget", "0.5", "--density", "0.1"]
+    assert main([*command, "--distill-steps", "2", "--out", "factors", "--merged", "dense"]) == 0
+    printed = capsys.readouterr().out
+    assert "of the parameters of 4 weights are left" in printed
+    assert "distilled to" in printed
+
+    from transformers import GPT2LMHeadModel
+
+    ids = torch.arange(32).reshape(2, 16)
+    loaded, dense = slcompile.load_factorized(tmp_path / "factors"), GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
+    assert loaded.transformer.h[0].mlp.c_fc.weight_sl.support == "largest"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, dense.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert main(command) == 2
+    assert "give --out DIR, --merged DIR, or both" in capsys.readouterr().err
+    assert main([*command[:2], "--calibration", "batches", *command[4:], "--out", "factors"]) == 2
+    assert "calibration batches are given as PACKAGE.MODULE:FUNCTION, got 'batches'" in capsys.readouterr().err
+
+
+def test_the_page_s_example_runs_as_it_stands(capsys):
+    page = (Path(slcompile.__file__).parents[1] / "docs" / "compress.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"run by tests/inspect/test_compress.py -->\n```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(code, "compress.md", "exec"), {})
+    assert "of the parameters of 2 weights are left" in capsys.readouterr().out

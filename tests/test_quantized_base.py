@@ -158,9 +158,8 @@ def test_memory_explain_and_check_know_it():
     assert report.settings["base"] == "nf4"
     found = slcompile.explain(Wide(), (x,), config=SLConfig(**QLORA))
     assert found.summary.bytes.after == packed + 4 * 4 * (512 + 2 * added) + 2 * 8  # gradients and Adam; seeds
-    for options in (QLORA, INT8):
-        checked = slcompile.check(Wide(), (torch.randn(16, 256),), config=SLConfig(**options))
-        assert checked.is_healthy, str(checked)
+    checked = slcompile.check(Wide(), (torch.randn(16, 256),), config=SLConfig(**QLORA))
+    assert checked.is_healthy, str(checked)
 
 
 def test_a_model_in_lower_precision_keeps_its_codes(x):

@@ -241,10 +241,7 @@ def owner_of(name: str) -> ModuleType | type:
 # One of each kind of run; the others are run with the long tests.
 SOME = {
     "parameterize_weights: scale",
-    "fuse_weight_grads",
-    "choose_lowering: hidden",
     "compose: product",
-    "vector: gradients",
     "merged_wide",
 }
 
@@ -264,7 +261,7 @@ def test_a_planted_defect_is_found(planted, net, batch, aten_kernels, monkeypatc
     print(report)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_defect_of_lower_ops_is_blamed_on_it(net, batch, monkeypatch):
     """In generated code: the pass is told apart from the others by leaving it out."""
     module = owner_of("slcompile.passes.lower_ops")

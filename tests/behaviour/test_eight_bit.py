@@ -94,7 +94,7 @@ def test_states_of_few_bits_learn_as_float32_adamw_does(library, bits):
     assert all(torch.equal(each, per_layer_weights[name]) for name, each in weights.items())
 
 
-@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+@pytest.mark.parametrize("library", ["bitsandbytes", pytest.param("torchao", marks=pytest.mark.long)])
 def test_eight_bit_states_of_factors_that_the_first_step_makes(library, tmp_path):
     """Adoption, and a state dict that goes through a file into the plain class of the library."""
     cls = low_bit(library)

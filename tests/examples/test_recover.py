@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "recover.py"
 ENVIRONMENT = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.long
 def test_a_short_training_recovers_some_of_what_the_approximation_lost(tmp_path):
     source = Path(torch.nn.functional.__file__).read_text()
     texts = [tmp_path / f"{index}.txt" for index in range(5)]

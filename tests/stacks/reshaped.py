@@ -105,6 +105,7 @@ def write(folder: Path) -> dict[str, int]:
         sizes[name] = len(whole)
         if dist.get_rank() == 0:
             torch.save(whole, place / "held.pt")
+    dist.barrier()  # nobody reads before all is there
     return sizes
 
 

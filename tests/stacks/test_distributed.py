@@ -64,6 +64,7 @@ def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(t
     assert ranks.train(restored, optimizer, more) == pytest.approx(ranks.train(model, alone[1], more), rel=1e-9)
 
 
+@pytest.mark.long
 def test_a_frozen_base_trains_under_ddp_and_sharded_as_in_one_process(tmp_path):
     torch.manual_seed(0)
     config = slcompile.SLConfig(rank=4, density={"*up*": 0.05, "*": 0}, base="frozen", seed=0)

@@ -370,7 +370,7 @@ def trained(model: nn.Module, called: Callable[..., Tensor], rank: int = 0, worl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_processes_train_as_one_does(kind, tmp_path):
     from tests.testing import torchrun  # of which the processes know nothing
 

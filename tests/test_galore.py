@@ -105,14 +105,13 @@ def test_the_rank_follows_the_gradient_and_moments_are_carried():
     state = optimizer.state[weight]
     assert state["projection"].shape == (32, 6)
     before = state["exp_avg"] @ state["projection"].t()
-    weight.grad = torch.zeros(64, 32)
-    weight.grad[:, :] = torch.randn(64, 6) @ vectors.t() + 1e-3 * torch.randn(64, 32)
-    gradient = weight.grad.clone()
+    weight.grad = torch.randn(64, 6) @ vectors.t() + 1e-3 * torch.randn(64, 32)
     optimizer.step()
     assert state["projection"].shape[1] in (6, 7)
     # What the first moment stood for is what it was, faded, and the new gradient.
-    expected = 0.9 * before + 0.1 * gradient
-    torch.testing.assert_close(state["exp_avg"] @ state["projection"].t(), expected, rtol=0.05, atol=0.01)
+    expected = 0.9 * before + 0.1 * weight.grad
+    # A tenth of the noise lies beside the vectors and is lost; by it, they turn by about a thousandth.
+    torch.testing.assert_close(state["exp_avg"] @ state["projection"].t(), expected, rtol=0, atol=5e-4)
     weight.grad = torch.outer(torch.randn(64), vectors[:, 0])
     optimizer.step()
     assert state["projection"].shape == (32, 1)

@@ -106,6 +106,7 @@ def test_with_inputs_nothing_near_fits_better(where, input_dim):
 def test_a_stack_is_fitted_matrix_by_matrix_and_what_no_input_reached_as_without():
     weight, x = torch.randn(3, 20, 30), torch.randn(200, 30)
     moments = torch.stack([x.t() @ x, torch.zeros(30, 30), 9 * x.t() @ x])
+    torch.manual_seed(1)
     B, A, positions, values = fit(weight, 4, 5, moments)
     assert (B.shape, A.shape) == ((3, 20, 4), (3, 4, 30))
 
@@ -114,9 +115,10 @@ def test_a_stack_is_fitted_matrix_by_matrix_and_what_no_input_reached_as_without
         rest = (weight if B.dim() == 3 else weight[which]) - fitted
         return (rest @ (torch.eye(30) if which == 1 else x.t())).square().sum((-2, -1))
 
+    torch.manual_seed(1)  # the singular vectors are found from a random start
     for which, moment in enumerate((moments[0], None, moments[0])):
         alone = losses(*fit(weight[which], 4, 5, moment))
-        torch.testing.assert_close(losses(B, A, positions, values)[which], alone, rtol=0.05, atol=0)
+        torch.testing.assert_close(losses(B, A, positions, values)[which], alone, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("lowering", ["composed", "factored"])

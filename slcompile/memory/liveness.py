@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.cost import aligned
-from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR, VECTOR_SPLIT
 from slcompile.memory.graphs import Graphs
+from slcompile.memory.workspace import workspace
 from slcompile.ops import FACTORED, WEIGHT_OPS
 from slcompile.passes.graph import arguments
 
@@ -216,41 +215,6 @@ def _is_composed(node: fx.Node) -> bool:
     return node.target in WEIGHT_OPS or any(each.target in projecting for each in _readers(node))
 
 
-def _workspace(node: fx.Node, device: str) -> int:
-    """Returns the bytes that an op of ours allocates besides its results while its kernels run."""
-    values_grad = torch.ops.slcompile.values_grad.default
-    makes_dense = {torch.ops.slcompile.weight_grads.default, values_grad, *(ops.grads for ops in FACTORED.values())}
-    if device != "cuda":
-        return 0
-    if node.target is torch.ops.slcompile.linear_factored.default:
-        x, _, _, values, _, _, transposed, *vector = arguments(node)
-        return _gathered(x, max(values, key=_elements), vector, transposed)
-    if node.target not in makes_dense:
-        return 0
-    if node.target is values_grad:
-        _, right, values, _, *vector = arguments(node)
-        if gathered := _gathered(right, values, vector, False):
-            return gathered + 4 * _elements(values) * -(-int(right.meta["val"].shape[0]) // VECTOR_SPLIT)
-    left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K]
-    rows, columns = int(left.shape[1]), int(right.shape[1])
-    padded = aligned(columns, right.dtype)
-    # Copied with aligned rows where neither its rows nor its columns are aligned.
-    both = padded != columns and aligned(rows, left.dtype) != rows
-    return rows * (columns + (padded if both else 0)) * left.itemsize
-
-
-def _gathered(x: fx.Node, values: fx.Node, vector: list[int], transposed: bool) -> int:
-    """Returns the bytes of x^T, or of the products with blocks of S; 0 where kernels make neither."""
-    tokens, width = map(int, x.meta["val"].shape)
-    if not vector or vector[0] < LEAST_VECTOR or tokens <= FEW_TOKENS:
-        return 0
-    return tokens * (_elements(values) // vector[0] if transposed else width) * x.meta["val"].itemsize
-
-
-def _elements(node: fx.Node) -> int:
-    return int(node.meta["val"].numel())
-
-
 def _layer(node: fx.Node, backward: bool) -> int | None:
     """Returns the layer in whose module a node was called; None where it is outside, -1 where the node does not say."""
     # What the backward pass recomputes runs where it is needed, not where it was called; a composed weight just before.
@@ -388,7 +352,7 @@ def _kernel_events(
     for buffer in written if _is_fused(node) else ():  # it may be written over what it reads
         own = [each for each in dying if each in walk.own and each not in written and each not in first]
         first += [each for each in own if each.size == buffer.size][:1]
-    work = _workspace(node, plan.device)
+    work = workspace(node, plan.device)
     signed = [
         *((each, -each.size) for each in first),
         *((each, each.size) for each in written),

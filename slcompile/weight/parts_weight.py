@@ -89,12 +89,6 @@ class PartsWeight(FactorizedWeight):
         """Numbers that one entry of a product with it is a sum of."""
         return self.shape[self.input_dim]
 
-    @property
-    def scale(self) -> float:
-        """Factor of ``B @ A``, kept as a ratio of integers as that of ``SLWeight`` is."""
-        numerator, denominator = self._scale_ratio
-        return numerator / denominator
-
     @override
     def operands(self) -> dict[str, Tensor]:
         base = {"base": self.base} if self.base is not None else {}

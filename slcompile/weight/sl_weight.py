@@ -155,12 +155,6 @@ class SLWeight(FactorizedWeight):
         return groups_per_row(self.shape[-1], self.density)
 
     @property
-    def scale(self) -> float:
-        """Factor of ``B @ A``, kept as a ratio of integers: with dynamic shapes, Dynamo makes floats symbolic."""
-        numerator, denominator = self._scale_ratio
-        return numerator / denominator
-
-    @property
     @override
     def nonzeros(self) -> int:
         return self.values.numel()

@@ -54,6 +54,7 @@ class FactorizedWeight(nn.Module):
     takes_base: ClassVar[bool] = False
 
     base: nn.Parameter | None
+    _scale_ratio: tuple[int, int] = (1, 1)
 
     def __init__(
         self,
@@ -127,6 +128,15 @@ class FactorizedWeight(nn.Module):
     def factored_flops(self, tokens: int) -> int:
         """Returns the floating-point operations of multiplying with the parts; 0 where no lowering does so."""
         return 0
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank part, which the constructor sets as a ratio of integers; 1 where it sets none.
+
+        With dynamic shapes, Dynamo makes floats symbolic.
+        """
+        numerator, denominator = self._scale_ratio
+        return numerator / denominator
 
     def register_base(self, config: SLConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Makes the parameter ``base``, not filled, where the options ask for one; called by the constructor."""

@@ -96,7 +96,7 @@ def test_autocast_reads_a_copy():
     with torch.autocast("cpu", torch.bfloat16):
         found = moments_of(model, 1, X)
     rows = X.flatten(0, 1).bfloat16().float()
-    torch.testing.assert_close(found, rows.t() @ rows, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found, rows.t() @ rows)  # float32 sums of what is in bfloat16
 
 
 class TwoLayers(nn.Module):

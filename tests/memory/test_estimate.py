@@ -14,8 +14,9 @@ import slcompile
 from slcompile import models
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.graphs import capture
-from slcompile.memory.liveness import PARTS, Event, Plan, _workspace, repeated, step_events
+from slcompile.memory.liveness import PARTS, Event, Plan, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS
+from slcompile.memory.workspace import workspace
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
 from tests.testing import example
@@ -218,8 +219,8 @@ class TestLiveness:
         x_T, z, sums = 2 * tokens * columns, 2 * tokens * rows * groups // vector, 4 * rows * groups
         is_many = vector == 16 and tokens == 300
         dense = 2 * rows * columns
-        assert [_workspace(node, "cuda") for node in nodes] == ([x_T, z, x_T + sums] if is_many else [0, 0, dense])
-        assert [_workspace(node, "cpu") for node in nodes] == [0, 0, 0]
+        assert [workspace(node, "cuda") for node in nodes] == ([x_T, z, x_T + sums] if is_many else [0, 0, dense])
+        assert [workspace(node, "cpu") for node in nodes] == [0, 0, 0]
 
     def test_a_parameter_with_two_names_is_counted_once(self):
         report = estimate_memory(llama(tie_word_embeddings=True), kwargs=IDS, config=CONFIG, device="cpu")

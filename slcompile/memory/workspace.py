@@ -1,0 +1,46 @@
+"""What our ops allocate besides their results while their kernels run on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from slcompile.cost import aligned
+from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR, VECTOR_SPLIT
+from slcompile.ops import FACTORED
+from slcompile.passes.graph import arguments
+
+
+def workspace(node: fx.Node, device: str) -> int:
+    """Returns the bytes that an op of ours allocates besides its results while its kernels run."""
+    values_grad = torch.ops.slcompile.values_grad.default
+    makes_dense = {torch.ops.slcompile.weight_grads.default, values_grad, *(ops.grads for ops in FACTORED.values())}
+    if device != "cuda":
+        return 0
+    if node.target is torch.ops.slcompile.linear_factored.default:
+        x, _, _, values, _, _, transposed, *vector = arguments(node)
+        return _gathered(x, max(values, key=_elements), vector, transposed)
+    if node.target not in makes_dense:
+        return 0
+    if node.target is values_grad:
+        _, right, values, _, *vector = arguments(node)
+        if gathered := _gathered(right, values, vector, False):
+            return gathered + 4 * _elements(values) * -(-int(right.meta["val"].shape[0]) // VECTOR_SPLIT)
+    left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K]
+    rows, columns = int(left.shape[1]), int(right.shape[1])
+    padded = aligned(columns, right.dtype)
+    # Copied with aligned rows where neither its rows nor its columns are aligned.
+    both = padded != columns and aligned(rows, left.dtype) != rows
+    return rows * (columns + (padded if both else 0)) * left.itemsize
+
+
+def _gathered(x: fx.Node, values: fx.Node, vector: list[int], transposed: bool) -> int:
+    """Returns the bytes of x^T, or of the products with blocks of S; 0 where kernels make neither."""
+    tokens, width = map(int, x.meta["val"].shape)
+    if not vector or vector[0] < LEAST_VECTOR or tokens <= FEW_TOKENS:
+        return 0
+    return tokens * (_elements(values) // vector[0] if transposed else width) * x.meta["val"].itemsize
+
+
+def _elements(node: fx.Node) -> int:
+    return int(node.meta["val"].numel())

@@ -59,7 +59,7 @@ def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
         found = gather(dense, config, live, model=gm, rewriting=True)
         report = found.report()
         if not found.chosen:
-            require_possible_rank([each.shape for each in report.left if each.reason in ("no_saving", "shape")], config)
+            require_possible_rank(found.misshapen, config)
             return report
         modules = convert(found.chosen, config, live, report, ledger)
     table = {}

@@ -109,17 +109,20 @@ def captured_uses(
             buffer.copy_(before)
 
 
-def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yields path, module and input dimension of every nn.Linear and transformers' Conv1D."""
+def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightUse]]:
+    """Yields path, module and use of ``weight``: of nn.Linear, transformers' Conv1D, convolutions without groups."""
     for path, module in model.named_modules():
         kind = base_class(module)
-        is_conv1d = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-        if isinstance(module, nn.Linear) or is_conv1d:
-            yield plain_name(path), module, 0 if is_conv1d else 1
+        if isinstance(module, nn.Linear):
+            yield plain_name(path), module, WeightUse(matmuls=["linear"])
+        elif (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            yield plain_name(path), module, WeightUse(matmuls=["linear"], input_dim=0)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
+            yield plain_name(path), module, WeightUse(matmuls=["convolution"], convolved=True)
 
 
 def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Parameter, WeightUse]]:
-    """Collects the weights of a model's linear layers, without its graph.
+    """Collects the weights of a model's linear and convolution layers, without its graph.
 
     Raises:
         ValueError: One that the patterns include is of a scripted module or carries a parametrization.
@@ -130,12 +133,15 @@ def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Par
         if scripted and config.includes(name):
             raise ValueError(f"{name} is of a scripted module and cannot be factorized; exclude it, or script later")
     uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
-    for path, module, input_dim in linear_modules(model):
+    for path, module, use in weight_modules(model):
         weight = module._parameters.get("weight")
         if weight is None:
             name = qualified(path, "weight")
             if nn.utils.parametrize.is_parametrized(module, "weight") and config.includes(name):
                 raise ValueError(f"{name} carries a parametrization; remove it, or exclude the weight")
             continue  # already factorized, or not a parameter
-        uses.setdefault(id(weight), (weight, WeightUse(input_dim=input_dim)))[1].matmuls.append("linear")
+        if id(weight) in uses:
+            uses[id(weight)][1].add(use)
+        else:
+            uses[id(weight)] = weight, use
     return list(uses.values())

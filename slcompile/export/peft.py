@@ -26,7 +26,7 @@ from slcompile.config import SLConfig, did_you_mean
 from slcompile.convert.candidates import Candidate, gather
 from slcompile.convert.ledger import EXPLICIT, ledger
 from slcompile.convert.transaction import convert
-from slcompile.convert.weight_uses import linear_modules
+from slcompile.convert.weight_uses import weight_modules
 from slcompile.export.checkpoint import read_settings, read_tensors
 from slcompile.export.safetensors import INSTALL
 from slcompile.factorize import named_weights
@@ -59,7 +59,8 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: The model has no factorized weight, or one that these files cannot hold: with another base or
-            density, a stack of matrices, of several layers, or not of ``nn.Linear`` or transformers' ``Conv1D``.
+            density, a stack of matrices, a convolution's, of several layers, or not of ``nn.Linear`` or transformers'
+            ``Conv1D``.
         RuntimeError: The factors are sharded.
         ImportError: safetensors is missing.
     """
@@ -73,11 +74,15 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{', '.join(shared)} are one weight, and these files adapt each layer by itself")
     state: dict[str, Tensor] = {}
     settings: dict[str, tuple[int, float]] = {}
-    linear = {path for path, _, _ in linear_modules(model)}
+    linear = {path for path, _, use in weight_modules(model) if not use.convolved}
     for name, weight in weights.items():
         module, _, attribute = name.rpartition(".")
         if not isinstance(weight, SLWeight) or not weight.has_base or weight.nonzeros:
             raise ValueError(f"{name} must be factorized with base='frozen' and density=0 for PEFT, got {weight}")
+        if weight.stored_shape != weight.shape:
+            raise ValueError(
+                f"{name} is a convolution's, of which these files hold none: merge it, or leave it dense with exclude"
+            )
         if module not in linear or attribute != "weight" or len(weight.shape) != 2:
             raise ValueError(f"{name} is no weight of nn.Linear or Conv1D, of which alone PEFT's LoRA is")
         weight.check_whole()
@@ -213,7 +218,7 @@ def _candidates(
     Raises:
         ValueError: They are not those of this model.
     """
-    linear = {path: (module, input_dim) for path, module, input_dim in linear_modules(model)}
+    linear = {path: (module, use) for path, module, use in weight_modules(model)}
     uses: list[tuple[nn.Parameter, WeightUse]] = []
     for name, (A, B) in pairs.items():
         if name not in linear:
@@ -221,10 +226,12 @@ def _candidates(
                 f"the adapter is of another model: it is of {name}, which is no linear layer of this "
                 f"{base_class(model).__name__}{did_you_mean(name, linear)}"
             )
-        module, input_dim = linear[name]
+        module, use = linear[name]
+        if use.convolved:
+            raise ValueError(f"the adapter is of the convolution {name}: only those of linear layers are read")
         weight = module._parameters["weight"]
         assert weight is not None
-        outputs, inputs = weight.shape if input_dim == 1 else weight.shape[::-1]
+        outputs, inputs = weight.shape if use.input_dim == 1 else weight.shape[::-1]
         if A.shape[1:] != (inputs,) or B.shape != (outputs, len(A)):
             raise ValueError(
                 f"the adapter is of another model: of {name}, [{outputs}, {inputs}], it has lora_A {list(A.shape)} and "
@@ -232,7 +239,7 @@ def _candidates(
             )
         if any(weight is other for other, _ in uses):
             raise ValueError(f"the adapter of {name} has no place here: its weight is that of another layer, too")
-        uses.append((weight, WeightUse(matmuls=["linear"], input_dim=input_dim)))
+        uses.append((weight, use))
     found = gather(uses, config, live, model=model).weights
     for name, each in zip(pairs, found, strict=True):
         # Whether it is smaller than the weight was decided by whoever trained it.

@@ -36,6 +36,8 @@ CONVOLUTIONS: dict[str, tuple[int, int, int | None]] = {
     "convolution_backward": (2, 9, 7),
 }
 _BACKWARD = "convolution_backward"
+TRANSPOSED, GROUPED = "a transposed convolution", "a convolution of {} groups"
+"""What reads a weight that stays dense."""
 # What ATen computes them with: the result has rows or columns of the one operand and of the other.
 _PRODUCTS = frozenset("addmm addmv baddbmm bmm _grouped_mm grouped_mm_fallback mm mv".split())
 # What shows the same weight in another shape, layout or dtype. Slices too: a packed q/k/v is one weight whose parts
@@ -183,8 +185,8 @@ def _why_no_matmul(weight: fx.Node, user: fx.Node, node: fx.Node, name: str) -> 
         return name
     groups = given[groups_at] if groups_at < len(given) else user.kwargs.get("groups", 1)
     if transposed_at is not None and given[transposed_at]:
-        return "a transposed convolution"
-    return "" if groups == 1 else f"a convolution of {groups} groups"
+        return TRANSPOSED
+    return "" if groups == 1 else GROUPED.format(groups)
 
 
 def _is_whole(weight: fx.Node, node: fx.Node) -> bool:

@@ -142,3 +142,262 @@ def test_which_convolutions_count(reads: str) -> None:
     else:
         slcompile.factorize_(model, slcompile.SLConfig(**OPTIONS, include=("0.w",)), example_args=(X,))
         assert model[0].w_sl.stored_shape == size
+
+
+def test_modules_say_it_without_a_graph() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 4), nn.Conv2d(32, 32, 3, groups=4), nn.ConvTranspose2d(32, 32, 3), nn.Conv1d(20, 32, 1)
+    )
+    slcompile.factorize_(model, CONFIG)
+    assert sorted(slcompile.factors(model)) == ["0.weight", "3.weight"]
+    left = {each.name: each.detail for each in slcompile.last_report().left}
+    assert left == {
+        "1.weight": "read by a convolution of 4 groups, not by a matmul",
+        "2.weight": "read by a transposed convolution, not by a matmul",
+    }
+    small = nn.Sequential(nn.Conv2d(2, 64, 3))
+    with pytest.raises(ValueError, match="too_small"):  # 18 columns
+        slcompile.factorize_(small, slcompile.SLConfig(rank=2, min_dim=32))
+
+
+class Unet(nn.Module):
+    """A denoiser of one channel in small: down, attention at the lower size, up with a skip, steps added between."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, 2 * width))
+        self.enter, self.leave = nn.Conv2d(4, width, 3, padding=1), nn.Conv2d(width, 4, 3, padding=1)
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.qkv, self.proj = nn.Conv2d(2 * width, 6 * width, 1), nn.Conv2d(2 * width, 2 * width, 1)
+        self.up = nn.Conv2d(3 * width, width, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(4, each) for each in (width, 2 * width, width))
+
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+        angles = steps[:, None] * torch.logspace(0, -3, 16, dtype=x.dtype)
+        moved = self.steps(torch.cat([angles.sin(), angles.cos()], -1))[:, :, None, None]
+        x = self.enter(x)
+        x = skip = x + self.second(F.silu(self.first(F.silu(self.norms[0](x)))))
+        x = self.down(x)
+        x = x + self.middle(F.silu(self.norms[1](x) + moved))
+        q, k, v = self.qkv(x).flatten(2).chunk(3, 1)
+        mixed = F.scaled_dot_product_attention(*(each.mT.unsqueeze(1) for each in (q, k, v))).squeeze(1).mT
+        x = x + self.proj(mixed.unflatten(2, x.shape[2:]))
+        x = torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1)
+        return self.leave(F.silu(self.norms[2](self.up(x))))
+
+
+def resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "num_labels": 10}
+    return ResNetForImageClassification(ResNetConfig(**sizes))
+
+
+def convnext() -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    sizes = {"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2, "num_labels": 10}
+    return ConvNextForImageClassification(ConvNextConfig(**sizes))
+
+
+PIXELS = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+NOISY = {"x": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)), "steps": torch.tensor([3.0, 40.0])}
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], int, dict[str, str]]] = {
+    # The patches are excluded by their name, "embeddings"; the classifier has 10 rows.
+    "resnet": (resnet, PIXELS, 7, {"excluded": "resnet.embedder.embedder.convolution", "too_small": "classifier.1"}),
+    "convnext": (convnext, PIXELS, 5, {"excluded": "convnext.embeddings.patch_embeddings", "too_small": "classifier"}),
+    "unet": (Unet, NOISY, 11, {"too_small": "leave"}),
+}
+
+
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_as_by_the_formula_in_float64(name: str, lowering: str) -> None:
+    make, inputs, count, left = MODELS[name]
+    torch.manual_seed(0)
+    model = make()
+    options = {"rank": 6, "density": 0.05, "seed": 1, "lowering": lowering, **LITE}
+    compiled = torch.compile(model, backend="sltrain", options=options)
+
+    def output(run: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+        result = run(**inputs)
+        return getattr(result, "logits", result)
+
+    output(compiled, inputs)
+    factors = slcompile.factors(model)
+    assert len(factors) == count
+    report = slcompile.last_report()
+    assert {each.reason for each in report.left} - {"no_matmul"} == set(left)
+    for reason, owner in left.items():
+        assert any(each.reason == reason and each.name == f"{owner}.weight" for each in report.left)
+    randomize(model, 0.1)
+    wide = composed_by_formula(copy.deepcopy(model).double())
+    for each in (model, wide):  # batch norm's own noise is of no interest
+        each.eval()
+        for module in each.modules():
+            module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    found, true = output(compiled, inputs), output(wide, {key: each.double() for key, each in inputs.items()})
+    wave = torch.linspace(-1, 1, true.numel(), dtype=torch.float64).sin().view(true.shape)
+    for loss in ((found * wave.float()).sum(), (true * wave).sum()):
+        loss.backward()
+    assert float((found - true).norm()) <= 1e-5 * float(true.norm())
+    for (key, each), expected in zip(model.named_parameters(), wide.parameters(), strict=True):
+        if expected.grad is not None:
+            assert float((each.grad - expected.grad).norm()) <= 1e-4 * float(expected.grad.norm() + 1e-3), key
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(output(compiled, inputs), output(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+class Small(nn.Module):
+    """A convolution of each kind, between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(8, 32, 3, padding=1, stride=2), nn.Conv2d(32, 24, 1, bias=False)
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.point(torch.tanh(self.wide(x)))).mean((2, 3)))
+
+
+IMAGES = torch.randn(3, 8, 7, 9, generator=torch.Generator().manual_seed(4))
+SHAPES = {"wide.weight": (32, 8, 3, 3), "point.weight": (24, 32, 1, 1), "head.weight": (20, 24)}
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "stratified": {"support": "stratified"},
+    "vector": {"vector": 8},
+    "uniform": {"support": "uniform"},
+    "largest": {"support": "largest", "init": "spectral"},
+    "frozen": {"base": "frozen"},
+    "nf4": {"base": "nf4"},
+    "block_low_rank": {"structure": "block_low_rank", "blocks": 4},
+    "tensor_train": {"structure": "tensor_train"},
+    "cp": {"structure": "cp", "blocks": 2},
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_sees_a_matrix_and_gives_back_the_kernel(structure: str) -> None:
+    options = {**OPTIONS, **STRUCTURES[structure]}
+    if "structure" in options:
+        del options["density"]
+    torch.manual_seed(0)
+    model = Small()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    y = model(IMAGES)
+    slcompile.factorize_(model, slcompile.SLConfig(**options))
+    assert {
+        name: tuple(each.shape) for name, each in slcompile.merged_state_dict(model).items() if name in SHAPES
+    } == SHAPES
+    if structure == "frozen":
+        torch.testing.assert_close(model(IMAGES), y)
+        assert torch.equal(model.wide.weight_sl.base, before["wide.weight"].flatten(1))
+    randomize(model, 0.1)
+    wide = composed_by_formula(copy.deepcopy(model).double())
+    require_near(results(model, model, IMAGES)[:1], results(wide, wide, IMAGES.double())[:1])
+    again = copy.deepcopy(model)
+    fresh = Small()
+    slcompile.factorize_(fresh, slcompile.SLConfig(**options))
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(IMAGES), model(IMAGES))
+    slcompile.merge_(model)
+    assert {name: tuple(each.shape) for name, each in model.named_parameters() if name in SHAPES} == SHAPES
+    torch.testing.assert_close(model(IMAGES), again(IMAGES), rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == list(before)
+
+
+def test_reset_and_spectral_start() -> None:
+    torch.manual_seed(0)
+    model = Small()
+    slcompile.factorize_(model, CONFIG)
+    model.wide.reset_parameters()
+    weight = model.wide.weight_sl
+    assert not weight.B.any()
+    assert 0.9 < float(weight.A.abs().max()) * 72**0.5 <= 1  # the fan-in is that of patches
+    low = torch.randn(32, 4) @ torch.randn(4, 72)
+    with torch.no_grad():
+        other = Small()
+        other.wide.weight.copy_(low.view(32, 8, 3, 3))
+    slcompile.factorize_(other, slcompile.SLConfig(**OPTIONS, init="spectral"))
+    torch.testing.assert_close(other.wide.weight.flatten(1), low, rtol=1e-3, atol=1e-3)
+
+
+def test_rewrite_inlines_leaf_modules_and_merges_back() -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(8, 32, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(32, 24, 1),
+        nn.Conv2d(24, 24, 3, groups=2),
+    ]
+    layers.append(nn.Conv2d(24, 32, (2, 3), padding="same", padding_mode="circular", dilation=2))
+    model = nn.Sequential(*layers)
+    gm = torch.fx.symbolic_trace(model)
+    report = slcompile.rewrite(gm, CONFIG)
+    assert [each.name for each in report.replaced] == ["0.weight", "1.weight", "3.weight"]
+    assert [(each.name, each.reason) for each in report.left] == [("2.weight", "no_matmul")]
+    randomize(gm, 0.2)
+    y = model(IMAGES)  # its modules are the graph's
+    torch.testing.assert_close(gm(IMAGES), y)
+    slcompile.merge_(gm)
+    torch.testing.assert_close(gm(IMAGES), y, rtol=1e-5, atol=1e-5)
+    assert not [node for node in gm.graph.nodes if node.target == "view"]
+    assert len(slcompile.rewrite(gm, CONFIG).replaced) == 3
+
+
+def test_an_exported_program_is_rewritten() -> None:
+    torch.manual_seed(0)
+    model = Small()
+    gm = torch.export.export(model, (IMAGES,)).module()
+    assert {each.name for each in slcompile.rewrite(gm, CONFIG).replaced} == set(SHAPES)
+    assert gm(IMAGES).shape == (3, 20)
+
+
+def test_explain_counts_patches_and_says_what_becomes_of_them() -> None:
+    found = slcompile.explain(Small(), (IMAGES,), config=CONFIG)
+    rows = {row.name: row for row in found.matmuls}
+    assert {name: row.shape for name, row in rows.items()} == SHAPES
+    assert {row.decision for row in rows.values()} == {"replaced"}
+    assert (rows["wide.weight"].tokens, rows["point.weight"].tokens) == (3 * 4 * 5, 3 * 4 * 5)
+    # The first one's input needs no gradient: 2 products of 3.
+    dense = 2 * 3 * 4 * 5 * 32 * 72
+    assert rows["wide.weight"].flops.before == 2 * dense
+    assert rows["wide.weight"].flops.after == 2 * dense + (2 + 4) * 32 * 72 * 6
+    assert rows["point.weight"].flops.before == 3 * 2 * 3 * 4 * 5 * 24 * 32
+    factored = slcompile.explain(Small(), (IMAGES,), config=slcompile.SLConfig(**OPTIONS, lowering="factored"))
+    lowerings = {row.name: row.lowering for row in factored.matmuls}
+    assert lowerings == {"wide.weight": "", "point.weight": "factored", "head.weight": "factored"}
+    assert "32x8x3x3" in str(found)
+
+
+def test_onnx_files_hold_the_kernel(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = Small()
+    slcompile.factorize_(model, CONFIG)
+    randomize(model, 0.2)
+    for compact in (False, True):
+        report = slcompile.export_onnx(model, (IMAGES,), tmp_path / "model.onnx", compact=compact)
+        assert set(report.merged if not compact else SHAPES) == set(SHAPES)
+        assert report.max_abs < 1e-5
+
+
+@pytest.mark.parametrize("structure", ["vector", "cp"])
+def test_a_checkpoint_says_that_it_is_a_kernel(structure: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = resnet()
+    options = {"rank": 6, "seed": 1, **STRUCTURES[structure]}
+    slcompile.factorize_(model, slcompile.SLConfig(**options))
+    randomize(model, 0.1).eval()
+    slcompile.save_factorized(model, tmp_path / "factors")
+    loaded = slcompile.load_factorized(tmp_path / "factors").eval()
+    name = "resnet.encoder.stages.0.layers.0.layer.1.convolution.weight_sl"
+    assert loaded.get_submodule(name).stored_shape == model.get_submodule(name).stored_shape == (8, 8, 3, 3)
+    torch.testing.assert_close(loaded(**PIXELS).logits, model(**PIXELS).logits)
+
+
+def test_memory_is_estimated() -> None:
+    report = slcompile.estimate_memory(Small(), (IMAGES,), config=CONFIG)
+    model = Small()
+    slcompile.factorize_(model, CONFIG)
+    assert report.sltrain.parameters == sum(each.nbytes for each in model.parameters())

@@ -14,7 +14,7 @@ from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.find_matmuls import WeightUse, find_matmuls, is_weight
+from slcompile.passes.find_matmuls import GROUPED, TRANSPOSED, WeightUse, find_matmuls, is_weight
 from slcompile.weight.placing import base_class
 
 # They read a matrix in ATen as they do in the captured graph.
@@ -109,16 +109,27 @@ def captured_uses(
             buffer.copy_(before)
 
 
+def layer_use(module: nn.Module) -> WeightUse | None:
+    """Returns how nn.Linear, transformers' Conv1D or a convolution uses its ``weight``; None for any other module."""
+    kind = base_class(module)
+    if isinstance(module, nn.Linear):
+        return WeightUse(matmuls=["linear"])
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return WeightUse(matmuls=["linear"], input_dim=0)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return WeightUse(others=[TRANSPOSED])
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if module.groups > 1:
+            return WeightUse(others=[GROUPED.format(module.groups)])
+        return WeightUse(matmuls=["convolution"], convolved=True)
+    return None
+
+
 def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightUse]]:
-    """Yields path, module and use of ``weight``: of nn.Linear, transformers' Conv1D, convolutions without groups."""
+    """Yields path, module and use of the weight of every layer that ``layer_use`` knows."""
     for path, module in model.named_modules():
-        kind = base_class(module)
-        if isinstance(module, nn.Linear):
-            yield plain_name(path), module, WeightUse(matmuls=["linear"])
-        elif (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-            yield plain_name(path), module, WeightUse(matmuls=["linear"], input_dim=0)
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
-            yield plain_name(path), module, WeightUse(matmuls=["convolution"], convolved=True)
+        if (use := layer_use(module)) is not None:
+            yield plain_name(path), module, use
 
 
 def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Parameter, WeightUse]]:

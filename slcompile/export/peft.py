@@ -74,7 +74,7 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{', '.join(shared)} are one weight, and these files adapt each layer by itself")
     state: dict[str, Tensor] = {}
     settings: dict[str, tuple[int, float]] = {}
-    linear = {path for path, _, use in weight_modules(model) if not use.convolved}
+    linear = {path for path, _, use in weight_modules(model) if use.matmuls == ["linear"]}
     for name, weight in weights.items():
         module, _, attribute = name.rpartition(".")
         if not isinstance(weight, SLWeight) or not weight.has_base or weight.nonzeros:
@@ -218,7 +218,7 @@ def _candidates(
     Raises:
         ValueError: They are not those of this model.
     """
-    linear = {path: (module, use) for path, module, use in weight_modules(model)}
+    linear = {path: (module, use) for path, module, use in weight_modules(model) if use.matmuls}
     uses: list[tuple[nn.Parameter, WeightUse]] = []
     for name, (A, B) in pairs.items():
         if name not in linear:

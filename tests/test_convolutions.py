@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.health import composed_by_formula
-from tests.testing import LITE, randomize
+from tests.testing import LITE, aten_kernels, randomize
 
 OPTIONS: dict[str, Any] = {"rank": 6, "density": 0.05, "seed": 1, "min_dim": 16}
 CONFIG = slcompile.SLConfig(**OPTIONS)
@@ -54,6 +54,10 @@ def by_formula(model: nn.Module, x: Tensor) -> list[Tensor]:
     return results(wide, wide, x.double())
 
 
+def quick(layer: str) -> dict[str, Any]:
+    return {} if layer == "reflected" else LITE  # in which torch's own gradient of reflecting has wrong strides
+
+
 def require_near(found: list[Tensor], truth: list[Tensor]) -> None:
     for each, true in zip(found, truth, strict=True):
         assert float((each - true).norm()) <= 3e-6 * float(true.norm())
@@ -70,8 +74,7 @@ def test_what_a_compiled_layer_computes_is_the_formula_in_float64(layer: str, lo
     if memory == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     torch._dynamo.reset()
-    lite = {} if layer == "reflected" else LITE  # in which torch's own gradient of reflecting has wrong strides
-    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **lite, "lowering": lowering})
+    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **quick(layer), "lowering": lowering})
     require_near(results(model, compiled, x), by_formula(model, x))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
@@ -83,7 +86,7 @@ def test_the_first_training_step_converts(layer: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(make())
     dense = model[0].weight
-    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **LITE})
+    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **quick(layer)})
     x = torch.randn(size)
     found = results(model, compiled, x)[:2]
     weight = model[0].weight_sl
@@ -115,7 +118,7 @@ READS: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], str]] = {
         (24, 20, 3, 3), lambda x, w: torch.convolution(x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), ""
     ),
     "twice": ((24, 20, 3, 3), lambda x, w: F.conv2d(x, w) + F.conv2d(-x.tanh(), w), ""),
-    "cast": ((24, 20, 3, 3), lambda x, w: F.conv2d(x.double(), w.double()), ""),
+    "cast": ((24, 20, 3, 3), lambda x, w: F.conv2d(x.double(), w.double()).float(), ""),
     "groups": ((40, 10, 3, 3), lambda x, w: F.conv2d(x, w, groups=2), "a convolution of 2 groups"),
     "transposed": ((20, 24, 3, 3), lambda x, w: F.conv_transpose2d(x, w), "a transposed convolution"),
     "turned": ((20, 20, 1, 1), lambda x, w: F.conv2d(x, w.transpose(0, 1)), "convolution"),
@@ -123,7 +126,7 @@ READS: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], str]] = {
     "a matrix": ((24, 20), lambda x, w: F.conv2d(x, w[:, :, None, None]), "convolution"),
     "standardized": ((24, 20, 3, 3), lambda x, w: F.conv2d(x, w - w.mean()), "mean, sub"),
     "a matmul, too": (
-        (24, 20, 1, 1), lambda x, w: F.conv2d(x, w) + (w.flatten(1) @ x.flatten(2)).unflatten(2, (6, 6)), "bmm"
+        (24, 20, 1, 1), lambda x, w: F.conv2d(x, w) + (w.flatten(1) @ x.flatten(2)).unflatten(2, (6, 6)), "mm"
     ),
 }  # fmt: skip
 
@@ -191,7 +194,7 @@ class Unet(nn.Module):
 def resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "num_labels": 10}
+    sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
     return ResNetForImageClassification(ResNetConfig(**sizes))
 
 
@@ -206,19 +209,24 @@ PIXELS = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().
 NOISY = {"x": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)), "steps": torch.tensor([3.0, 40.0])}
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], int, dict[str, str]]] = {
     # The patches are excluded by their name, "embeddings"; the classifier has 10 rows.
-    "resnet": (resnet, PIXELS, 7, {"excluded": "resnet.embedder.embedder.convolution", "too_small": "classifier.1"}),
+    "resnet": (resnet, PIXELS, 5, {"excluded": "resnet.embedder.embedder.convolution", "too_small": "classifier.1"}),
     "convnext": (convnext, PIXELS, 5, {"excluded": "convnext.embeddings.patch_embeddings", "too_small": "classifier"}),
-    "unet": (Unet, NOISY, 11, {"too_small": "leave"}),
+    "unet": (Unet, NOISY, 10, {"too_small": "leave"}),
 }
 
 
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_trains_as_by_the_formula_in_float64(name: str, lowering: str) -> None:
+    with aten_kernels():  # what Inductor's mode "lite" makes of layer norms in channels-last models is torch's own
+        check_model(name, lowering)
+
+
+def check_model(name: str, lowering: str) -> None:
     make, inputs, count, left = MODELS[name]
     torch.manual_seed(0)
     model = make()
-    options = {"rank": 6, "density": 0.05, "seed": 1, "lowering": lowering, **LITE}
+    options = {"rank": 6, "density": 0.05, "seed": 1, "lowering": lowering}
     compiled = torch.compile(model, backend="sltrain", options=options)
 
     def output(run: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
@@ -392,7 +400,7 @@ def test_a_checkpoint_says_that_it_is_a_kernel(structure: str, tmp_path: Any) ->
     slcompile.save_factorized(model, tmp_path / "factors")
     loaded = slcompile.load_factorized(tmp_path / "factors").eval()
     name = "resnet.encoder.stages.0.layers.0.layer.1.convolution.weight_sl"
-    assert loaded.get_submodule(name).stored_shape == model.get_submodule(name).stored_shape == (8, 8, 3, 3)
+    assert loaded.get_submodule(name).stored_shape == model.get_submodule(name).stored_shape == (32, 32, 3, 3)
     torch.testing.assert_close(loaded(**PIXELS).logits, model(**PIXELS).logits)
 
 
@@ -400,4 +408,5 @@ def test_memory_is_estimated() -> None:
     report = slcompile.estimate_memory(Small(), (IMAGES,), config=CONFIG)
     model = Small()
     slcompile.factorize_(model, CONFIG)
-    assert report.sltrain.parameters == sum(each.nbytes for each in model.parameters())
+    assert report.sltrain.parameter_count == sum(each.numel() for each in model.parameters())
+    assert report.sltrain.largest["parameters"] == sum(each.nbytes for each in model.parameters())

@@ -160,7 +160,8 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
             swapped = sources[0 if weight_first else 1][1]
             sites.append(Site(node, weight, weight_first, swapped == weight_first))
         else:
-            detail = f"{name} reads it, which is no plain product with the whole matrix"
+            reader = op_name(next(iter(node.users), node)) if name == "view" else name  # a convolution reads a view
+            detail = f"{reader} reads it, which is no plain product with the whole matrix"
             others.append(Decision(name_of(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
     return sites, others
 
@@ -313,7 +314,7 @@ def _costs(site: Site, composes: int, readers: int, hidden: float, device: torch
     x = site.x.meta["val"]
     device = device or x.device
     at = rates(device)
-    matmul = replace(matmul_of(site.weight, x.dtype), base=_base(site.weight) is not None)
+    matmul = matmul_of(site.weight, x.dtype)
     return Costs(
         matmul,
         x.shape[1 if site.weight_first else 0],
@@ -418,15 +419,15 @@ def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | No
 
 def matmul_of(reader: fx.Node, dtype: torch.dtype) -> Matmul:
     """Returns the sizes of a weight, from its op or that of its gradients."""
-    given = arguments(reader)
+    given, base = arguments(reader), reader.target in WEIGHT_OPS and _base(reader) is not None
     if ops := FACTORED.get(reader.target):
         start = 2 if reader.target is ops.grads else 0
         B, A = torch_private.run_fake(ops.factors, [each.meta["val"] for each in given[start:][: len(ops.parts)]])
         blocks = len(B) if B.dim() == 3 else 1
-        return Matmul(blocks * B.shape[-2], blocks * A.shape[-1], B.shape[-1], 0, dtype, blocks=blocks)
+        return Matmul(blocks * B.shape[-2], blocks * A.shape[-1], B.shape[-1], 0, dtype, 1, base, blocks)
     B, A, values = (each.meta["val"] for each in given[0 if reader.target is _COMPOSE else 2 :][:3])
     rows, rank, columns, nonzeros = map(torch_private.size_hint, (*B.shape, A.shape[1], values.numel()))
-    return Matmul(rows, columns, rank, nonzeros, dtype, *_vector(reader))
+    return Matmul(rows, columns, rank, nonzeros, dtype, *(_vector(reader) or (1,)), base)
 
 
 def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.cost import rates
+from slcompile.cost import device_class, rates
 from slcompile.ops import FACTORED, WEIGHT_OPS
-from slcompile.passes.choose_lowering import matmul_of, name_of, why_composed
+from slcompile.passes.choose_lowering import Costs, matmul_of, name_of, why_composed
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name
 
 _CONVOLUTION = torch.ops.aten.convolution.default
@@ -70,22 +71,21 @@ def _decide(nodes: Sequence[fx.Node], lowering: str, device: torch.device | None
     """Decides on a convolution and its gradients: ``reason`` is empty where they become matmuls."""
     first, compose = nodes[0], _source(_operands(nodes[0])[1])
     x, weight = (each.meta["val"] for each in _operands(first))
-    reason, detail, costs = _why_no_matmul(first, weight), "", {}
-    if reason:
-        detail = f"a convolution of kernel {list(weight.shape[2:])}: {reason}"
-        reason = "not_pointwise"
+    costs: dict[str, float] = {}
+    if why_not := _why_no_matmul(first, compose, weight):
+        reason, detail = "not_pointwise", f"a convolution of kernel {list(weight.shape[2:])}: {why_not}"
     elif compose.target is not _COMPOSE and compose.target not in FACTORED:
         reason, detail = "no_factors", f"{op_name(compose)} has no factored lowering"
-    elif why_not := why_composed(_operands(first)[0], compose, None, False, device, lowering):
-        reason, detail = why_not
     elif lowering == "composed":
         reason, detail = "asked_for", "asked for by lowering='composed'"
     else:
-        costs = _costs(nodes, compose, x, weight, device)
-        predicted = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in costs.items())
-        is_slower = lowering == "auto" and costs["composed"] <= costs["factored"]
-        reason = "slower" if is_slower else ""
-        detail = f"factored is predicted to be slower: {predicted}" if is_slower else predicted
+        cost = _cost(compose, x, device)
+        reason, detail = why_composed(_operands(first)[0], compose, cost, False, device, lowering) or ("", "")
+        if not reason:
+            costs = _costs(nodes, cost, x, device)
+            detail = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in costs.items())
+        if costs and lowering == "auto" and costs["composed"] <= costs["factored"]:
+            reason, detail = "slower", f"factored is predicted to be slower: {detail}"
     return Decision(name_of(compose), reason, detail, tuple(weight.shape), len(nodes), costs=costs, node=first.name)
 
 
@@ -94,7 +94,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return x, weight
 
 
-def _why_no_matmul(node: fx.Node, weight: Tensor) -> str:
+def _why_no_matmul(node: fx.Node, compose: fx.Node, weight: Tensor) -> str:
     """Says why a convolution is no matmul over positions; empty where it is one."""
     begin = 3 if node.target is _CONVOLUTION else 4
     stride, padding, _, transposed, _, groups = arguments(node)[begin : begin + 6]
@@ -102,17 +102,26 @@ def _why_no_matmul(node: fx.Node, weight: Tensor) -> str:
         return "it reads patches"
     if any(size != 1 for size in stride) or any(size != 0 for size in padding):
         return "its stride or padding gives other positions"
+    if weight.shape[:2] != compose.meta["val"].shape:
+        return "its weight is a view of a matrix of other sizes"
     return "it is transposed or has groups" if transposed or groups != 1 else ""
 
 
-def _costs(
-    nodes: Sequence[fx.Node], compose: fx.Node, x: Tensor, weight: Tensor, device: torch.device | None
-) -> dict[str, float]:
+def _cost(compose: fx.Node, x: Tensor, device: torch.device | None) -> Costs:
+    """Predicts the costs of one product over all positions of x."""
+    matmul, at = matmul_of(compose, x.dtype), rates(device or x.device)
+    return Costs(
+        matmul,
+        x.numel() // x.shape[1],
+        functools.partial(matmul.composed, rates=at),
+        functools.partial(matmul.factored, rates=at),
+        device_class(device or x.device).factored_tokens if matmul.nonzeros else None,
+    )
+
+
+def _costs(nodes: Sequence[fx.Node], cost: Costs, x: Tensor, device: torch.device | None) -> dict[str, float]:
     """Predicts seconds of a convolution and its gradients composed, and as factored matmuls with the copies."""
-    at = rates(device or x.device)
-    matmul = matmul_of(compose, x.dtype)
-    count = torch_private.size_hint(x.numel())
-    tokens = count // x.shape[1]
+    at, matmul, tokens = rates(device or x.device), cost.matmul, torch_private.size_hint(cost.tokens)
     composed = factored = 0.0
     moved = 0
     for node in nodes:
@@ -125,7 +134,7 @@ def _costs(
                 composed += matmul.grads_composed(tokens, rates=at)
                 factored += matmul.grads_factored(tokens, rates=at, hiddens=0 if makes_input else 1)
         for transposed in phases:
-            composed += matmul.composed(tokens, rates=at)
+            composed += cost.composed(tokens)
             factored += matmul.factored(tokens, rates=at, transposed=transposed)
         moved += tokens * (matmul.rows + matmul.columns)
     copies = 0.0 if _lies_as_rows(x) else 2 * moved * x.dtype.itemsize / at.memory

@@ -135,8 +135,11 @@ def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightUse
 def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Parameter, WeightUse]]:
     """Collects the weights of a model's linear and convolution layers, without its graph.
 
+    A convolution's weight that carries a parametrization is left out: it is computed before it is used.
+
     Raises:
-        ValueError: One that the patterns include is of a scripted module or carries a parametrization.
+        ValueError: One that the patterns include is of a scripted module, or of a linear layer and carries a
+            parametrization.
     """
     for path, module in model.named_modules():
         scripted = isinstance(module, torch.jit.ScriptModule) and is_weight(getattr(module, "weight", None))
@@ -148,7 +151,8 @@ def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Par
         weight = module._parameters.get("weight")
         if weight is None:
             name = qualified(path, "weight")
-            if nn.utils.parametrize.is_parametrized(module, "weight") and config.includes(name):
+            is_parametrized = nn.utils.parametrize.is_parametrized(module, "weight")
+            if is_parametrized and use.matmuls == ["linear"] and config.includes(name):
                 raise ValueError(f"{name} carries a parametrization; remove it, or exclude the weight")
             continue  # already factorized, or not a parameter
         if id(weight) in uses:

@@ -75,6 +75,7 @@ LEFT: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str, 
     "stride": (lambda x, w: F.conv2d(x, w.view(N, K, 1, 1), stride=2), (2, K, 3, 5), "factored", "not_pointwise"),
     "padding": (lambda x, w: F.conv2d(x, w.view(N, K, 1, 1), padding=1), (2, K, 3, 5), "factored", "not_pointwise"),
     "groups": (lambda x, w: F.conv2d(x, w.view(N, K, 1, 1), groups=2), (2, 2 * K, 3, 5), "factored", "not_pointwise"),
+    "another view": (lambda x, w: F.conv2d(x, w.view(2 * N, 24, 1, 1)), (2, 24, 3, 5), "factored", "not_pointwise"),
     "composed": (FLATTENED["2d"][0], (2, K, 3, 5), "composed", "asked_for"),
 }
 

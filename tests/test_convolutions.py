@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import slcompile
 from slcompile.health import composed_by_formula
-from tests.testing import LITE, aten_kernels, randomize
+from tests.testing import LITE, aten_kernels, process_group, randomize
 
 OPTIONS: dict[str, Any] = {"rank": 6, "density": 0.05, "seed": 1, "min_dim": 16}
 CONFIG = slcompile.SLConfig(**OPTIONS)
@@ -379,7 +381,7 @@ def test_explain_counts_patches_and_says_what_becomes_of_them() -> None:
     assert "32x8x3x3" in str(found)
 
 
-def test_onnx_files_hold_the_kernel(tmp_path: Any) -> None:
+def test_onnx_files_hold_the_kernel(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Small()
     slcompile.factorize_(model, CONFIG)
@@ -391,7 +393,7 @@ def test_onnx_files_hold_the_kernel(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("structure", ["vector", "cp"])
-def test_a_checkpoint_says_that_it_is_a_kernel(structure: str, tmp_path: Any) -> None:
+def test_a_checkpoint_says_that_it_is_a_kernel(structure: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = resnet()
     options = {"rank": 6, "seed": 1, **STRUCTURES[structure]}
@@ -410,3 +412,58 @@ def test_memory_is_estimated() -> None:
     slcompile.factorize_(model, CONFIG)
     assert report.sltrain.parameter_count == sum(each.numel() for each in model.parameters())
     assert report.sltrain.largest["parameters"] == sum(each.nbytes for each in model.parameters())
+
+
+def test_compress_fits_kernels_to_the_patches_that_they_read() -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(8, 3)  # channels that follow from three
+    batches = [torch.einsum("oi,bihw->bohw", mixing, torch.randn(4, 3, 7, 9)) for _ in range(3)]
+    plain = slcompile.factorize_(copy.deepcopy(model := Small()), slcompile.SLConfig(**OPTIONS, init="spectral"))
+    wanted = [model(batch) for batch in batches]
+    config = slcompile.SLConfig(**{**OPTIONS, "support": "largest"})
+    found = slcompile.compress(model, batches, rank=6, config=config)
+    assert {name: each.shape for name, each in found.weights.items()} == SHAPES
+
+    def error(of: nn.Module) -> float:
+        return sum(float((of(batch) - y).square().sum()) for batch, y in zip(batches, wanted, strict=True))
+
+    assert error(model) < error(plain) / 4
+    # Every patch is of 3 channels' numbers, of which there are 27.
+    assert found.weights["wide.weight"].error < 0.9
+    budget = slcompile.compress(Small(), batches, budget=0.5, config=config)
+    assert 0.4 < budget.share <= 0.5
+    suggested = slcompile.suggest(Small(), 0.5, slcompile.SLConfig(**OPTIONS))
+    assert {name: each.shape for name, each in suggested.weights.items()} == SHAPES
+
+
+@pytest.mark.parametrize("base", [None, "frozen"])
+def test_a_channels_last_model_converts_and_merges(base: str | None) -> None:
+    torch.manual_seed(0)
+    model = Small().to(memory_format=torch.channels_last)
+    dense = copy.deepcopy(model)
+    x = IMAGES.to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **LITE, "base": base})
+    found = results(model, compiled, x)[:2]
+    require_near(found, by_formula(model, x)[:2])
+    if base:
+        torch.testing.assert_close(found[0], dense(x).detach())
+        slcompile.merge_(model)
+        for name, each in dense.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name), each)
+
+
+def test_transforms_and_shards_see_the_kernel(tmp_path: Path) -> None:
+    model = factorized(Small)
+    expected = results(model, model, IMAGES)
+    parts = {name: each.detach() for name, each in model.named_parameters()}
+
+    def loss(parts: dict[str, Tensor]) -> Tensor:
+        y = torch.func.functional_call(model, parts, (IMAGES,))
+        return (y * torch.linspace(-1, 1, y.numel()).sin().view(y.shape)).sum()
+
+    for found, wanted in zip(torch.func.grad(loss)(parts).values(), expected[2:], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    with process_group(tmp_path):
+        fully_shard(model)
+        torch.testing.assert_close(model(IMAGES), expected[0])
+        assert sum(each.numel() for each in model.parameters()) == sum(each.numel() for each in parts.values())

@@ -73,7 +73,8 @@ def parameterize_weights(gm: fx.GraphModule, weights: Mapping[str, tuple[str, We
                 weight = gm.graph.call_method("view", (composed, module.stored_shape))
         node.replace_all_uses_with(weight, propagate_meta=False)
         weight.meta = {key: value for key, value in node.meta.items() if key in ("val", "example_value")}
-        composed.meta = {key: value.reshape(module.shape) for key, value in weight.meta.items()}
+        if weight is not composed:
+            composed.meta = {key: value.reshape(module.shape) for key, value in weight.meta.items()}
         gm.graph.erase_node(node)
         report.replaced.append(Decision(name, shape=tuple(weight.meta["val"].shape) if "val" in weight.meta else ()))
     if report.replaced:

@@ -427,7 +427,7 @@ def test_compress_fits_kernels_to_the_patches_that_they_read() -> None:
     def error(of: nn.Module) -> float:
         return sum(float((of(batch) - y).square().sum()) for batch, y in zip(batches, wanted, strict=True))
 
-    assert error(model) < error(plain) / 4
+    assert error(model) < error(plain) / 2
     # Every patch is of 3 channels' numbers, of which there are 27.
     assert found.weights["wide.weight"].error < 0.9
     budget = slcompile.compress(Small(), batches, budget=0.5, config=config)

@@ -56,39 +56,37 @@ def by_formula(model: nn.Module, x: Tensor) -> list[Tensor]:
     return results(wide, wide, x.double())
 
 
-def quick(layer: str) -> dict[str, Any]:
-    return {} if layer == "reflected" else LITE  # in which torch's own gradient of reflecting has wrong strides
-
-
 def require_near(found: list[Tensor], truth: list[Tensor]) -> None:
     for each, true in zip(found, truth, strict=True):
         assert float((each - true).norm()) <= 3e-6 * float(true.norm())
 
 
-@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("lowering", ["composed", "factored"])
-@pytest.mark.parametrize("layer", LAYERS)
+RUNS = [(layer, "composed", "contiguous") for layer in LAYERS]
+RUNS += [("2d", "composed", "channels_last"), ("one by one", "factored", "contiguous")]
+RUNS += [("one by one", "factored", "channels_last"), ("one by one, 1d", "factored", "contiguous")]
+
+
+@pytest.mark.parametrize(("layer", "lowering", "memory"), RUNS)
 def test_what_a_compiled_layer_computes_is_the_formula_in_float64(layer: str, lowering: str, memory: str) -> None:
     make, size = LAYERS[layer]
-    if memory == "channels_last" and len(size) != 4:
-        pytest.skip("of four dimensions only")
     model, x = factorized(make), torch.randn(size)
     if memory == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **quick(layer), "lowering": lowering})
+    lite = {} if layer == "reflected" else LITE  # in which torch's own gradient of reflecting has wrong strides
+    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **lite, "lowering": lowering})
     require_near(results(model, compiled, x), by_formula(model, x))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ["1d", "2d", "3d", "one by one"])
 def test_the_first_training_step_converts(layer: str) -> None:
     make, size = LAYERS[layer]
     torch.manual_seed(0)
     model = nn.Sequential(make())
     dense = model[0].weight
-    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **quick(layer)})
+    compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, **LITE})
     x = torch.randn(size)
     found = results(model, compiled, x)[:2]
     weight = model[0].weight_sl
@@ -217,8 +215,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], int, dict[st
 }
 
 
-@pytest.mark.parametrize("lowering", ["composed", "factored"])
-@pytest.mark.parametrize("name", MODELS)
+ONCE = [("resnet", "composed"), ("convnext", "factored"), ("unet", "factored")]
+AGAIN = [("resnet", "factored"), ("convnext", "composed"), ("unet", "composed")]
+
+
+@pytest.mark.parametrize(
+    ("name", "lowering"), [*ONCE, *(pytest.param(*each, marks=pytest.mark.slow) for each in AGAIN)]
+)
 def test_a_model_trains_as_by_the_formula_in_float64(name: str, lowering: str) -> None:
     with aten_kernels():  # what Inductor's mode "lite" makes of layer norms in channels-last models is torch's own
         check_model(name, lowering)

@@ -470,3 +470,12 @@ def test_transforms_and_shards_see_the_kernel(tmp_path: Path) -> None:
         fully_shard(model)
         torch.testing.assert_close(model(IMAGES), expected[0])
         assert sum(each.numel() for each in model.parameters()) == sum(each.numel() for each in parts.values())
+
+
+@pytest.mark.parametrize("lowering", ["auto", "factored"])
+def test_batch_and_pictures_of_any_size(lowering: str) -> None:
+    model = factorized(lambda: nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.Tanh(), nn.Conv2d(20, 24, 1)))
+    compiled = torch.compile(model, backend="sltrain", dynamic=True, options={**OPTIONS, **LITE, "lowering": lowering})
+    for size in ((2, 3, 5, 7), (3, 3, 8, 6)):
+        x = torch.randn(size)
+        require_near(results(model, compiled, x), by_formula(model, x))

@@ -78,7 +78,7 @@ def test_explain_shows_the_passes_that_will_run():
     [
         (
             "fuse_weight_grad",
-            r"^skip_passes got 'fuse_weight_grad', did you mean 'fuse_weight_grads'\?; allowed: fuse_",
+            r"^skip_passes got 'fuse_weight_grad', did you mean 'fuse_weight_grads'\?; allowed: flatten_",
         ),
         (["lower_ops", "find_matmuls"], r"^skip_passes got 'find_matmuls'.*; allowed: "),  # nothing goes without it
         ([1], "^skip_passes got 1; allowed: "),

@@ -427,7 +427,7 @@ def matmul_of(reader: fx.Node, dtype: torch.dtype) -> Matmul:
         return Matmul(blocks * B.shape[-2], blocks * A.shape[-1], B.shape[-1], 0, dtype, 1, base, blocks)
     B, A, values = (each.meta["val"] for each in given[0 if reader.target is _COMPOSE else 2 :][:3])
     rows, rank, columns, nonzeros = map(torch_private.size_hint, (*B.shape, A.shape[1], values.numel()))
-    return Matmul(rows, columns, rank, nonzeros, dtype, *(_vector(reader) or (1,)), base)
+    return Matmul(rows, columns, rank, nonzeros, dtype, next(iter(_vector(reader)), 1), base)
 
 
 def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:

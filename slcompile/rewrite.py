@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -90,7 +91,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     return weight
 
 
-def _convolution(graph: fx.Graph, module: nn.Module, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+def _convolution(graph: fx.Graph, module: nn.Module, x: Any, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     function = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(module.kernel_size)]
     padding = module.padding

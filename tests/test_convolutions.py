@@ -66,6 +66,7 @@ RUNS += [("2d", "composed", "channels_last"), ("one by one", "factored", "contig
 RUNS += [("one by one", "factored", "channels_last"), ("one by one, 1d", "factored", "contiguous")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "lowering", "memory"), RUNS)
 def test_what_a_compiled_layer_computes_is_the_formula_in_float64(layer: str, lowering: str, memory: str) -> None:
     make, size = LAYERS[layer]
@@ -80,6 +81,7 @@ def test_what_a_compiled_layer_computes_is_the_formula_in_float64(layer: str, lo
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["1d", "2d", "3d", "one by one"])
 def test_the_first_training_step_converts(layer: str) -> None:
     make, size = LAYERS[layer]
@@ -131,6 +133,7 @@ READS: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", READS)
 def test_which_convolutions_count(reads: str) -> None:
     size, function, others = READS[reads]
@@ -219,8 +222,9 @@ ONCE = [("resnet", "composed"), ("convnext", "factored"), ("unet", "factored")]
 AGAIN = [("resnet", "factored"), ("convnext", "composed"), ("unet", "composed")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "lowering"), [*ONCE, *(pytest.param(*each, marks=pytest.mark.slow) for each in AGAIN)]
+    ("name", "lowering"), [*ONCE, *(pytest.param(*each, marks=pytest.mark.long) for each in AGAIN)]
 )
 def test_a_model_trains_as_by_the_formula_in_float64(name: str, lowering: str) -> None:
     with aten_kernels():  # what Inductor's mode "lite" makes of layer norms in channels-last models is torch's own
@@ -291,6 +295,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_every_structure_sees_a_matrix_and_gives_back_the_kernel(structure: str) -> None:
     options = {**OPTIONS, **STRUCTURES[structure]}
@@ -337,6 +342,7 @@ def test_reset_and_spectral_start() -> None:
     torch.testing.assert_close(other.wide.weight.flatten(1), low, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_rewrite_inlines_leaf_modules_and_merges_back() -> None:
     torch.manual_seed(0)
     layers = [
@@ -367,6 +373,7 @@ def test_an_exported_program_is_rewritten() -> None:
     assert gm(IMAGES).shape == (3, 20)
 
 
+@pytest.mark.slow
 def test_explain_counts_patches_and_says_what_becomes_of_them() -> None:
     found = slcompile.explain(Small(), (IMAGES,), config=CONFIG)
     rows = {row.name: row for row in found.matmuls}
@@ -384,6 +391,7 @@ def test_explain_counts_patches_and_says_what_becomes_of_them() -> None:
     assert "32x8x3x3" in str(found)
 
 
+@pytest.mark.slow
 def test_onnx_files_hold_the_kernel(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Small()
@@ -395,6 +403,7 @@ def test_onnx_files_hold_the_kernel(tmp_path: Path) -> None:
         assert report.max_abs < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["vector", "cp"])
 def test_a_checkpoint_says_that_it_is_a_kernel(structure: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -409,6 +418,7 @@ def test_a_checkpoint_says_that_it_is_a_kernel(structure: str, tmp_path: Path) -
     torch.testing.assert_close(loaded(**PIXELS).logits, model(**PIXELS).logits)
 
 
+@pytest.mark.slow
 def test_memory_is_estimated() -> None:
     report = slcompile.estimate_memory(Small(), (IMAGES,), config=CONFIG)
     model = Small()
@@ -417,6 +427,7 @@ def test_memory_is_estimated() -> None:
     assert report.sltrain.largest["parameters"] == sum(each.nbytes for each in model.parameters())
 
 
+@pytest.mark.slow
 def test_compress_fits_kernels_to_the_patches_that_they_read() -> None:
     torch.manual_seed(0)
     mixing = torch.randn(8, 3)  # channels that follow from three
@@ -439,6 +450,7 @@ def test_compress_fits_kernels_to_the_patches_that_they_read() -> None:
     assert {name: each.shape for name, each in suggested.weights.items()} == SHAPES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [None, "frozen"])
 def test_a_channels_last_model_converts_and_merges(base: str | None) -> None:
     torch.manual_seed(0)
@@ -472,6 +484,7 @@ def test_transforms_and_shards_see_the_kernel(tmp_path: Path) -> None:
         assert sum(each.numel() for each in model.parameters()) == sum(each.numel() for each in parts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["auto", "factored"])
 def test_batch_and_pictures_of_any_size(lowering: str) -> None:
     model = factorized(lambda: nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.Tanh(), nn.Conv2d(20, 24, 1)))

@@ -38,6 +38,7 @@ def calls(gm: torch.fx.GraphModule) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLATTENED)
 def test_the_products_and_all_gradients_are_matmuls_with_the_same_numbers(name: str, joint: Joint) -> None:
     function, size = FLATTENED[name]

@@ -48,6 +48,7 @@ def batch() -> tuple[Tensor]:
     return (torch.randn(32, WIDTH),)
 
 
+@pytest.mark.slow
 def test_a_healthy_model_is_left_as_it_is(net, batch, aten_kernels):
     before = copy.deepcopy(net.state_dict())
     report = slcompile.check(net, batch, config=CONFIG)
@@ -60,6 +61,7 @@ def test_a_healthy_model_is_left_as_it_is(net, batch, aten_kernels):
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_factorized_model_is_checked_as_it_stands(net, batch, aten_kernels):
     slcompile.factorize_(net, CONFIG, example_args=batch)
     report = slcompile.check(net, batch)
@@ -276,6 +278,7 @@ def test_a_defect_of_lower_ops_is_blamed_on_it(net, batch, monkeypatch):
     assert "training, composed" not in report.blame
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, monkeypatch, capsys, aten_kernels):
     (tmp_path / "my_models.py").write_text(
         "import torch\n"

@@ -49,6 +49,7 @@ def test_every_pass_of_the_two_tuples_can_be_skipped():
     assert (*joint_passes(config), *post_passes(config)) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skipped", [(), *((name,) for name in SKIPPABLE), SKIPPABLE], ids=" ".join)
 def test_a_pass_that_is_skipped_does_not_run_and_the_numbers_stay(skipped, caplog, assert_eager):
     model, x = Projections(), torch.randn(16, 64)

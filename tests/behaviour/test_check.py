@@ -280,7 +280,7 @@ def test_a_defect_of_lower_ops_is_blamed_on_it(net, batch, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path, monkeypatch, capsys, aten_kernels):
-    (tmp_path / "my_models.py").write_text(
+    (tmp_path / "my_checked_models.py").write_text(
         "import torch\n"
         "def make():\n"
         "    torch.manual_seed(0)\n"
@@ -289,12 +289,12 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, aten_kernels):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main(["check", "my_models:make", "--config", "rank=8", "--json", "check.json"]) == 0
+    assert main(["check", "my_checked_models:make", "--config", "rank=8", "--json", "check.json"]) == 0
     assert "healthy; 2 factorized weights" in capsys.readouterr().out
     assert json.loads((tmp_path / "check.json").read_text())["wrong"] == []
     monkeypatch.setattr(
         slcompile.weight.structure.FactorizedWeight, "merged_wide", scaled(slcompile.SLWeight.merged_wide)
     )
-    assert main(["check", "my_models:make", "--config", "rank=8"]) == 1
+    assert main(["check", "my_checked_models:make", "--config", "rank=8"]) == 1
     assert "inference, merged: the merged weights are not what" in capsys.readouterr().out
-    assert main(["check", "my_models:nothing"]) == 2
+    assert main(["check", "my_checked_models:nothing"]) == 2

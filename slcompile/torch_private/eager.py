@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
@@ -99,6 +100,14 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     from torch.utils._pytree import tree_map
 
     return tree_map(function, tree)
+
+
+def memory_of(tensor: Tensor) -> Hashable:
+    """Returns what is equal for tensors that share their memory, also once it was freed and something else is there.
+
+    It does not keep the memory.
+    """
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 class Watching(TorchDispatchMode):

@@ -288,6 +288,19 @@ class SLWeight(FactorizedWeight):
         self.set_factors(B, A / self.scale, values.view(self.values.shape))
 
     @torch.no_grad()
+    def move(self, which: Tensor, offsets: Tensor) -> None:
+        """Moves non-zeros of the largest support to other places in their groups, with values of zero.
+
+        Args:
+            which: Positions among ``values``, int64, without repetition.
+            offsets: Of each in its group.
+        """
+        assert self.support == "largest", self.support
+        self.offsets.copy_(self.offsets.to(torch.int64).index_copy_(0, which, offsets))
+        self._follow_offsets()
+        self.values.index_fill_(0, which, 0.0)
+
+    @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor, values: Tensor) -> None:
         """Copies given factors into the parameters, which have their shapes."""
         for parameter, value in ((self.B, B), (self.A, A), (self.values, values)):

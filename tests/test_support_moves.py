@@ -49,7 +49,9 @@ class TestATeacherWhoseSparsePartIsElsewhere:
         columns = torch.randint(16, (32, 4)) + torch.arange(4) * 16
         return torch.zeros(32, 64).scatter(1, columns, torch.randn(32, 4))
 
-    def run(self, seed: int, fraction: float | None, steps: range | None = None, state: Any = None) -> tuple[float, Any]:
+    def run(
+        self, seed: int, fraction: float | None, steps: range | None = None, state: Any = None
+    ) -> tuple[float, Any]:
         torch.manual_seed(seed)
         low_rank = torch.randn(32, 4) @ torch.randn(4, 64) / 8
         teacher, start = low_rank + self.sparse(), low_rank + self.sparse()
@@ -57,7 +59,7 @@ class TestATeacherWhoseSparsePartIsElsewhere:
         with torch.no_grad():
             model[0].weight.copy_(start)
         factorized(model, min_dim=16)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
         moves = SupportMoves(model, optimizer, every=20, fraction=fraction or 1, until=120)
         parts = (model, optimizer, moves)
         if state is not None:
@@ -86,15 +88,12 @@ class TestATeacherWhoseSparsePartIsElsewhere:
     def test_training_goes_on_from_a_checkpoint_to_the_bit(self):
         _, whole = self.run(0, 0.4, range(70))
         _, half = self.run(0, 0.4, range(35))
-        assert half[2] == {"steps": 35, "moved": whole[2]["moved"] - 2 * 0 - self.later(whole, half)}
+        assert 0 < half[2]["moved"] < whole[2]["moved"]
         _, again = self.run(0, 0.4, range(35, 70), half)
         assert all(torch.equal(each, again[0][name]) for name, each in whole[0].items())
         assert whole[2] == again[2]
         for position, held in whole[1]["state"].items():
             assert all(torch.equal(each, again[1]["state"][position][key]) for key, each in held.items())
-
-    def later(self, whole: Any, half: Any) -> int:
-        return whole[2]["moved"] - half[2]["moved"]
 
 
 class Tied(nn.Module):
@@ -237,6 +236,7 @@ def test_what_moved_starts_again_and_all_else_stays(block):
     assert count == moves.moved
 
 
+@pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_compiled_graphs_stay_and_are_as_exact_as_eager(assert_eager, block, batch, lowering):
     backend = CountingBackend()
@@ -268,6 +268,7 @@ def test_states_and_merging_go_with_what_moved(block, block_class, tmp_path):
     torch.testing.assert_close(slcompile.merge_(other)(x), block(x))
 
 
+@pytest.mark.usefixtures("aten_kernels")
 def test_it_may_be_made_before_the_first_step_converts_and_moves_when_it_is_time(block):
     compiled = torch.compile(block, backend="sltrain", options=CONFIG)
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-3)
@@ -310,7 +311,7 @@ def broken(block: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
     loss().backward()
     stepped.step()
     block.zero_grad()
-    yield r"Rprop holds step_size of .*values as Tensor", lambda: SupportMoves(block, stepped, every=1).step(loss)
+    yield r"Rprop holds prev of .*values as Tensor", lambda: SupportMoves(block, stepped, every=1).step(loss)
     wrapper = nn.DataParallel(block)
     yield "model is inside DataParallel", lambda: (SupportMoves(block, plain, every=1).step(loss), wrapper)
 
@@ -348,12 +349,12 @@ def test_eight_bit_states_are_refused_and_plain_ones_of_small_weights_are_not():
     large, small = (each.weight_sl.values for each in model)
     for each in (large, small):
         each.grad = torch.randn_like(each)
-    with torch._dynamo.config.patch(disable=True):
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles an update for each shape
         optimizer.step()
     optimizer.zero_grad()
     before = model[0].weight_sl.offsets.clone()
     moves = SupportMoves(model, optimizer, every=1)
-    with pytest.raises(ValueError, match="holds exp_avg of 0.weight_sl.values as OptimState8bit .* 32-bit states"):
+    with pytest.raises(ValueError, match=r"holds exp_avg of 0\.weight_sl\.values as OptimState8bit .* 32-bit states"):
         moves.step(lambda: model(torch.randn(8, 512)).square().mean())
     assert torch.equal(model[0].weight_sl.offsets, before)
     large.requires_grad_(False)  # what is not trained does not move

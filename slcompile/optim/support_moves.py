@@ -1,10 +1,10 @@
 """Non-zeros that move while a model trains: of the largest support, to where the dense gradient is large.
 
 Each group of a row holds one non-zero, and a move takes it to another entry of its group. RigL (arXiv 1911.11134) drops
-the entries of the least magnitude and grows those of the largest gradient; here an entry v gives way to the one in its
-group whose gradient g of the dense weight is the largest. With the curvature h of the loss at both, dropping v costs
-h v^2 / 2, and the new entry can gain g^2 / (2 h): a move gains where |g| / |v| > h. So the groups in which that ratio is
-the largest come first.
+entries of the least magnitude and grows those of the largest gradient. Here an entry v gives way to the one of its
+group whose gradient g of the dense weight is the largest. With a curvature h of the loss at both, dropping v costs
+h v^2 / 2, and the new entry can gain g^2 / (2 h): a move pays where |g| / |v| > h. So groups with the largest ratio
+come first.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class SupportMoves:
         """Returns what is to be zero where a value is: the optimizer's moments, and the gradient."""
         held: list[Tensor] = [] if weight.values.grad is None else [weight.values.grad]
         for key, state in self._optimizer.state.get(weight.values, {}).items():
-            if not isinstance(state, Tensor) or key == "step":
+            if not isinstance(state, Tensor) or not state.dim():  # of all entries together, such as a count of steps
                 continue
             is_by_entry = type(state) is Tensor and state.is_floating_point() and state.shape == weight.values.shape
             if key not in MOMENTS or not is_by_entry:
@@ -193,7 +193,7 @@ class SupportMoves:
     def _look(self, weights: dict[str, SLWeight], closure: Callable[[], Tensor], share: float) -> dict[str, Move]:
         """Differentiates the loss; returns the best moves of each weight that it reaches."""
         looking = _Looking(weights, share)
-        wrappers = (each for _, each in data_parallel_wrappers(LiveObjects.find().ancestors(self._model)))
+        wrappers: list[Any] = [each for _, each in data_parallel_wrappers(LiveObjects.find().ancestors(self._model))]
         with ExitStack() as stack:
             for each in wrappers:
                 stack.enter_context(each.no_sync())
@@ -251,8 +251,7 @@ def best_moves(weight: SLWeight, gradient: Tensor, share: float) -> Move:
 
 
 class _Looking:
-    """What happens to weights while a loss is differentiated in eager mode: how often they are composed, and where their
-    gradients arrive.
+    """Watches weights while a loss is differentiated in eager mode: when they are composed, and their gradients arrive.
 
     Attributes:
         found: The best moves, by the weight's name.
@@ -294,7 +293,7 @@ class _Looking:
 
     def pack(self, tensor: Tensor) -> Any:
         """Saves for the backward pass how to compose a weight, in its place."""
-        held = self._composed.get(memory_of(tensor))
+        held = None if tensor._version else self._composed.get(memory_of(tensor))  # nobody has written to it
         return tensor if held is None else (*held, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -102,7 +102,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return tree_map(function, tree)
 
 
-def memory_of(tensor: Tensor) -> Hashable:
+def memory_of(tensor: Tensor) -> StorageWeakRef:
     """Returns what is equal for tensors that share their memory, also once it was freed and something else is there.
 
     It does not keep the memory.

@@ -232,7 +232,9 @@ class SLWeight(FactorizedWeight):
 
     def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
-        operands = [self.B, self.A, self.values, self.index if self.has_index else self.seed]
+        # FSDP2's mixed precision casts parameters alone, and the values of no sparse part are none.
+        values = self.values if self.values.dtype == self.B.dtype else self.values.to(self.B.dtype)
+        operands = [self.B, self.A, values, self.index if self.has_index else self.seed]
         if self.base is not None:
             operands.append(self.base)
         return op(*self.arguments(operands))

@@ -20,7 +20,9 @@ from slcompile.convert.ledger import EXPLICIT
 from slcompile.export.checkpoint import described_weights, install
 from slcompile.factorize import factorize_
 from slcompile.models import METHOD, unwrapped
+from slcompile.names import SUFFIX
 from slcompile.weight.placing import shapes_only
+from slcompile.weight.sharing import sharing
 from slcompile.weight.structure import FactorizedWeight
 
 
@@ -48,6 +50,10 @@ class FactorsLoader(HfQuantizer):
                 "slcompile.factorize_(model, config)"
             )
         install(model, cast(FactorsConfig, self.quantization_config).weights)
+        ties = cast(Any, model).all_tied_weights_keys  # transformers gives each parameter a new object, and then ties
+        for name, first in sharing(model).items():
+            parts = cast(FactorizedWeight, model.get_submodule(name + SUFFIX)).sharable
+            ties.update({f"{name}{SUFFIX}.{part}": f"{first}{SUFFIX}.{part}" for part in parts})
         # transformers initializes what is not loaded, and reads weights on the way whose buffers it has not filled.
         self._unread = contextlib.ExitStack()
         self._unread.enter_context(

@@ -161,8 +161,8 @@ class PartsWeight(FactorizedWeight):
         if first is not None and any(getattr(self, part) is not getattr(first, part) for part in self.sharable):
             raise RuntimeError(
                 f"{' and '.join(self.sharable)} were shared with another weight and are no more: something gave one of "
-                "them another object (to_empty, load_state_dict with assign=True, fully_shard of single layers). Call "
-                "slcompile.share_factors again where they are equal, and shard a model that shares factors as a whole"
+                "them another object (to_empty, load_state_dict with assign=True). Where they are equal, call "
+                "slcompile.share_factors again"
             )
 
     @torch.no_grad()

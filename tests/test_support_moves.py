@@ -335,6 +335,15 @@ def test_other_supports_and_structures_do_not_move(block, options):
         SupportMoves(block, optimizer)
 
 
+def test_what_a_reentrant_checkpoint_hides_does_not_move():
+    model, x = factorized(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))), torch.randn(8, 64, requires_grad=True)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    moves = SupportMoves(model, torch.optim.SGD(model.parameters(), lr=0.1), every=1)
+    with pytest.raises(ValueError, match="a loss of the model, got one whose gradient reaches no weight of it"):
+        moves.step(lambda: checkpoint(model, x, use_reentrant=True).square().mean())
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
 def test_a_model_that_is_dense_is_refused_when_it_is_time(block):
     moves = SupportMoves(block, torch.optim.SGD(block.parameters(), lr=0.1), every=2)
     assert moves.step(lambda: pytest.fail("it was not time")) == 0

@@ -49,7 +49,7 @@ class SupportMoves:
     the dense gradient of one weight at a time is looked at. Neither composed weights nor dense gradients are kept, and
     no ``grad`` is written. Then moved entries start again: value, gradient and the optimizer's moments are zero. All
     others stay as they are. The compiled graph stays, too: positions are operands. Weights of another support do not
-    move.
+    move, and neither do those that the gradient does not reach, reentrant checkpoints' among them.
 
     Within DistributedDataParallel all processes call ``step``, and make the moves that the first one's loss asks for.
 

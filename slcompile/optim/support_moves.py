@@ -118,16 +118,16 @@ class SupportMoves:
             return 0
         weights = self._require_movable()
         states = {name: self._moments(name, weight) for name, weight in weights.items()}
-        group = self._require_same_on_all(weights)
+        wrappers = self._require_same_on_all(weights)
         share = self.fraction
         if self.until is not None:
             share *= (1 + math.cos(math.pi * self._steps / self.until)) / 2
-        found = self._look(weights, closure, share)
+        found = self._look(weights, wrappers, closure, share)
         moved = 0
         for name, weight in weights.items():
             move = found.get(name, Move.none(weight))
-            if group is not None:
-                move = _of_first(move, weight, group)
+            if wrappers:
+                move = _of_first(move, weight, wrappers[0].process_group)
             weight.move(move.which, move.offsets)
             for each in states[name]:
                 each.index_fill_(0, move.which, 0.0)
@@ -176,10 +176,11 @@ class SupportMoves:
             held.append(state)
         return held
 
-    def _require_same_on_all(self, weights: dict[str, SLWeight]) -> Any:
-        """Returns the process group within which moves are to be the same; None in one process."""
+    def _require_same_on_all(self, weights: dict[str, SLWeight]) -> list[Any]:
+        """Returns the DDP modules that hold the weights; there are none in one process."""
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        live, found = LiveObjects.find(), []
+        live = LiveObjects.find()
+        wrappers: dict[int, nn.Module] = {}
         for weight in weights.values():
             found = data_parallel_wrappers(live.ancestors(weight))
             other = next((kind for kind, _ in found if kind != "DistributedDataParallel"), None)
@@ -188,12 +189,14 @@ class SupportMoves:
                 raise ValueError(
                     f"model {inside}: moves have to be the same on all processes. Use DistributedDataParallel"
                 )
-        return found[0][1].process_group if found else None
+            wrappers |= {id(each): each for _, each in found}
+        return list(wrappers.values())
 
-    def _look(self, weights: dict[str, SLWeight], closure: Callable[[], Tensor], share: float) -> dict[str, Move]:
+    def _look(
+        self, weights: dict[str, SLWeight], wrappers: Sequence[Any], closure: Callable[[], Tensor], share: float
+    ) -> dict[str, Move]:
         """Differentiates the loss; returns the best moves of each weight that it reaches."""
         looking = _Looking(weights, share)
-        wrappers: list[Any] = [each for _, each in data_parallel_wrappers(LiveObjects.find().ancestors(self._model))]
         with ExitStack() as stack:
             for each in wrappers:
                 stack.enter_context(each.no_sync())

@@ -170,7 +170,7 @@ def moving(folder: Path) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(mean(step_loss.detach(), world))
-        own = moves._look(weights, loss, 0.2)
+        own = moves._look(weights, [wrapped], loss, 0.2)
         assert moves.step(loss) == sum(len(each.which) for each in own.values())  # of both as many as may
         for name, each in own.items():
             agreements.append(torch.equal(weights[name].offsets[each.which].long(), each.offsets))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def share_again(weights: Mapping[str, FactorizedWeight], shares: Mapping[str, An
         _tie(weights[name], weights[first])
 
 
-def _weights(model: nn.Module) -> Iterable[tuple[str, FactorizedWeight]]:
+def _weights(model: nn.Module) -> list[tuple[str, FactorizedWeight]]:
     return [(name, each) for name, each in model.named_modules() if isinstance(each, FactorizedWeight)]
 
 
@@ -95,9 +95,9 @@ def _parts(weight: FactorizedWeight) -> list[nn.Parameter]:
 
 def _kind(weight: FactorizedWeight) -> Any:
     """Returns what is equal for weights that can share factors."""
-    shapes = [tuple(each.shape) for each in weight.operands().values()]
+    shapes = tuple((name, tuple(each.shape)) for name, each in weight.named_parameters() if name != "base")
     part = _parts(weight)[0]
-    return type(weight), weight.shape, weight.input_dim, weight.op_args(), tuple(shapes[:3]), part.dtype, part.device
+    return type(weight), weight.shape, weight.input_dim, weight.op_args(), shapes, part.dtype, part.device
 
 
 def _tie(weight: FactorizedWeight, first: FactorizedWeight) -> list[nn.Parameter]:

@@ -40,6 +40,7 @@ def trained(model: nn.Module, steps: int = 3) -> torch.optim.Optimizer:
     return optimizer
 
 
+@pytest.mark.slow
 class TestATeacherWhoseSparsePartIsElsewhere:
     """A student that was fitted to a low-rank part plus one sparse one, and learns the same plus another."""
 
@@ -236,6 +237,7 @@ def test_what_moved_starts_again_and_all_else_stays(block):
     assert count == moves.moved
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_compiled_graphs_stay_and_are_as_exact_as_eager(assert_eager, block, batch, lowering):
@@ -268,6 +270,7 @@ def test_states_and_merging_go_with_what_moved(block, block_class, tmp_path):
     torch.testing.assert_close(slcompile.merge_(other)(x), block(x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 def test_it_may_be_made_before_the_first_step_converts_and_moves_when_it_is_time(block):
     compiled = torch.compile(block, backend="sltrain", options=CONFIG)

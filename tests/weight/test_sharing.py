@@ -81,6 +81,7 @@ def test_the_start_stays_and_the_optimizer_has_each_factor_once(base):
     assert_shared(model)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_compiled_gradients_are_those_of_float64_summed_over_the_weights(assert_eager, lowering):

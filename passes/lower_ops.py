@@ -20,6 +20,12 @@ from slcompile.ops.weight_grads import weight_grads_aten
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name
 
 _OPS = torch.ops.slcompile
+_ATEN = torch.ops.aten
+_TOLD_STRIDES = frozenset((
+    *(_ATEN.as_strided.default, _ATEN.as_strided_copy.default, _ATEN.as_strided_scatter.default),
+    *(_ATEN.view.dtype, _ATEN.view_copy.dtype, _ATEN.view_as_complex.default, _ATEN.view_as_complex_copy.default),
+))  # fmt: skip
+"""What means something else, or nothing, of an operand with other strides."""
 
 
 def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
@@ -35,8 +41,9 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     every op but higher-order ones, which take operands, and whose graphs return results, in the layout that was traced:
     attention in a checkpointed region is run by one, which saves the state of the random numbers, and would misread
     it; the branches of ``torch.cond`` must agree on it. In a graph with such an op, and in such an op's graph, it
-    stays a call: its result is contiguous. So nothing reads a transposed result but what Inductor itself compiles, or
-    calls with the layout that the op asks for.
+    stays a call: its result is contiguous. So it does in a graph with an op that is told strides, such as as_strided,
+    or demands them, such as view_as_complex. So nothing reads a transposed result but what Inductor itself compiles, or
+    calls with the layout that the op asks for. On GPUs, where rows may have gaps between them, results are copied then.
 
     Args:
         gm: A graph with ``meta["val"]``; changed in place.
@@ -45,8 +52,10 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     report = PassReport()
     insert = Inserter(gm.graph)
     gapped: set[fx.Node] = set()
+    tells_strides = any(node.target in _TOLD_STRIDES for node in gm.graph.nodes)
     has_fixed_layouts = (
-        torch_private.calls_aten()
+        tells_strides
+        or torch_private.calls_aten()
         or torch_private.is_subgraph(gm)
         or any(map(torch_private.is_higher_order, gm.graph.nodes))
     )
@@ -68,18 +77,18 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
             continue
         is_factored = node.target is _OPS.linear_factored.default
         if has_fixed_layouts and not on_gpu and is_factored and arguments(node)[7:] in ((), (1,)):
-            detail = "an op that Inductor calls as it is may read its result, in the layout that it was traced with"
+            detail = "an op may read its result in the layout that it was traced with"
             report.left.append(Decision(node.name, "layout", detail))
             continue
         results = insert.inline(node, lowered, *arguments(node))
-        if isinstance(results, fx.Node):
-            node.replace_all_uses_with(results, propagate_meta=False)
-        else:
-            for user in list(node.users):
-                result = results[arguments(user)[1]]
-                if result.meta["val"].stride() != user.meta["val"].stride() and on_gpu:
+        for user in [node] if isinstance(results, fx.Node) else list(node.users):
+            result = results if isinstance(results, fx.Node) else results[arguments(user)[1]]
+            if on_gpu and result.meta["val"].stride() != user.meta["val"].stride():
+                if tells_strides or (is_factored and has_fixed_layouts):
+                    result = insert.inline(user, _contiguous, result)
+                elif not isinstance(results, fx.Node):
                     gapped.add(result)
-                user.replace_all_uses_with(result, propagate_meta=False)
+            user.replace_all_uses_with(result, propagate_meta=False)
         report.replaced.append(Decision(node.name, detail=why_aten))
     if report.replaced:
         _return_contiguous(insert, gapped)

@@ -135,6 +135,51 @@ def test_results_that_leave_a_subgraph_lie_as_they_were_traced(model_class):
             assert_no_further(run(shifted), model(shifted), wide(shifted.double()))
 
 
+class Rotated(nn.Module):
+    """Pairs of a product's columns as complex numbers, as rotary embeddings are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.up(x).unflatten(-1, (32, 2)))
+        return torch.view_as_real(pairs * pairs.abs()).flatten(-2)
+
+
+class Windows(Rotated):
+    """Overlapping rows of a product, by the strides that it has in eager mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.up(x)
+        return product.as_strided((len(x) - 1, 96), (64, 1)) * product[1:, :1]
+
+
+class Bits(Rotated):
+    """The sign of a product's numbers, from the second of the halves that each is viewed as."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.up(x)
+        return product * (product.detach().view(torch.int16)[:, 1::2] < 0)
+
+
+@pytest.mark.parametrize("model_class", [Rotated, Windows, Bits])
+@pytest.mark.parametrize("support", ["stratified", "vector"])
+def test_ops_that_are_told_strides_read_a_result_as_it_was_traced(model_class, support):
+    config = slcompile.SLConfig(rank=8, density=0.05, support=support)
+    model = filled(slcompile.factorize_(model_class(), config))
+    run = torch.compile(model, backend="sltrain", options={"lowering": "factored"})
+    x = torch.randn(40, 64)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found, eager = run(x), model(x)
+            torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+        if grad:
+            (gradient,) = torch.autograd.grad(found.square().sum(), [model.up.weight_sl.A])
+            (expected,) = torch.autograd.grad(eager.square().sum(), [model.up.weight_sl.A])
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_factors_and_values_of_one_shape_under_autocast():
     """Rank 8, and 8 non-zeros in each row of 64: B and the values are both [64, 8], and cast to bfloat16."""
     model = filled(slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), slcompile.SLConfig(rank=8, density=0.125)))

@@ -267,3 +267,19 @@ def test_a_graph_without_our_ops_is_left():
     report = lower_ops(gm)
     assert (report.replaced, report.left) == ([], [])
     assert str(gm.graph) == before
+
+
+@pytest.mark.usefixtures("target", "gpu")
+def test_an_op_that_is_told_strides_reads_no_gaps_on_a_gpu():
+    def step(B, A, values, seed):
+        W = compose(B, A, values, seed, 0.5)
+        return W.as_strided((39, 45), (45, 1), 45), W.sum()
+
+    with FakeTensorMode():
+        fakes = [torch.empty(each, device="meta", dtype=torch.bfloat16) for each in ((40, 8), (8, 45), (40, 5))]
+        gm = make_fx(step)(*fakes, torch.empty(1, device="meta", dtype=torch.int64))
+    lower_ops(gm)
+    (launch,) = gm.graph.find_nodes(op="call_function", target=LAUNCH)
+    assert launch.kwargs["kwargs"]["p_matrix"].meta["val"].stride() == (64, 1)
+    (rows,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default)
+    assert rows.args[0].meta["val"].stride() == (45, 1)

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 import slcompile
 from slcompile.benchmark import peak_above
 from slcompile.memory.estimate import estimate_memory, held_memory
-from slcompile.memory.liveness import PARTS
+from slcompile.passes.liveness import PARTS
 from slcompile.memory.report import Usage
 from slcompile.models import known_config
 from slcompile.ops.sparse_cpu import kept_bytes

@@ -66,7 +66,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
 
     def decide(site: Site, cost: Costs) -> Decision:
         why_not = _why_not(site.x, site.weight, cost, site.transposed, device, lowering)
-        decision = _choose(_name(site.weight), cost, lowering, why_not)
+        decision = _choose(weight_name(site.weight), cost, lowering, why_not)
         phase = "backward" if site.node in backward else "forward"
         return replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
 
@@ -84,7 +84,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         missing = sum(key not in hiddens for key in _hiddens_of(node))
         why_not = _why_not(left, node, None, False, device, lowering)
         cost = _grads_costs(node, missing, grads_readers[right], device)
-        decision = _choose(f"{_name(node)} gradients", cost, lowering, why_not)
+        decision = _choose(f"{weight_name(node)} gradients", cost, lowering, why_not)
         decision = replace(decision, node=node.name, factor=first.name, phase="gradients")
         grads_decisions.append(decision)
         if decision.lowering == "factored":
@@ -142,7 +142,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
     others: list[Decision] = []
     if weight.target is not _COMPOSE and weight.target not in FACTORED:
         detail = f"{op_name(weight)} has no factored lowering"
-        return [], [Decision(_name(weight), "no_factors", detail, _shape(weight), lowering="composed")]
+        return [], [Decision(weight_name(weight), "no_factors", detail, _shape(weight), lowering="composed")]
     waiting, seen = list(weight.users), set(weight.users)
     while waiting:
         node = waiting.pop(0)
@@ -161,7 +161,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
             sites.append(Site(node, weight, weight_first, swapped == weight_first))
         else:
             detail = f"{name} reads it, which is no plain product with the whole matrix"
-            others.append(Decision(_name(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
+            others.append(Decision(weight_name(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
     return sites, others
 
 
@@ -313,7 +313,7 @@ def _costs(site: Site, composes: int, readers: int, hidden: float, device: torch
     x = site.x.meta["val"]
     device = device or x.device
     at = rates(device)
-    matmul = replace(_matmul(site.weight, x.dtype), base=_base(site.weight) is not None)
+    matmul = replace(matmul_of(site.weight, x.dtype), base=_base(site.weight) is not None)
     return Costs(
         matmul,
         x.shape[1 if site.weight_first else 0],
@@ -328,7 +328,7 @@ def _grads_costs(node: fx.Node, missing: int, readers: int, device: torch.device
     left = arguments(node)[0]
     device = device or left.meta["val"].device
     at = rates(device)
-    matmul = _matmul(node, left.meta["val"].dtype)
+    matmul = matmul_of(node, left.meta["val"].dtype)
     return Costs(
         matmul,
         left.meta["val"].shape[0],
@@ -416,7 +416,7 @@ def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | No
     return Decision(name, reason, detail, (cost.matmul.rows, cost.matmul.columns), 1, lowering, costs)
 
 
-def _matmul(reader: fx.Node, dtype: torch.dtype) -> Matmul:
+def matmul_of(reader: fx.Node, dtype: torch.dtype) -> Matmul:
     """Returns the sizes of a weight, from its op or that of its gradients."""
     given = arguments(reader)
     if ops := FACTORED.get(reader.target):
@@ -439,7 +439,7 @@ def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _name(node: fx.Node) -> str:
+def weight_name(node: fx.Node) -> str:
     """Returns where the model calls for this weight, as far as the graph knows; else the node's name."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else node.name

@@ -7,8 +7,10 @@ at every run.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
@@ -25,14 +27,25 @@ from slcompile import passes as our_passes
 from slcompile.config import SLConfig
 from slcompile.convert.candidates import Candidates, gather
 from slcompile.convert.eligibility import require_possible_rank, structural_reason
+from slcompile.convert.held import held_bytes
 from slcompile.convert.ledger import ledger
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import weight_uses
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes import PassReport, joint_passes, parameterize_weights, post_passes, run
+from slcompile.passes import (
+    BudgetReport,
+    PassReport,
+    budget_passes,
+    joint_passes,
+    parameterize_weights,
+    post_passes,
+    run,
+)
 from slcompile.passes.find_matmuls import WeightUse
+from slcompile.passes.fit_budget import Step, Tags
 from slcompile.passes.graph import GraphPass, Watch
 from slcompile.passes.graph_text import lines
+from slcompile.passes.liveness import Graphs, Plan, most_of, step_events
 from slcompile.weight.marks import successor_of
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
@@ -42,6 +55,7 @@ log = logging.getLogger("slcompile")
 
 JOINT_HOOK = "joint_custom_pre_pass"
 POST_HOOK = "post_grad_custom_pre_pass"
+PARTITIONER = "custom_partitioner_fn"
 Wanted = Mapping[int, SLConfig]
 """Positions of the inputs that are to be factorized, and the options of the weight at each."""
 
@@ -182,7 +196,8 @@ class CapturedGraph:
         return self._variants[key]
 
     def _compile(self, wanted: Wanted, inputs: Sequence[Any]) -> Callable[..., Any]:
-        gm, inputs, _ = self.parameterize(wanted, inputs)
+        given = inputs
+        gm, inputs, weights = self.parameterize(wanted, inputs)
         torch_private.add_artifact("slcompile_before", lambda: "\n".join(lines(self.gm.graph).values()))
         torch_private.add_artifact("slcompile_after", lambda: "\n".join(lines(gm.graph).values()))
         joint = self._graph_passes(JOINT_HOOK, joint_passes(self.config))
@@ -191,11 +206,38 @@ class CapturedGraph:
             POST_HOOK: self._graph_passes(POST_HOOK, post_passes(self.config)),
             **dict.fromkeys(REQUIRED_SETTINGS, True),
         }
+        if self.config.budget is not None:
+            hooks[PARTITIONER] = self.partitioner(
+                {id(given[index]): weight for index, weight in weights.items()}, given
+            )
         composes = _composes(gm)
         compiled = torch_private.inductor(gm, inputs, {**self.settings, **hooks})
         if composes and joint.calls and not joint.seen:
             raise RuntimeError("the graph composes weights, but no joint graph held a weight op: nothing was rewritten")
         return compiled
+
+    def partitioner(self, replaced: Mapping[int, FactorizedWeight], inputs: Sequence[Any]) -> BudgetedPartitioner:
+        """Returns what keeps the memory budget of the whole model.
+
+        Args:
+            replaced: id of each dense weight that is factorized -> its factors.
+            inputs: Dynamo's; dense weights are among them.
+        """
+        live = LiveObjects.find()
+        parameters = [each for each in inputs if isinstance(each, nn.Parameter)]
+        roots = live.roots(parameters)
+        others = {id(each) for root in roots for each in root.parameters()} - {id(each) for each in parameters}
+        if others and not _BUDGET_WARNED.issuperset(roots):
+            _BUDGET_WARNED.update(roots)
+            log.warning(
+                "slcompile: memory_budget is kept as if the model were one graph, and a graph that is compiled reads "
+                "%d of its %d parameters: what other graphs save for the backward pass is not counted",
+                len(parameters),
+                len(parameters) + len(others),
+            )
+        held = held_bytes(roots, live.optimizers, replaced)
+        device = next((each.device.type for each in inputs if isinstance(each, torch.Tensor)), "cpu")
+        return BudgetedPartitioner(self.config, held, Plan(device), warns=True)
 
     def parameterize(
         self, wanted: Wanted, inputs: Sequence[Any], watch: Watch | None = None
@@ -301,6 +343,65 @@ class GraphPasses(CustomGraphPass):
     def uuid(self) -> Any:
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
         return None if None in ids else (_sources_hash(), self.config, cost.fingerprint(), *ids)
+
+
+_BUDGET_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said that they are not one graph."""
+
+
+class BudgetedPartitioner(CustomPartitionerFn):
+    """Partitions joint graphs so that a training step fits a memory budget, with as little as possible computed again.
+
+    Args:
+        config: Has the budget.
+        held: Bytes of parameters, buffers and optimizer states.
+        plan: How a step runs.
+        warns: Whether a step that does not fit is warned of.
+
+    Attributes:
+        reports: Of the joint graphs so far.
+        watch: Is told of the pass.
+    """
+
+    def __init__(self, config: SLConfig, held: int, plan: Plan, *, warns: bool = False) -> None:
+        self.config, self.held, self.plan, self.warns = config, held, plan, warns
+        self.reports: list[BudgetReport] = []
+        self.watch: Watch | None = None
+
+    @override
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **settings: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        def step(tags: Tags) -> Step:
+            graph = copy.deepcopy(gm.graph)
+            for node, copied in zip(gm.graph.nodes, graph.nodes, strict=True):
+                if node in tags:
+                    copied.meta["recompute"] = tags[node]
+            parts = torch_private.min_cut(fx.GraphModule(gm, graph), joint_inputs, **settings)
+            saved = frozenset(node.name for node in parts[1].graph.find_nodes(op="placeholder"))
+            if self.plan.device == "cpu":  # kernels of GPUs are seen from outside, with their workspace
+                for part in parts:
+                    run(post_passes(self.config), part)
+            forward, backward = (part.graph for part in parts)
+            events = step_events(Graphs(forward, backward), self.plan)
+            return Step(self.held + most_of(events), saved)
+
+        for report in run(budget_passes(self.config, step, torch.device(self.plan.device)), gm, self.watch):
+            assert isinstance(report, BudgetReport)
+            self.reports.append(report)
+            log.info("slcompile: %s", report)
+            if report.missing and self.warns:
+                log.warning(
+                    "slcompile: the step does not fit memory_budget: %s bytes are missing. %s; take fewer tokens a "
+                    "step, a smaller rank or density, or an optimizer with smaller states",
+                    f"{report.missing:,}",
+                    report,
+                )
+        return torch_private.min_cut(gm, joint_inputs, **settings)
+
+    @override
+    def uuid(self) -> Any:
+        return _sources_hash(), self.config, self.held, self.plan.device, cost.fingerprint()
 
 
 @functools.cache

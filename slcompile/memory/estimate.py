@@ -14,10 +14,10 @@ from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model
 from slcompile.memory.graphs import Call, capture
-from slcompile.memory.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.report import MemoryReport, Usage
 from slcompile.models import _transformers, meta_copy, unwrapped
+from slcompile.passes.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
 from slcompile.weight.structure import FactorizedWeight
 
 Build = Callable[[int | None], nn.Module]

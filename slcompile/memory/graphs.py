@@ -6,7 +6,6 @@ Dynamo, AOTAutograd, our passes, Inductor's joint passes and its partitioner run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +15,11 @@ from slcompile import torch_private
 from slcompile.captured import JOINT_HOOK, GraphPasses
 from slcompile.config import SLConfig
 from slcompile.passes import joint_passes, post_passes, run
+from slcompile.passes.liveness import Graphs
 from slcompile.weight.structure import FactorizedWeight
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a model."""
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """Forward and backward graph.
-
-    Attributes:
-        of_values: Positions of ``values`` among the graph's inputs, and so among the gradients.
-    """
-
-    forward: fx.Graph
-    backward: fx.Graph
-    of_values: frozenset[int]
 
 
 def capture(model: nn.Module, call: Call, dtype: torch.dtype | None, device: str, config: SLConfig | None) -> Graphs:

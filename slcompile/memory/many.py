@@ -15,7 +15,6 @@ from slcompile import torch_private
 from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, step_of
 from slcompile.memory.graphs import Call
-from slcompile.memory.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.sharding import (
     GATHERED,
@@ -26,6 +25,7 @@ from slcompile.memory.sharding import (
     sharded_events,
 )
 from slcompile.names import SUFFIX
+from slcompile.passes.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.weight.placing import put_in_place, sl_names
 from slcompile.weight.structure import FactorizedWeight
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slcompile.memory.liveness import PARTS, PROOF_LAYERS
+from slcompile.passes.liveness import PARTS, PROOF_LAYERS
 
 
 @dataclass(frozen=True)

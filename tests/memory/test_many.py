@@ -12,7 +12,7 @@ from torch import nn
 import slcompile
 from slcompile.cli import main
 from slcompile.memory.estimate import estimate_memory
-from slcompile.memory.liveness import Event
+from slcompile.passes.liveness import Event
 from slcompile.memory.many import BUCKETS, MANY_PARTS, estimate_many
 from slcompile.memory.sharding import (
     ALL,

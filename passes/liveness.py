@@ -1,8 +1,8 @@
 """When each buffer of a training step is allocated and freed, read from the graphs that Inductor would be given.
 
-The forward and the backward graph (``step_graphs.py``) are walked in order: every buffer that a kernel writes is
-allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the alternative: it sees what
-eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses away.
+An analysis: it changes nothing. The forward and the backward graph are walked in order: every buffer that a kernel
+writes is allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the alternative: it
+sees what eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses away.
 
 What is assumed of Inductor, and nothing else:
 
@@ -16,6 +16,7 @@ What is assumed of Inductor, and nothing else:
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +26,9 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.memory.graphs import Graphs
-from slcompile.memory.workspace import workspace
 from slcompile.ops import FACTORED, WEIGHT_OPS
 from slcompile.passes.graph import arguments
+from slcompile.passes.workspace import workspace
 
 PARTS = (
     "parameters",
@@ -54,6 +54,19 @@ PROOF_LAYERS = 3
 
 
 @dataclass(frozen=True)
+class Graphs:
+    """Forward and backward graph.
+
+    Attributes:
+        of_values: Positions of ``values`` among the graph's inputs, and so among the gradients.
+    """
+
+    forward: fx.Graph
+    backward: fx.Graph
+    of_values: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a step runs.
 
@@ -66,10 +79,10 @@ class Plan:
     """
 
     device: str
-    scratch: Callable[[int, int], int]
-    together: bool
-    per_layer: bool
-    by_layers: bool
+    scratch: Callable[[int, int], int] = lambda count, itemsize: 0
+    together: bool = False
+    per_layer: bool = False
+    by_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,10 +216,12 @@ def _buffers(node: fx.Node) -> list[Buffer]:
     value = node.meta.get("val")
     part = "composed weights" if _is_composed(node) else "temporaries"
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [
-        Buffer(int(each.untyped_storage().nbytes()), each.itemsize, part) if isinstance(each, Tensor) else Buffer(0, 0)
-        for each in values
-    ]
+    return [Buffer(size_of(each), each.itemsize, part) if isinstance(each, Tensor) else Buffer(0, 0) for each in values]
+
+
+def size_of(value: Tensor) -> int:
+    """Returns the bytes of what a tensor is in; of a symbolic size, those that it had when it was captured."""
+    return torch_private.size_hint(value.untyped_storage().nbytes())
 
 
 def _is_composed(node: fx.Node) -> bool:
@@ -433,3 +448,8 @@ def peak_of(
     found = {START: (sum(held.values()), dict(held)), **places}
     place = max(found, key=lambda each: found[each][0])
     return *found[place], place
+
+
+def most_of(events: Sequence[Event]) -> int:
+    """Returns the most bytes that are allocated at one time, beside what is held all the time."""
+    return max(itertools.accumulate((event.size for event in events), initial=0))

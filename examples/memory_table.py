@@ -24,10 +24,10 @@ from transformers import LlamaForCausalLM
 import slcompile
 from slcompile.benchmark import peak_above
 from slcompile.memory.estimate import estimate_memory, held_memory
-from slcompile.passes.liveness import PARTS
 from slcompile.memory.report import Usage
 from slcompile.models import known_config
 from slcompile.ops.sparse_cpu import kept_bytes
+from slcompile.passes.liveness import PARTS
 
 PARTS_OF_PAGE = ("table", "figure", "reality")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -50,6 +51,11 @@ class BudgetReport(PassReport):
     def missing(self) -> int:
         """Bytes by which the step exceeds the budget; 0 where it fits."""
         return max(0, self.peak - self.budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the same as JSON holds it, and the report's own numbers."""
+        numbers = ("budget", "peak", "without", "missing", "seconds_again")
+        return {**super().to_dict(), **{name: getattr(self, name) for name in numbers}}
 
     def __str__(self) -> str:
         counts = []

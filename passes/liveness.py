@@ -21,6 +21,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -58,11 +59,13 @@ class Graphs:
     """Forward and backward graph.
 
     Attributes:
+        results: What the forward graph's results are called in the backward graph; our lowering names them otherwise.
         of_values: Positions of ``values`` among the graph's inputs, and so among the gradients.
     """
 
     forward: fx.Graph
     backward: fx.Graph
+    results: tuple[str, ...]
     of_values: frozenset[int] = frozenset()
 
 
@@ -274,7 +277,8 @@ def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
             buffer.held = True
     forward = _Walk(graphs.forward, held)
     saved_names = {node.name for node in graphs.backward.find_nodes(op="placeholder")}
-    saved = {node.name: buffers for node, buffers in forward.reads.items() if node.name in saved_names}
+    made = zip(graphs.results, result_nodes(graphs.forward), strict=True)
+    saved = {name: forward.reads[node] for name, node in made if name in saved_names and isinstance(node, fx.Node)}
     saved_buffers = list(dict.fromkeys(each for buffers in saved.values() for each in buffers if not each.held))
     for buffer in saved_buffers:
         if buffer.part == "temporaries":
@@ -285,6 +289,13 @@ def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
         buffer.last = -1
     backward = _Walk(graphs.backward, saved)
     return events + _backward_events(backward, graphs.of_values, plan)
+
+
+def result_nodes(graph: fx.Graph) -> Sequence[Any]:
+    """Returns what a graph returns; of no tensor None or a number."""
+    (output,) = graph.find_nodes(op="output")
+    results = arguments(output)[0]
+    return results if isinstance(results, (list, tuple)) else [results]
 
 
 def _forward_events(walk: _Walk, saved: set[Buffer], plan: Plan) -> list[Event]:
@@ -301,9 +312,9 @@ def _forward_events(walk: _Walk, saved: set[Buffer], plan: Plan) -> list[Event]:
 def _backward_events(walk: _Walk, of_values: frozenset[int], plan: Plan) -> list[Event]:
     events: list[Event] = []
     places = _places(walk.graph, "backward")
-    output = next(iter(walk.graph.find_nodes(op="output")))
+    (output,) = walk.graph.find_nodes(op="output")
     gradients: dict[Buffer, None] = {}
-    for position, node in enumerate(output.args[0]):
+    for position, node in enumerate(result_nodes(walk.graph)):
         for buffer in walk.reads[node] if isinstance(node, fx.Node) else ():
             buffer.part, buffer.of_values = "gradients", position in of_values
             gradients[buffer] = None

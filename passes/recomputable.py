@@ -69,9 +69,9 @@ def find_recomputable(graph: fx.Graph, saved: Collection[str], device: torch.dev
             taken.update(own)
             found.append(Recomputable(kind, name, own, freed, seconds, frozenset(reads)))
 
-    for x in inputs_of_products(graph, backward):
-        nodes = makers(x, backward)
-        add("input", weight_name(next(iter(x.users))), nodes, _moved(nodes) / at.memory + at.launch)
+    for x, shown in inputs_of_products(graph, backward).items():
+        nodes = makers(x, shown, backward)
+        add("input", weight_name(x), nodes, _moved(nodes) / at.memory + at.launch)
     results, _ = results_to_recompute(graph, backward)
     for node, nodes in results.items():
         hiddens = arguments(node)[1]

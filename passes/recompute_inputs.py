@@ -37,15 +37,14 @@ def recompute_inputs(gm: fx.GraphModule, save: str = "auto") -> PassReport:
     backward = nodes_of_backward(gm.graph)
     if save == "all" or not backward:
         return report
-    for x in inputs_of_products(gm.graph, backward):
-        if found := makers(x, backward):
+    for x, shown in inputs_of_products(gm.graph, backward).items():
+        if found := makers(x, shown, backward):
             for node in found:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             report.replaced.append(Decision(x.name, shape=tuple(x.meta["val"].shape)))
         else:
-            report.left.append(
-                Decision(x.name, "not_by_the_way", "it is not made, element by element, of what is saved")
-            )
+            detail = "it is not made, element by element, of what is saved"
+            report.left.append(Decision(x.name, "not_by_the_way", detail))
     return report
 
 
@@ -63,31 +62,48 @@ def nodes_of_backward(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def inputs_of_products(graph: fx.Graph, backward: set[fx.Node]) -> list[fx.Node]:
-    """Returns what the forward pass multiplies with factorized weights, factored or composed."""
-    found: dict[fx.Node, None] = {}
+def inputs_of_products(graph: fx.Graph, backward: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """Finds what the forward pass multiplies with factorized weights, factored or composed.
+
+    Returns:
+        Each tensor that some op makes -> what shows it as it is to the products.
+    """
+    found: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
+        x: fx.Node | None = None
         if node in backward:
             continue
         if node.target is _FACTORED:
-            found[arguments(node)[0]] = None
+            x = arguments(node)[0]
         elif op_name(node) in ("mm", "addmm"):
             operands = arguments(node)[-2:]
             weights = [trunk(each)[0].target in WEIGHT_OPS for each in operands]
-            if sum(weights) == 1:
-                found[operands[weights.index(False)]] = None
-    return [node for node in found if node.op == "call_function"]
+            x = operands[weights.index(False)] if sum(weights) == 1 else None
+        shown: set[fx.Node] = set()
+        while x is not None and x.op == "call_function" and op_name(x) in SAME:
+            shown.add(x)
+            x = x.all_input_nodes[0]
+        if x is not None and x.op == "call_function":
+            found.setdefault(x, set()).update(shown)
+    return found
 
 
-def makers(x: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
-    """Returns the pointwise ops and views that make ``x``, up to what is saved anyway; none where that is too little.
+def makers(x: fx.Node, shown: set[fx.Node], backward: set[fx.Node]) -> set[fx.Node]:
+    """Returns the pointwise ops that make ``x``, up to what is saved anyway; none where that is too little.
 
     They end at what other nodes of the forward pass read, at what is no pointwise op, and at what is small. Each large
     tensor that they end at must be read by the backward pass, too, or be an input of the graph: else it would have to
     be saved in the place of ``x``.
+
+    Args:
+        x: One that ``inputs_of_products`` returns, and ...
+        shown: ... what shows it to the products, which is among what is returned.
+        backward: As ``nodes_of_backward`` returns it.
     """
+    if not all(map(_is_by_the_way, (x, *shown))):
+        return set()
     large = size_of(x.meta["val"]) // SMALL
-    found: set[fx.Node] = set()
+    found = set(shown)
     waiting = [x]
     while waiting:
         node = waiting.pop()
@@ -96,10 +112,7 @@ def makers(x: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
             continue
         found.add(node)
         waiting += [each for each in node.all_input_nodes if each.op == "call_function"]
-    if all(op_name(node) in SAME for node in found):
-        return set()
-    ends = {each for node in found for each in node.all_input_nodes} - found
-    for end in ends:
+    for end in {each for node in found for each in node.all_input_nodes} - found:
         value = end.meta.get("val")
         is_large = isinstance(value, torch.Tensor) and size_of(value) > large
         if end.op == "call_function" and is_large and backward.isdisjoint(_readers(end)):

@@ -45,7 +45,7 @@ from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.fit_budget import Step, Tags
 from slcompile.passes.graph import GraphPass, Watch
 from slcompile.passes.graph_text import lines
-from slcompile.passes.liveness import Graphs, Plan, most_of, step_events
+from slcompile.passes.liveness import Graphs, Plan, most_of, result_nodes, step_events
 from slcompile.weight.marks import successor_of
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
@@ -349,6 +349,21 @@ _BUDGET_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models of which it was said that they are not one graph."""
 
 
+def lowered(
+    parts: Sequence[fx.GraphModule], config: SLConfig | None, device: str, of_values: frozenset[int] = frozenset()
+) -> Graphs:
+    """Lowers a forward and a backward graph as they would be, to see what is allocated; arguments as of ``Graphs``.
+
+    Kernels of GPUs are seen from outside, with their workspace.
+    """
+    names = tuple(each.name if isinstance(each, fx.Node) else "" for each in result_nodes(parts[0].graph))
+    if config is not None and device == "cpu":
+        for part in parts:
+            run(post_passes(config), part)
+    forward, backward = (part.graph for part in parts)
+    return Graphs(forward, backward, names, of_values)
+
+
 class BudgetedPartitioner(CustomPartitionerFn):
     """Partitions joint graphs so that a training step fits a memory budget, with as little as possible computed again.
 
@@ -378,13 +393,9 @@ class BudgetedPartitioner(CustomPartitionerFn):
                 if node in tags:
                     copied.meta["recompute"] = tags[node]
             parts = torch_private.min_cut(fx.GraphModule(gm, graph), joint_inputs, **settings)
-            saved = frozenset(node.name for node in parts[1].graph.find_nodes(op="placeholder"))
-            if self.plan.device == "cpu":  # kernels of GPUs are seen from outside, with their workspace
-                for part in parts:
-                    run(post_passes(self.config), part)
-            forward, backward = (part.graph for part in parts)
-            events = step_events(Graphs(forward, backward), self.plan)
-            return Step(self.held + most_of(events), saved)
+            graphs = lowered(parts, self.config, self.plan.device)
+            saved = frozenset(node.name for node in graphs.backward.find_nodes(op="placeholder"))
+            return Step(self.held + most_of(step_events(graphs, self.plan)), saved)
 
         for report in run(budget_passes(self.config, step, torch.device(self.plan.device)), gm, self.watch):
             assert isinstance(report, BudgetReport)

@@ -154,6 +154,8 @@ def estimate_many(
     config = checked_config(config)
     require_choice("optimizer", optimizer, OPTIMIZERS)
     require_choice("device", device, DEVICES)
+    if config.budget is not None:
+        raise ValueError(f"memory_budget={config.budget} is for one GPU: on many, each layer is compiled by itself")
     kind = OPTIMIZERS[optimizer]
     call: Call = (tuple(args), dict(kwargs or {}))
     whole, layers = builder(model_or_config, dtype)

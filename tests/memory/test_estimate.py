@@ -14,11 +14,11 @@ import slcompile
 from slcompile import models
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.graphs import capture
-from slcompile.passes.liveness import PARTS, Event, Plan, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS
-from slcompile.passes.workspace import workspace
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
+from slcompile.passes.liveness import PARTS, Event, Plan, repeated, step_events
+from slcompile.passes.workspace import workspace
 from tests.testing import example
 from tests.zoo import tiny_config
 

@@ -168,7 +168,11 @@ def compared(config: Any, sl: slcompile.SLConfig, batch: int, factorized: bool) 
     model = LlamaForCausalLM(config)
     if factorized:
         slcompile.factorize_(model, sl)
-        run = torch.compile(model, backend="sltrain", options={"lowering": sl.lowering})
+        run = torch.compile(
+            model,
+            backend="sltrain",
+            options={name: getattr(sl, name) for name in ("lowering", "save", "memory_budget")},
+        )
     else:
         run = torch.compile(model)
     real = training_bytes(run, model, batch, config.vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def fit_budget(
 
     What frees the most bytes for the time that it takes comes first, one after another, until the step's peak fits;
     then what turns out not to be needed is dropped again, the slowest first. Legal because all of it is pure. Where
-    everything together does not fit, everything is computed again.
+    the step does not fit whatever is computed again, it gets the lowest peak that was found.
 
     Args:
         gm: A joint graph of forward and backward; only the nodes' meta changes.
@@ -91,32 +91,54 @@ def fit_budget(
     report.without = report.peak = now.peak
     found = find_recomputable(gm.graph, now.saved, device or _device(gm.graph))
     chosen: Chosen = ()
-    if found and now.peak > budget:
+    if now.peak > budget:
 
         @functools.cache
         def peak_with(chosen: Chosen) -> int:
-            return step(_tags(chosen)).peak
+            return now.peak if not chosen else step(_tags(chosen)).peak
 
-        chosen = tuple(found)
-        if peak_with(chosen) <= budget:
-            chosen = _without_needless(_shortest(chosen, budget, peak_with), budget, peak_with)
+        chosen = _enough(found, budget, peak_with)
         report.peak = peak_with(chosen)
     for node, policy in _tags(chosen).items():
         node.meta["recompute"] = policy
     report.seconds_again = sum(each.seconds for each in chosen)
     for each in found:
-        report.add(Decision(each.name, each.kind, str(each)), each in chosen)
+        report.add(Decision(each.name, each.kind, str(each), node=min(each.nodes).name), each in chosen)
     return report
 
 
-def _shortest(found: Chosen, budget: int, peak_with: Callable[[Chosen], int]) -> Chosen:
-    """Returns the fewest of the first ones with which a step fits; with all it does, and without any it does not."""
-    too_few, enough = 0, len(found)
+def _enough(found: Sequence[Recomputable], budget: int, peak_with: Callable[[Chosen], int]) -> Chosen:
+    """Returns what is computed again for a step to fit, or to come as near to that as is known.
+
+    What is alike, as in equal layers, is tried together, the best first, and taken where that lowers the peak: more is
+    not always less, where the backward pass has its peak while it computes something again.
+    """
+    alike: dict[Any, Chosen] = {}
+    for each in found:
+        key = each.kind, each.freed, each.seconds
+        alike[key] = (*alike.get(key, ()), each)
+    chosen: Chosen = ()
+    helps = True
+    while helps:
+        helps = False
+        for group in alike.values():
+            if group[0] in chosen or peak_with((*chosen, *group)) >= peak_with(chosen):
+                continue
+            if peak_with((*chosen, *group)) <= budget:
+                return _without_needless((*chosen, *_first_of(group, chosen, budget, peak_with)), budget, peak_with)
+            chosen, helps = (*chosen, *group), True
+    everything = tuple(found)
+    return min(chosen, everything, key=peak_with)
+
+
+def _first_of(group: Chosen, chosen: Chosen, budget: int, peak_with: Callable[[Chosen], int]) -> Chosen:
+    """Returns as few of a group as are needed beside what is chosen; with all of them a step fits."""
+    too_few, enough = 0, len(group)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        fits = peak_with(found[:middle]) <= budget
+        fits = peak_with((*chosen, *group[:middle])) <= budget
         too_few, enough = (too_few, middle) if fits else (middle, enough)
-    return found[:enough]
+    return group[:enough]
 
 
 def _without_needless(chosen: Chosen, budget: int, peak_with: Callable[[Chosen], int]) -> Chosen:

@@ -84,7 +84,7 @@ def find_recomputable(graph: fx.Graph, saved: Collection[str], device: torch.dev
             continue
         for hidden, (_, _, seconds, _) in zip(arguments(node)[1], _products(node, at), strict=True):
             if "ac_graph_id" not in hidden.meta:
-                add("hidden matrix", weight_name(node), {hidden}, seconds)
+                add("hidden matrix", weight_name(hidden), {hidden}, seconds)
     for node in graph.nodes:
         source = trunk(node)[0]
         if source.target in WEIGHT_OPS and node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:

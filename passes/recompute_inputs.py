@@ -112,6 +112,9 @@ def makers(x: fx.Node, shown: set[fx.Node], backward: set[fx.Node]) -> set[fx.No
             continue
         found.add(node)
         waiting += [each for each in node.all_input_nodes if each.op == "call_function"]
+    for node in sorted(found - shown):  # views of what they end at belong to that
+        if getattr(node.target, "is_view", False) and found.isdisjoint(node.all_input_nodes):
+            found.remove(node)
     for end in {each for node in found for each in node.all_input_nodes} - found:
         value = end.meta.get("val")
         is_large = isinstance(value, torch.Tensor) and size_of(value) > large

@@ -387,16 +387,7 @@ class BudgetedPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **settings: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        def step(tags: Tags) -> Step:
-            graph = copy.deepcopy(gm.graph)
-            for node, copied in zip(gm.graph.nodes, graph.nodes, strict=True):
-                if node in tags:
-                    copied.meta["recompute"] = tags[node]
-            parts = torch_private.min_cut(fx.GraphModule(gm, graph), joint_inputs, **settings)
-            graphs = lowered(parts, self.config, self.plan.device)
-            saved = frozenset(node.name for node in graphs.backward.find_nodes(op="placeholder"))
-            return Step(self.held + most_of(step_events(graphs, self.plan)), saved)
-
+        step = self.trial(gm, joint_inputs, settings)
         for report in run(budget_passes(self.config, step, torch.device(self.plan.device)), gm, self.watch):
             assert isinstance(report, BudgetReport)
             self.reports.append(report)
@@ -409,6 +400,23 @@ class BudgetedPartitioner(CustomPartitionerFn):
                     report,
                 )
         return torch_private.min_cut(gm, joint_inputs, **settings)
+
+    def trial(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[Any], settings: Mapping[str, Any]
+    ) -> Callable[[Tags], Step]:
+        """Returns what partitions copies of a joint graph with some tags, and says what a step comes to."""
+
+        def step(tags: Tags) -> Step:
+            graph = copy.deepcopy(gm.graph)
+            for node, copied in zip(gm.graph.nodes, graph.nodes, strict=True):
+                if node in tags:
+                    copied.meta["recompute"] = tags[node]
+            parts = torch_private.min_cut(fx.GraphModule(gm, graph), joint_inputs, **settings)
+            graphs = lowered(parts, self.config, self.plan.device)
+            saved = frozenset(node.name for node in graphs.backward.find_nodes(op="placeholder"))
+            return Step(self.held + most_of(step_events(graphs, self.plan)), saved)
+
+        return step
 
     @override
     def uuid(self) -> Any:

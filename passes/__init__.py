@@ -59,6 +59,9 @@ from slcompile.passes.recompute_inputs import recompute_inputs
 from slcompile.passes.recompute_weights import recompute_weights
 from slcompile.passes.save_low_rank import save_low_rank
 
+RECOMPUTING = ("recompute_inputs", "save_low_rank", "fit_budget")
+"""Names of the passes whose reports say in a sentence each what the backward pass computes again."""
+
 
 def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[GraphPass, ...]:
     """Returns the passes on the joint graph, in order; for another device than it was captured on, if one is given."""
@@ -80,7 +83,7 @@ def budget_passes(
     """Returns the passes on the joint graph just before it is partitioned; arguments as of ``fit_budget``."""
     if config.budget is None:
         return ()
-    return _without_skipped(config, functools.partial(fit_budget, budget=config.budget, step=step, device=device))
+    return (functools.partial(fit_budget, budget=config.budget, step=step, device=device),)
 
 
 def post_passes(config: SLConfig) -> tuple[GraphPass, ...]:
@@ -93,6 +96,7 @@ def _without_skipped(config: SLConfig, *passes: GraphPass) -> tuple[GraphPass, .
 
 
 __all__ = [
+    "RECOMPUTING",
     "BudgetReport",
     "Decision",
     "PassReport",

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from slcompile import torch_private
 from slcompile.ops import FACTORED, WEIGHT_OPS
 from slcompile.passes.graph import arguments
-from slcompile.passes.workspace import workspace
+from slcompile.passes.workspace import kept_on_cpu, workspace
 
 PARTS = (
     "parameters",
@@ -397,27 +397,11 @@ def _kept_positions(graphs: Graphs) -> Iterator[Event]:
     for graph, place in ((graphs.forward, "forward"), (graphs.backward, "backward")):
         layers = _places(graph, place)
         for node in graph.nodes:
-            kept = _kept_of(node)
+            kept = kept_on_cpu(node)
             if kept is None or kept[:2] in seen:
                 continue
             seen.add(kept[:2])
             yield Event(START, layers[node][1], "indices", kept[2], of_values=True)
-
-
-def _kept_of(node: fx.Node) -> tuple[str, str, int] | None:
-    """Returns, for a sparse product on CPU, its support's name, what is kept of it, and bytes."""
-    ops = torch.ops.slcompile
-    if node.target in (ops.vector_addmm.default, ops.vector_dots.default):
-        _, _, values, support, *_, vector = arguments(node)
-        rows, groups = values.meta["val"].shape
-        return support.name, "columns of blocks", 4 * -(-rows // vector) * groups
-    if node.target not in (ops.sparse_addmm.default, ops.sparse_dots.default):
-        return None
-    _, _, values, support, *rest = arguments(node)
-    by_column = node.target is ops.sparse_addmm.default and rest[1]
-    # Two int32 for each non-zero, beside the bounds of its rows or columns.
-    size = 8 * values.meta["val"].numel() + 4 * (node.meta["val"].shape[0] + 1)
-    return support.name, "by column" if by_column else "by row", size
 
 
 def repeated(events: Sequence[Event], layers: int) -> list[Event]:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile import torch_private
 from slcompile.ops import WEIGHT_OPS
+from slcompile.passes.choose_lowering import weight_name
 from slcompile.passes.graph import Decision, PassReport, arguments, op_name, trunk
 from slcompile.passes.liveness import size_of
 
@@ -41,10 +42,11 @@ def recompute_inputs(gm: fx.GraphModule, save: str = "auto") -> PassReport:
         if found := makers(x, shown, backward):
             for node in found:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            report.replaced.append(Decision(x.name, shape=tuple(x.meta["val"].shape)))
+            name = weight_name(x)
+            report.replaced.append(Decision(name, "", f"input of {name}", tuple(x.meta["val"].shape), node=x.name))
         else:
             detail = "it is not made, element by element, of what is saved"
-            report.left.append(Decision(x.name, "not_by_the_way", detail))
+            report.left.append(Decision(weight_name(x), "not_by_the_way", detail, node=x.name))
     return report
 
 

@@ -1,4 +1,4 @@
-"""What our ops allocate besides their results while their kernels run on a GPU."""
+"""What our ops allocate besides their results: while their kernels run on a GPU, and for good on the CPU."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def _gathered(x: fx.Node, values: fx.Node, vector: list[int], transposed: bool) 
 
 def _elements(node: fx.Node) -> int:
     return size_hint(node.meta["val"].numel())
+
+
+def kept_on_cpu(node: fx.Node) -> tuple[str, str, int] | None:
+    """Returns, for a sparse product on CPU, its support's name, what is kept of it, and bytes."""
+    ops = torch.ops.slcompile
+    if node.target in (ops.vector_addmm.default, ops.vector_dots.default):
+        _, _, values, support, *_, vector = arguments(node)
+        rows, groups = values.meta["val"].shape
+        return support.name, "columns of blocks", 4 * -(-rows // vector) * groups
+    if node.target not in (ops.sparse_addmm.default, ops.sparse_dots.default):
+        return None
+    _, _, values, support, *rest = arguments(node)
+    by_column = node.target is ops.sparse_addmm.default and rest[1]
+    # Two int32 for each non-zero, beside the bounds of its rows or columns.
+    size = 8 * values.meta["val"].numel() + 4 * (node.meta["val"].shape[0] + 1)
+    return support.name, "by column" if by_column else "by row", size

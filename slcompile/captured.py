@@ -7,7 +7,6 @@ at every run.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import weakref
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
@@ -33,19 +32,17 @@ from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import weight_uses
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes import (
-    BudgetReport,
     PassReport,
-    budget_passes,
     joint_passes,
     parameterize_weights,
     post_passes,
     run,
 )
 from slcompile.passes.find_matmuls import WeightUse
-from slcompile.passes.fit_budget import Step, Tags
 from slcompile.passes.graph import GraphPass, Watch
 from slcompile.passes.graph_text import lines
-from slcompile.passes.liveness import Graphs, Plan, most_of, result_nodes, step_events
+from slcompile.passes.liveness import Plan
+from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.weight.marks import successor_of
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
@@ -216,12 +213,15 @@ class CapturedGraph:
             raise RuntimeError("the graph composes weights, but no joint graph held a weight op: nothing was rewritten")
         return compiled
 
-    def partitioner(self, replaced: Mapping[int, FactorizedWeight], inputs: Sequence[Any]) -> BudgetedPartitioner:
+    def partitioner(
+        self, replaced: Mapping[int, FactorizedWeight], inputs: Sequence[Any], watch: Watch | None = None
+    ) -> BudgetedPartitioner:
         """Returns what keeps the memory budget of the whole model.
 
         Args:
             replaced: id of each dense weight that is factorized -> its factors.
             inputs: Dynamo's; dense weights are among them.
+            watch: Is told of the pass.
         """
         live = LiveObjects.find()
         parameters = [each for each in inputs if isinstance(each, nn.Parameter)]
@@ -236,8 +236,9 @@ class CapturedGraph:
                 len(parameters) + len(others),
             )
         held = held_bytes(roots, live.optimizers, replaced)
-        device = next((each.device.type for each in inputs if isinstance(each, torch.Tensor)), "cpu")
-        return BudgetedPartitioner(self.config, held, Plan(device), warns=True)
+        kinds = {each.device.type for each in inputs if isinstance(each, torch.Tensor)}
+        device = "cpu" if "cpu" in kinds or not torch.cuda.is_available() else "cuda"
+        return BudgetedPartitioner(self.config, held, Plan(device), watch, warns=True, identity=_sources_hash())
 
     def parameterize(
         self, wanted: Wanted, inputs: Sequence[Any], watch: Watch | None = None
@@ -347,80 +348,6 @@ class GraphPasses(CustomGraphPass):
 
 _BUDGET_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models of which it was said that they are not one graph."""
-
-
-def lowered(
-    parts: Sequence[fx.GraphModule], config: SLConfig | None, device: str, of_values: frozenset[int] = frozenset()
-) -> Graphs:
-    """Lowers a forward and a backward graph as they would be, to see what is allocated; arguments as of ``Graphs``.
-
-    Kernels of GPUs are seen from outside, with their workspace.
-    """
-    names = tuple(each.name if isinstance(each, fx.Node) else "" for each in result_nodes(parts[0].graph))
-    if config is not None and device == "cpu":
-        for part in parts:
-            run(post_passes(config), part)
-    forward, backward = (part.graph for part in parts)
-    return Graphs(forward, backward, names, of_values)
-
-
-class BudgetedPartitioner(CustomPartitionerFn):
-    """Partitions joint graphs so that a training step fits a memory budget, with as little as possible computed again.
-
-    Args:
-        config: Has the budget.
-        held: Bytes of parameters, buffers and optimizer states.
-        plan: How a step runs.
-        warns: Whether a step that does not fit is warned of.
-
-    Attributes:
-        reports: Of the joint graphs so far.
-        watch: Is told of the pass.
-    """
-
-    def __init__(self, config: SLConfig, held: int, plan: Plan, *, warns: bool = False) -> None:
-        self.config, self.held, self.plan, self.warns = config, held, plan, warns
-        self.reports: list[BudgetReport] = []
-        self.watch: Watch | None = None
-
-    @override
-    def __call__(
-        self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **settings: Any
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        step = self.trial(gm, joint_inputs, settings)
-        for report in run(budget_passes(self.config, step, torch.device(self.plan.device)), gm, self.watch):
-            assert isinstance(report, BudgetReport)
-            self.reports.append(report)
-            log.info("slcompile: %s", report)
-            if report.missing and self.warns:
-                log.warning(
-                    "slcompile: the step does not fit memory_budget: %s bytes are missing. %s; take fewer tokens a "
-                    "step, a smaller rank or density, or an optimizer with smaller states",
-                    f"{report.missing:,}",
-                    report,
-                )
-        return torch_private.min_cut(gm, joint_inputs, **settings)
-
-    def trial(
-        self, gm: fx.GraphModule, joint_inputs: Sequence[Any], settings: Mapping[str, Any]
-    ) -> Callable[[Tags], Step]:
-        """Returns what partitions copies of a joint graph with some tags, and says what a step comes to."""
-
-        def step(tags: Tags) -> Step:
-            graph = copy.deepcopy(gm.graph)
-            for node, copied in zip(gm.graph.nodes, graph.nodes, strict=True):
-                if node in tags:
-                    copied.meta["recompute"] = tags[node]
-            parts = torch_private.min_cut(fx.GraphModule(gm, graph), joint_inputs, **settings)
-            graphs = lowered(parts, self.config, self.plan.device)
-            saved = frozenset(node.name for node in graphs.backward.find_nodes(op="placeholder"))
-            return Step(self.held + most_of(step_events(graphs, self.plan)), saved)
-
-        return step
-
-    @override
-    def uuid(self) -> Any:
-        return _sources_hash(), self.config, self.held, self.plan.device, cost.fingerprint()
 
 
 @functools.cache

@@ -24,7 +24,6 @@ SKIPPABLE = (
     "recompute_weights",
     "recompute_inputs",
     "save_low_rank",
-    "fit_budget",
     "lower_ops",
 )
 """Passes without which a graph computes the same: those on the joint graph, and the lowering of our ops."""

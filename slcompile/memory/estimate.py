@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from slcompile import torch_private
-from slcompile.captured import BudgetedPartitioner
 from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model
@@ -20,6 +19,7 @@ from slcompile.memory.report import MemoryReport, Usage
 from slcompile.models import _transformers, meta_copy, unwrapped
 from slcompile.passes import BudgetReport
 from slcompile.passes.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
+from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.weight.structure import FactorizedWeight
 
 Build = Callable[[int | None], nn.Module]

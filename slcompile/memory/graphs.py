@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from slcompile import torch_private
-from slcompile.captured import JOINT_HOOK, PARTITIONER, BudgetedPartitioner, GraphPasses, lowered
+from slcompile.captured import JOINT_HOOK, PARTITIONER, GraphPasses
 from slcompile.config import SLConfig
 from slcompile.passes import joint_passes
 from slcompile.passes.liveness import Graphs
+from slcompile.passes.partition import BudgetedPartitioner, lowered
 from slcompile.weight.structure import FactorizedWeight
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 import slcompile
-from slcompile.captured import BudgetedPartitioner
 from slcompile.memory import graphs
 from slcompile.passes import fit_budget
 from slcompile.passes.fit_budget import _tags
 from slcompile.passes.liveness import Plan
+from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.passes.recomputable import find_recomputable
 from tests.passes.test_save_low_rank import Net
 

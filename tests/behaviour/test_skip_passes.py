@@ -19,7 +19,7 @@ ALL = ["parameterize_weights", *SKIPPABLE[:-1], "lower_ops", "lower_ops"]  # the
 
 
 class Projections(nn.Module):
-    """Something for every pass: two products with one input, whole, and a third with parts of a weight."""
+    """Something for every pass: two products with one input, made by the way, and a third with parts of a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,6 +27,7 @@ class Projections(nn.Module):
         self.packed = nn.Parameter(torch.randn(128, 96) / 8)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
         hidden = self.up(x) * torch.sigmoid(self.gate(x))
         first, second = self.packed.chunk(2)
         return hidden @ first.t() + torch.tanh(hidden @ second.t())

@@ -15,6 +15,8 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 import slcompile
 from slcompile.memory import graphs
+from slcompile.memory.many import estimate_many
+from slcompile.memory.sharding import Layout
 from slcompile.passes import fit_budget
 from slcompile.passes.fit_budget import _tags
 from slcompile.passes.liveness import Plan
@@ -171,6 +173,27 @@ def test_kept_weights_are_computed_again_where_they_do_not_fit():
             (report,) = partitioner.reports
             assert [each.reason for each in report.replaced].count("weight") == 1
     assert kept == {1: 0, None: 1}
+
+
+def test_explain_lists_what_is_computed_again():
+    config = slcompile.SLConfig(**OPTIONS, memory_budget=1, exclude=("head*",))
+    model = slcompile.factorize_(Headed(), config)
+    found = slcompile.explain(model, (torch.randn(37, 48),), config=config)
+    (row,) = [each for each in found.passes if each.name == "fit_budget"]
+    assert row.replaced == len(row.recomputed.splitlines()) == 6
+    assert "results of " in row.recomputed
+    assert "net.gate" in row.recomputed
+    assert not [each.recomputed for each in found.passes if each is not row and each.recomputed]
+    shown = str(found).partition("Computed again in the backward pass\n")[2]
+    assert "hidden matrix of " in shown
+
+
+def test_estimates_refuse_a_budget_for_layers_that_are_compiled_by_themselves():
+    config = slcompile.SLConfig(memory_budget="1GB")
+    with pytest.raises(ValueError, match="memory_budget=1000000000 needs the model in one graph"):
+        slcompile.estimate_memory(Headed(), (torch.randn(37, 48),), config=config, compiled="layers")
+    with pytest.raises(ValueError, match="memory_budget=1000000000 is for one GPU"):
+        estimate_many(Headed(), (torch.randn(37, 48),), layouts=[Layout(2)], config=config)
 
 
 def test_a_partitioner_of_the_users_own_is_refused():

@@ -12,7 +12,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from typing_extensions import override
 
-from slcompile import cost, torch_private
+from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.passes import BudgetReport, budget_passes, post_passes, run
 from slcompile.passes.fit_budget import Step, Tags
@@ -46,24 +46,15 @@ class BudgetedPartitioner(CustomPartitionerFn):
         plan: How a step runs.
         watch: Is told of the pass.
         warns: Whether a step that does not fit is warned of.
-        identity: Of the sources, for Inductor's caches; None to keep out of them.
 
     Attributes:
         reports: Of the joint graphs so far.
     """
 
     def __init__(
-        self,
-        config: SLConfig,
-        held: int,
-        plan: Plan,
-        watch: Watch | None = None,
-        *,
-        warns: bool = False,
-        identity: bytes | None = None,
+        self, config: SLConfig, held: int, plan: Plan, watch: Watch | None = None, *, warns: bool = False
     ) -> None:
-        self.config, self.held, self.plan, self.watch = config, held, plan, watch
-        self.warns, self.identity = warns, identity
+        self.config, self.held, self.plan, self.watch, self.warns = config, held, plan, watch, warns
         self.reports: list[BudgetReport] = []
 
     @override
@@ -102,7 +93,9 @@ class BudgetedPartitioner(CustomPartitionerFn):
         return step
 
     @override
-    def uuid(self) -> Any:
-        if self.identity is None:
-            return None
-        return self.identity, self.config, self.held, self.plan.device, cost.fingerprint()
+    def uuid(self) -> None:
+        """Keeps what is compiled out of Inductor's caches, from which it would be taken without a report."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Inductor puts all of its settings into the key for its caches, before it asks whether it may use them.
+        return tuple, ((self.config, self.held),)

@@ -238,7 +238,7 @@ class CapturedGraph:
         held = held_bytes(roots, live.optimizers, replaced)
         kinds = {each.device.type for each in inputs if isinstance(each, torch.Tensor)}
         device = "cpu" if "cpu" in kinds or not torch.cuda.is_available() else "cuda"
-        return BudgetedPartitioner(self.config, held, Plan(device), watch, warns=True, identity=_sources_hash())
+        return BudgetedPartitioner(self.config, held, Plan(device), watch, warns=True)
 
     def parameterize(
         self, wanted: Wanted, inputs: Sequence[Any], watch: Watch | None = None
@@ -342,6 +342,8 @@ class GraphPasses(CustomGraphPass):
 
     @override
     def uuid(self) -> Any:
+        if self.config.budget is not None:
+            return None  # what was compiled before would be taken without saying whether a step fits
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
         return None if None in ids else (_sources_hash(), self.config, cost.fingerprint(), *ids)
 

@@ -80,6 +80,7 @@ def headed() -> Tried:
     return tried(Headed(), exclude=("head*",))
 
 
+@pytest.mark.slow
 def test_a_gated_mlp_has_each_kind(net):
     kinds = [each.kind for each in net.found]
     assert sorted(kinds) == ["hidden matrix"] * 3 + ["input"] * 2 + ["results"]
@@ -89,6 +90,7 @@ def test_a_gated_mlp_has_each_kind(net):
     assert len(everything) == len(set(everything))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["net", "headed"])
 def test_what_is_chosen_fits_where_anything_does_and_nothing_less_would(name, request):
     tried = request.getfixturevalue(name)
@@ -103,6 +105,7 @@ def test_what_is_chosen_fits_where_anything_does_and_nothing_less_would(name, re
             assert report.missing == report.peak - budget > 0
 
 
+@pytest.mark.slow
 def test_no_other_choice_takes_less_time_by_more_than_a_part(headed):
     for budget, (chosen, report) in headed.chosen.items():
         fitting = [each for each, peak in headed.peaks.items() if peak <= budget]
@@ -111,6 +114,7 @@ def test_no_other_choice_takes_less_time_by_more_than_a_part(headed):
             assert report.seconds_again < least + min(part.seconds for part in chosen), budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["net", "headed"])
 def test_a_larger_budget_takes_no_more_time(name, request):
     chosen = request.getfixturevalue(name).chosen

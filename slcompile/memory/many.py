@@ -13,7 +13,7 @@ from torch import nn
 
 from slcompile import torch_private
 from slcompile.config import SLConfig, checked_config, require_choice
-from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, step_of
+from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, options_of, step_of
 from slcompile.memory.graphs import Call
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.sharding import (
@@ -187,8 +187,7 @@ def estimate_many(
             shares.append(_share(model, full, events, kind, layout, call))
         settings = {
             "optimizer": optimizer + (" per layer" if per_layer else ""),
-            "rank": config.rank,
-            "density": config.density,
+            **options_of(full, config),
             "dtype": str(next(full.parameters()).dtype).removeprefix("torch."),
             "device": device,
         }

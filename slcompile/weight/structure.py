@@ -14,6 +14,9 @@ from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import register_weight_op
 from slcompile.ops.quantized import BITS, packed_shape, quantize
 
+SHARES_WITH = "_slcompile_shares_with"
+"""Attribute of a weight that shares factors: the weight whose they are."""
+
 Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
 
 
@@ -44,6 +47,7 @@ class FactorizedWeight(nn.Module):
         takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape`` or packed,
             where ``config.base`` asks for one (``register_base``). It is the last operand then, and ``arguments`` says
             where the op takes it.
+        sharable: Names of the parts that weights of equal shape may share (``slcompile.share_factors``).
     """
 
     structure: ClassVar[str]
@@ -52,6 +56,8 @@ class FactorizedWeight(nn.Module):
     takes_density: ClassVar[bool] = False
     takes_blocks: ClassVar[bool] = False
     takes_base: ClassVar[bool] = False
+
+    sharable: ClassVar[tuple[str, ...]] = ()
 
     base: nn.Parameter | None
     _scale_ratio: tuple[int, int] = (1, 1)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from slcompile import torch_private
 from slcompile.cost import Matmul, Rates, rates
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.choose_lowering import matmul_of, weight_name
+from slcompile.passes.choose_lowering import matmul_of, name_of
 from slcompile.passes.graph import arguments, trunk
 from slcompile.passes.liveness import size_of
 from slcompile.passes.recompute_inputs import inputs_of_products, makers, nodes_of_backward
@@ -71,24 +71,24 @@ def find_recomputable(graph: fx.Graph, saved: Collection[str], device: torch.dev
 
     for x, shown in inputs_of_products(graph, backward).items():
         nodes = makers(x, shown, backward)
-        add("input", weight_name(x), nodes, _moved(nodes) / at.memory + at.launch)
+        add("input", name_of(x), nodes, _moved(nodes) / at.memory + at.launch)
     results, _ = results_to_recompute(graph, backward)
     for node, nodes in results.items():
         hiddens = arguments(node)[1]
         seconds = sum(
             matmul.factored(tokens, at, *rest) - hidden for matmul, tokens, hidden, rest in _products(node, at)
         )
-        add("results", weight_name(node), nodes, seconds + _moved(nodes - {node}) / at.memory, hiddens)
+        add("results", name_of(node), nodes, seconds + _moved(nodes - {node}) / at.memory, hiddens)
     for node in graph.nodes:
         if node in backward or node.target is not torch.ops.slcompile.linear_factored.default:
             continue
         for hidden, (_, _, seconds, _) in zip(arguments(node)[1], _products(node, at), strict=True):
             if "ac_graph_id" not in hidden.meta:
-                add("hidden matrix", weight_name(hidden), {hidden}, seconds)
+                add("hidden matrix", name_of(hidden), {hidden}, seconds)
     for node in graph.nodes:
         source = trunk(node)[0]
         if source.target in WEIGHT_OPS and node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
-            add("weight", weight_name(source), {node}, matmul_of(source, source.meta["val"].dtype).compose(at))
+            add("weight", name_of(source), {node}, matmul_of(source, source.meta["val"].dtype).compose(at))
     return sorted(found, key=lambda each: -each.freed / each.seconds)
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile import torch_private
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.choose_lowering import weight_name
+from slcompile.passes.choose_lowering import name_of
 from slcompile.passes.graph import Decision, PassReport, arguments, op_name, trunk
 from slcompile.passes.liveness import size_of
 
@@ -42,11 +42,11 @@ def recompute_inputs(gm: fx.GraphModule, save: str = "auto") -> PassReport:
         if found := makers(x, shown, backward):
             for node in found:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            name = weight_name(x)
+            name = name_of(x)
             report.replaced.append(Decision(name, "", f"input of {name}", tuple(x.meta["val"].shape), node=x.name))
         else:
             detail = "it is not made, element by element, of what is saved"
-            report.left.append(Decision(weight_name(x), "not_by_the_way", detail, node=x.name))
+            report.left.append(Decision(name_of(x), "not_by_the_way", detail, node=x.name))
     return report
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from slcompile.passes.choose_lowering import weight_name
+from slcompile.passes.choose_lowering import name_of
 from slcompile.passes.graph import Decision, PassReport, arguments, op_name
 from slcompile.passes.recompute_inputs import SAME, nodes_of_backward
 
@@ -43,7 +43,7 @@ def save_low_rank(gm: fx.GraphModule, save: str = "low_rank") -> PassReport:
             each.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         for hidden in arguments(node)[1]:
             hidden.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        name, matmuls = weight_name(node), len(arguments(node)[1])
+        name, matmuls = name_of(node), len(arguments(node)[1])
         report.replaced.append(Decision(name, "", f"results of {name}", matmuls=matmuls, node=node.name))
     return report
 
@@ -65,7 +65,7 @@ def results_to_recompute(graph: fx.Graph, backward: set[fx.Node]) -> tuple[dict[
             if _follows(node, again):
                 maker[node] = next(maker[each] for each in node.all_input_nodes if each in maker)
         elif reason := _why_not(node, again):
-            left.append(Decision(weight_name(node), *reason, node=node.name))
+            left.append(Decision(name_of(node), *reason, node=node.name))
         else:
             maker[node] = node
     found: dict[fx.Node, set[fx.Node]] = {}

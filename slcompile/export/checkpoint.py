@@ -26,21 +26,28 @@ from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.sharing import share_again, sharing
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
+_STORED = "stored_shape"
+"""What says that a weight is a convolution's, [out, in, *kernel], and not a stack of matrices."""
 
 
 def described_weights(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns what each factorized weight of a model is, by its dense name; JSON holds it."""
     found = {
-        plain_name(path.removesuffix(SUFFIX)): {"structure": module.structure, **module.describe()}
+        plain_name(path.removesuffix(SUFFIX)): _described(module)
         for path, module in model.named_modules()
         if isinstance(module, FactorizedWeight)
     }
     for name, first in sharing(model).items():
         found[name]["shares"] = first
     return found
+
+
+def _described(weight: FactorizedWeight) -> dict[str, Any]:
+    stored = {_STORED: list(weight.stored_shape)} if weight.convolved else {}
+    return {"structure": weight.structure, **weight.describe(), **stored}
 
 
 def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -167,23 +174,28 @@ def _install(model: nn.Module, name: str, described: Any) -> FactorizedWeight:
         dense = model.get_parameter(name)
     except AttributeError as error:
         raise ValueError(f"the checkpoint factorizes {name:.200}, which the model does not have") from error
-    if not isinstance(described, Mapping) or described.get("input_dim") not in (0, 1) or dense.dim() not in (2, 3):
+    settings = dict(described) if isinstance(described, Mapping) else {}
+    stored = settings.pop(_STORED, None)
+    convolved = stored is not None
+    is_possible = dense.dim() in (2, 3) if not convolved else dense.dim() in (3, 4, 5) and stored == list(dense.shape)
+    if settings.get("input_dim") not in (0, 1) or not is_possible:
         raise ValueError(f"the checkpoint holds {name} as {described!r:.200}; its shape is {tuple(dense.shape)}")
-    settings = {key: each for key, each in described.items() if key != "shares"}
+    shape = matrix_shape(dense.shape, convolved)
+    settings.pop("shares", None)
     structure = settings.pop("structure", "sparse_low_rank")  # which the first format left out
     if structure not in tuple(STRUCTURES):
         raise ValueError(f"the checkpoint holds {name} as {structure!r:.200}{did_you_mean(structure, STRUCTURES)}")
     rank = settings.get("rank")
-    if isinstance(rank, int) and rank > max(dense.shape):
+    if isinstance(rank, int) and rank > max(shape):
         raise ValueError(f"the checkpoint holds {name}, {tuple(dense.shape)}, with rank={rank}")
     try:
-        weight = STRUCTURES[structure].from_description(dense.shape, settings, name=name, dtype=dense.dtype)
+        weight = STRUCTURES[structure].from_description(shape, settings, name=name, dtype=dense.dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint holds {name} as {described!r:.200}: {error}") from error
     for module in list(model.modules()):
         for attribute, parameter in list(module._parameters.items()):
             if parameter is dense:
-                put_in_place(module, attribute, weight)
+                put_in_place(module, attribute, weight.stored_as(dense.shape))
     return cast(FactorizedWeight, weight)
 
 

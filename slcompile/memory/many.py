@@ -27,7 +27,7 @@ from slcompile.memory.sharding import (
 from slcompile.names import SUFFIX
 from slcompile.passes.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.weight.placing import put_in_place, sl_names
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
 BUCKETS = "DDP's buckets"
 MANY_PARTS = (*PARTS, GATHERED, REDUCING, BUCKETS)
@@ -224,8 +224,9 @@ def _matching(build_part: Build, make_whole: Build) -> Build:
                 weight: FactorizedWeight = getattr(module, name + SUFFIX)
                 dense = getattr(modules[path], name)
                 with torch.device("meta"):
-                    put = type(weight).from_description(dense.shape, weight.describe(), name=name, dtype=dense.dtype)
-                put_in_place(modules[path], name, put)
+                    shape = matrix_shape(dense.shape, weight.convolved)
+                    put = type(weight).from_description(shape, weight.describe(), name=name, dtype=dense.dtype)
+                put_in_place(modules[path], name, put.stored_as(dense.shape))
         return model
 
     return make

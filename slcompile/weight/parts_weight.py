@@ -104,14 +104,14 @@ class PartsWeight(FactorizedWeight):
         return (*operands[:count], *self.op_args(), *operands[count:])  # the base comes last
 
     @override
-    def forward(self) -> Tensor:
+    def matrix(self) -> Tensor:
         # As for SLWeight: neither torch.func nor exporters know an opaque op.
         if torch_private.is_transforming() or torch_private.is_exporting():
-            return self.reference()
-        return super().forward()
+            return self.matrix_by_formula()
+        return super().matrix()
 
     @override
-    def reference(self) -> Tensor:
+    def matrix_by_formula(self) -> Tensor:
         return self.ops.composed(*self.arguments(list(self.operands().values())))
 
     @torch.no_grad()

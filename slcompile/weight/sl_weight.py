@@ -216,14 +216,14 @@ class SLWeight(FactorizedWeight):
         }
 
     @override
-    def forward(self) -> Tensor:
+    def matrix(self) -> Tensor:
         # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
         # translate none, and a program that was exported may run where slcompile is not installed.
         is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
-        return self._composed(compose) if is_opaque else self.reference()
+        return self._composed(compose) if is_opaque else self.matrix_by_formula()
 
     @override
-    def reference(self) -> Tensor:
+    def matrix_by_formula(self) -> Tensor:
         def by_formula(*arguments: Any) -> Tensor:
             B, A, values, support, scale, *_ = arguments
             return compose_reference(B, A, values, support, scale, self.vector, self.base)

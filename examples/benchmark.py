@@ -55,7 +55,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.03, help="share of non-zeros")
     parser.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the non-zeros")
     parser.add_argument("--vector", type=int, default=VECTOR, help="rows that share their columns; of --support vector")
-    parser.add_argument("--save", choices=SAVES, default="all", help="what the backward pass gets of factored matmuls")
+    parser.add_argument(
+        "--save", choices=SAVES, default=SAVES[0], help="what the backward pass gets of factored matmuls"
+    )
     parser.add_argument(
         "--lowering", choices=["auto", "composed", "factored"], default="auto", help="of the train step"
     )

@@ -24,10 +24,10 @@ from transformers import LlamaForCausalLM
 import slcompile
 from slcompile.benchmark import peak_above
 from slcompile.memory.estimate import estimate_memory, held_memory
-from slcompile.memory.liveness import PARTS
 from slcompile.memory.report import Usage
 from slcompile.models import known_config
 from slcompile.ops.sparse_cpu import kept_bytes
+from slcompile.passes.liveness import PARTS
 
 PARTS_OF_PAGE = ("table", "figure", "reality")
 
@@ -168,7 +168,11 @@ def compared(config: Any, sl: slcompile.SLConfig, batch: int, factorized: bool) 
     model = LlamaForCausalLM(config)
     if factorized:
         slcompile.factorize_(model, sl)
-        run = torch.compile(model, backend="sltrain", options={"lowering": sl.lowering})
+        run = torch.compile(
+            model,
+            backend="sltrain",
+            options={name: getattr(sl, name) for name in ("lowering", "save", "memory_budget")},
+        )
     else:
         run = torch.compile(model)
     real = training_bytes(run, model, batch, config.vocab_size)

@@ -15,7 +15,15 @@
    choose_lowering         each matmul: compose the weight, or multiply with the factors? the cheaper of the two
    group_projections       factored matmuls with the same input become one op: q/k/v, gate/up
    recompute_weights       composed weights are recomputed in the backward pass, or kept if the user asks for speed
+   recompute_inputs        inputs of matmuls that norms and pointwise ops make are made again there
    save_low_rank           results of factored matmuls, too, if the user asks for memory: hidden matrices are saved
+
+   With a memory budget, the partitioner is asked how much a step takes (``custom_partitioner_fn``), in the place of the
+   last two:
+
+   liveness                when is each buffer of a step allocated and freed? (an analysis: changes nothing)
+   recomputable            what can be computed again, what does that free, how long does it take? (an analysis, too)
+   fit_budget              the least of it with which a step's peak fits is computed again
 
 3. On the forward and the backward graph, after they were partitioned (``post_grad_custom_pre_pass``), ``post_passes``:
 
@@ -34,12 +42,14 @@ passes of 2. and 3. out by name. Passes treat every op of ``slcompile.ops.WEIGHT
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from slcompile.config import SLConfig
 from slcompile.passes.choose_lowering import choose_lowering
 from slcompile.passes.find_matmuls import find_matmuls
+from slcompile.passes.fit_budget import BudgetReport, Step, Tags, fit_budget
 from slcompile.passes.flatten_convolutions import flatten_convolutions
 from slcompile.passes.fuse_weight_grads import fuse_weight_grads
 from slcompile.passes.graph import Decision, GraphPass, PassReport, pass_name, run
@@ -47,12 +57,17 @@ from slcompile.passes.group_projections import group_projections
 from slcompile.passes.lower_ops import lower_ops
 from slcompile.passes.merge_weights import merge_weights
 from slcompile.passes.parameterize_weights import parameterize_weights
+from slcompile.passes.recompute_inputs import recompute_inputs
 from slcompile.passes.recompute_weights import recompute_weights
 from slcompile.passes.save_low_rank import save_low_rank
+
+RECOMPUTING = ("recompute_inputs", "save_low_rank", "fit_budget")
+"""Names of the passes whose reports say in a sentence each what the backward pass computes again."""
 
 
 def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[GraphPass, ...]:
     """Returns the passes on the joint graph, in order; for another device than it was captured on, if one is given."""
+    save = config.save if config.budget is None else "all"
     return _without_skipped(
         config,
         functools.partial(flatten_convolutions, lowering=config.lowering, device=device),
@@ -60,8 +75,18 @@ def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[
         functools.partial(choose_lowering, lowering=config.lowering, device=device),
         group_projections,
         functools.partial(recompute_weights, keep=config.keep_weights),
-        functools.partial(save_low_rank, save=config.save),
+        functools.partial(recompute_inputs, save=save),
+        functools.partial(save_low_rank, save=save),
     )
+
+
+def budget_passes(
+    config: SLConfig, step: Callable[[Tags], Step], device: torch.device | None = None
+) -> tuple[GraphPass, ...]:
+    """Returns the passes on the joint graph just before it is partitioned; arguments as of ``fit_budget``."""
+    if config.budget is None:
+        return ()
+    return (functools.partial(fit_budget, budget=config.budget, step=step, device=device),)
 
 
 def post_passes(config: SLConfig) -> tuple[GraphPass, ...]:
@@ -74,10 +99,14 @@ def _without_skipped(config: SLConfig, *passes: GraphPass) -> tuple[GraphPass, .
 
 
 __all__ = [
+    "RECOMPUTING",
+    "BudgetReport",
     "Decision",
     "PassReport",
+    "budget_passes",
     "choose_lowering",
     "find_matmuls",
+    "fit_budget",
     "flatten_convolutions",
     "fuse_weight_grads",
     "group_projections",
@@ -86,6 +115,7 @@ __all__ = [
     "merge_weights",
     "parameterize_weights",
     "post_passes",
+    "recompute_inputs",
     "recompute_weights",
     "run",
     "save_low_rank",

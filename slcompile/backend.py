@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from slcompile import torch_private
-from slcompile.captured import REQUIRED_SETTINGS, CapturedGraph
+from slcompile.captured import PARTITIONER, REQUIRED_SETTINGS, CapturedGraph
 from slcompile.config import SLConfig, did_you_mean
 from slcompile.convert.ledger import ledger
 
@@ -43,6 +43,8 @@ def sltrain(
     """
     config, settings = SLConfig.from_options(options)
     settings = _inductor_settings(mode, settings)
+    if config.budget is not None and settings.get(PARTITIONER) is not None:
+        raise ValueError(f"memory_budget needs Inductor's {PARTITIONER}, which option 'inductor' sets")
     ledger.warn_of_held_weights()
     graph = CapturedGraph(gm, example_inputs, config, settings)
     if torch.is_grad_enabled():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +26,23 @@ from slcompile import passes as our_passes
 from slcompile.config import SLConfig
 from slcompile.convert.candidates import Candidates, gather
 from slcompile.convert.eligibility import require_possible_rank, structural_reason
+from slcompile.convert.held import held_bytes
 from slcompile.convert.ledger import ledger
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import weight_modules, weight_uses
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes import PassReport, joint_passes, parameterize_weights, post_passes, run
+from slcompile.passes import (
+    PassReport,
+    joint_passes,
+    parameterize_weights,
+    post_passes,
+    run,
+)
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import GraphPass, Watch
 from slcompile.passes.graph_text import lines
+from slcompile.passes.liveness import Plan
+from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.weight.marks import successor_of
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
@@ -42,6 +52,7 @@ log = logging.getLogger("slcompile")
 
 JOINT_HOOK = "joint_custom_pre_pass"
 POST_HOOK = "post_grad_custom_pre_pass"
+PARTITIONER = "custom_partitioner_fn"
 Wanted = Mapping[int, SLConfig]
 """Positions of the inputs that are to be factorized, and the options of the weight at each."""
 
@@ -187,7 +198,8 @@ class CapturedGraph:
         return self._variants[key]
 
     def _compile(self, wanted: Wanted, inputs: Sequence[Any]) -> Callable[..., Any]:
-        gm, inputs, _ = self.parameterize(wanted, inputs)
+        given = inputs
+        gm, inputs, weights = self.parameterize(wanted, inputs)
         torch_private.add_artifact("slcompile_before", lambda: "\n".join(lines(self.gm.graph).values()))
         torch_private.add_artifact("slcompile_after", lambda: "\n".join(lines(gm.graph).values()))
         joint = self._graph_passes(JOINT_HOOK, joint_passes(self.config))
@@ -196,11 +208,42 @@ class CapturedGraph:
             POST_HOOK: self._graph_passes(POST_HOOK, post_passes(self.config)),
             **dict.fromkeys(REQUIRED_SETTINGS, True),
         }
+        if self.config.budget is not None:
+            hooks[PARTITIONER] = self.partitioner(
+                {id(given[index]): weight for index, weight in weights.items()}, given
+            )
         composes = _composes(gm)
         compiled = torch_private.inductor(gm, inputs, {**self.settings, **hooks})
         if composes and joint.calls and not joint.seen:
             raise RuntimeError("the graph composes weights, but no joint graph held a weight op: nothing was rewritten")
         return compiled
+
+    def partitioner(
+        self, replaced: Mapping[int, FactorizedWeight], inputs: Sequence[Any], watch: Watch | None = None
+    ) -> BudgetedPartitioner:
+        """Returns what keeps the memory budget of the whole model.
+
+        Args:
+            replaced: id of each dense weight that is factorized -> its factors.
+            inputs: Dynamo's; dense weights are among them.
+            watch: Is told of the pass.
+        """
+        live = LiveObjects.find()
+        parameters = [each for each in inputs if isinstance(each, nn.Parameter)]
+        roots = live.roots(parameters)
+        others = {id(each) for root in roots for each in root.parameters()} - {id(each) for each in parameters}
+        if others and not _BUDGET_WARNED.issuperset(roots):
+            _BUDGET_WARNED.update(roots)
+            log.warning(
+                "slcompile: memory_budget is kept as if the model were one graph, and a graph that is compiled reads "
+                "%d of its %d parameters: what other graphs save for the backward pass is not counted",
+                len(parameters),
+                len(parameters) + len(others),
+            )
+        held = held_bytes(roots, live.optimizers, replaced)
+        kinds = {each.device.type for each in inputs if isinstance(each, torch.Tensor)}
+        device = "cpu" if "cpu" in kinds or not torch.cuda.is_available() else "cuda"
+        return BudgetedPartitioner(self.config, held, Plan(device), watch, warns=True)
 
     def parameterize(
         self, wanted: Wanted, inputs: Sequence[Any], watch: Watch | None = None
@@ -307,8 +350,14 @@ class GraphPasses(CustomGraphPass):
 
     @override
     def uuid(self) -> Any:
+        if self.config.budget is not None:
+            return None  # what was compiled before would be taken without saying whether a step fits
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
         return None if None in ids else (_sources_hash(), self.config, cost.fingerprint(), *ids)
+
+
+_BUDGET_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said that they are not one graph."""
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -15,13 +16,14 @@ VECTOR = 16
 VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 INITS = ("auto", "kaiming", "spectral")
 LOWERINGS = ("auto", "composed", "factored")
-SAVES = ("all", "low_rank")
+SAVES = ("auto", "all", "low_rank")
 SKIPPABLE = (
     "flatten_convolutions",
     "fuse_weight_grads",
     "choose_lowering",
     "group_projections",
     "recompute_weights",
+    "recompute_inputs",
     "save_low_rank",
     "lower_ops",
 )
@@ -66,8 +68,13 @@ class SLConfig:
             ``slcompile.cost`` predicts to be faster.
         keep_weights: Whether composed weights are kept for the backward pass, at the memory of the dense weights,
             and not composed again there.
-        save: What the backward pass gets of factored matmuls. ``"all"``: whatever the partitioner chooses to save.
-            ``"low_rank"``: the hidden matrices, ``rank`` wide, from which results are computed again.
+        save: What the forward pass saves for the backward pass, beside what others read. ``"all"``: whatever the
+            partitioner chooses. ``"auto"``: not the inputs of matmuls with factorized weights that norms and pointwise
+            ops make of what is saved anyway. ``"low_rank"``: nor results of factored matmuls, which are computed
+            again from the hidden matrices, ``rank`` wide.
+        memory_budget: Bytes that a training step may take at its peak, or a string such as ``"6GB"`` or ``"512MiB"``;
+            with ``save="auto"``, which then computes again in the backward pass what is needed for that, and no
+            more. Counted as in ``estimate_memory``; kept as an int.
         autotune: Whether Triton kernels time several configurations, once for each shape, instead of taking the
             device's default.
         dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.
@@ -97,7 +104,8 @@ class SLConfig:
     min_dim: int = 32
     lowering: str = "auto"
     keep_weights: bool = False
-    save: str = "all"
+    save: str = "auto"
+    memory_budget: int | str | None = None
     autotune: bool = False
     dryrun: bool = False
     structure: str = "sparse_low_rank"
@@ -130,6 +138,9 @@ class SLConfig:
         _require(_is_int(self.min_dim) and self.min_dim >= 1, "min_dim", self.min_dim, "an int >= 1")
         require_choice("lowering", self.lowering, LOWERINGS)
         require_choice("save", self.save, SAVES)
+        object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
+        if self.memory_budget is not None and self.save != "auto":
+            raise ValueError(f"memory_budget={self.memory_budget} needs save='auto', got save={self.save!r}")
         require_choice("structure", self.structure, STRUCTURES)
         is_count = self.blocks is None or (_is_int(self.blocks) and self.blocks >= 2)
         _require(is_count, "blocks", self.blocks, "None or an int >= 2")
@@ -236,6 +247,12 @@ class SLConfig:
         assert not isinstance(self.density, Mapping), "the options of one weight are those that `at` returns"
         return self.density
 
+    @property
+    def budget(self) -> int | None:
+        """The memory budget in bytes."""
+        assert not isinstance(self.memory_budget, str), "it was parsed when this was made"
+        return self.memory_budget
+
     def rank_for(self, rows: int, columns: int) -> int:
         """Returns the rank of a weight of this shape."""
         assert not isinstance(self.rank, Mapping), "the options of one weight are those that `at` returns"
@@ -304,6 +321,29 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     return value == AUTO if isinstance(value, str) else _is_number(value) and value > 0
+
+
+_UNITS = {"B": 1} | {
+    letter + suffix: base ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def _bytes(given: Any) -> int | None:
+    """Returns a memory budget in bytes."""
+    allowed = "None, a number of bytes >= 1, or such a number with a unit, as in '6GB' or '512MiB'"
+    size: float = math.nan
+    if isinstance(given, str) and (parts := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", given)):
+        number, unit = parts.groups()
+        known = {name.lower(): scale for name, scale in _UNITS.items()}
+        if unit and unit.lower() not in known:
+            raise ValueError(f"memory_budget got {given!r:.200} with the unit {unit!r}{did_you_mean(unit, _UNITS)}")
+        size = float(number) * known[unit.lower() or "b"]
+    elif _is_number(given):
+        size = given
+    _require(given is None or (math.isfinite(size) and size >= 1), "memory_budget", given, allowed)
+    return None if given is None else int(size)
 
 
 def _is_int(value: Any) -> bool:

@@ -23,7 +23,8 @@ def test_defaults() -> None:
         "min_dim": 32,
         "lowering": "auto",
         "keep_weights": False,
-        "save": "all",
+        "save": "auto",
+        "memory_budget": None,
         "autotune": False,
         "dryrun": False,
         "structure": "sparse_low_rank",
@@ -46,7 +47,8 @@ BAD: dict[str, list[Any]] = {
     "min_dim": [0, -1, 1.0, True, None],
     "lowering": ["", "Factored", "dense", None, 1],
     "keep_weights": [0, 1, None, "yes"],
-    "save": ["", "auto", "low-rank", None, True],
+    "save": ["", "Auto", "low-rank", None, True],
+    "memory_budget": [0, -1, 0.5, True, math.nan, math.inf, "", "GB", "0GB", "-3GB", "6XB", "6 gigabytes", [1]],
     "autotune": [0, 1, None, "yes"],
     "dryrun": [0, 1, None, "yes"],
     "structure": ["", "Sparse_low_rank", "dense", None, 1],
@@ -73,7 +75,8 @@ GOOD: dict[str, list[Any]] = {
     "min_dim": [1, 4096],
     "lowering": ["auto", "composed", "factored"],
     "keep_weights": [False, True],
-    "save": ["all", "low_rank"],
+    "save": ["auto", "all", "low_rank"],
+    "memory_budget": [None, 1, 6_000_000_000],
     "autotune": [False, True],
     "dryrun": [False, True],
     "structure": ["sparse_low_rank"],
@@ -85,6 +88,33 @@ GOOD: dict[str, list[Any]] = {
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in GOOD.items() for value in values])
 def test_good_value_is_kept(field: str, value: Any) -> None:
     assert getattr(SLConfig(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("6GB", 6_000_000_000),
+        ("1.5 GiB", 3 * 2**29),
+        ("512mb", 512_000_000),
+        (" 7 ", 7),
+        ("80TB", 8 * 10**13),
+        (2.5e9, 2_500_000_000),
+    ],
+)
+def test_a_memory_budget_is_kept_in_bytes(given: Any, kept: int) -> None:
+    config = SLConfig(memory_budget=given)
+    assert config.memory_budget == config.budget == kept
+
+
+def test_an_unknown_unit_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"^memory_budget got '6GIGB' with the unit 'GIGB', did you mean 'G"):
+        SLConfig(memory_budget="6GIGB")
+
+
+@pytest.mark.parametrize("save", ["all", "low_rank"])
+def test_a_memory_budget_with_another_choice_of_what_is_saved_raises(save: str) -> None:
+    with pytest.raises(ValueError, match=f"^memory_budget=1000 needs save='auto', got save='{save}'"):
+        SLConfig(memory_budget="1kB", save=save)
 
 
 @pytest.mark.parametrize("vector", [1, 2, 4, 8, 16, 32, 64, 128])

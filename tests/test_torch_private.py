@@ -132,6 +132,23 @@ def test_joint_forward_and_backward_graphs_know_where_they_come_from(block, batc
     assert all(len(part.graph.find_nodes(op="output")) == 1 for part in (forward, backward))
 
 
+def test_another_partitioner_may_ask_inductors_own(block, batch):
+    asked = []
+
+    def partition(joint, inputs, **settings):
+        asked.append(settings["compiler"])
+        return torch_private.min_cut(joint, inputs, **settings)
+
+    found = []
+
+    def within(gm, inputs):
+        found.extend(torch_private.aot_graphs(gm, inputs, lambda *_: None, partition))
+
+    capture(block, batch[0], within=within)
+    assert asked == ["inductor"]
+    assert len(found) == 2
+
+
 def test_without_gradients_there_is_one_graph(block, batch):
     found = []
 

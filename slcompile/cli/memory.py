@@ -56,6 +56,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--blocks", type=int, help="cut weights into so many blocks or heads, where a structure does")
     parser.add_argument("--base", choices=BASES, help="keep the weights, frozen, and train what is added")
     parser.add_argument("--save", choices=SAVES, default=defaults.save, help="save so much of factored matmuls")
+    parser.add_argument(
+        "--memory-budget", metavar="BYTES", help="fit the step into this, such as 6GB, with --save auto"
+    )
     parser.add_argument("--lowering", choices=LOWERINGS, default=defaults.lowering, help="run matmuls so")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="count the state of this optimizer")
     parser.add_argument("--per-layer", action="store_true", help="update parameters in the backward pass")
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         from slcompile.memory.chart import plot_memory
 
         plot_file(args.plot)
-    names = ("rank", "density", "support", "vector", "structure", "blocks", "base", "lowering", "save")
+    names = ("rank", "density", "support", "vector", "structure", "blocks", "base", "lowering", "save", "memory_budget")
     config = SLConfig(**{name: getattr(args, name) for name in names})
     if args.factory:
         title = args.factory

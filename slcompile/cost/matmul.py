@@ -197,6 +197,10 @@ class Matmul:
             through += self._added(tokens, self.columns if transposed else self.rows, rates)
         return through
 
+    def hidden(self, tokens: int, rates: Rates, transposed: bool = False) -> float:
+        """Returns seconds of the hidden matrix alone, which ``factored`` counts, too."""
+        return self._product(tokens, self.rank, self.rows if transposed else self.columns, rates)
+
     @property
     def compose_flops(self) -> int:
         """Operations to write W once."""

@@ -23,7 +23,7 @@ from slcompile.inspect.snapshot import Snapshot, snapshot, source_line
 from slcompile.models import unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes import Decision, PassReport, joint_passes, post_passes, run
+from slcompile.passes import RECOMPUTING, Decision, PassReport, joint_passes, post_passes, run
 from slcompile.passes.find_matmuls import MatmulRead, find_matmuls
 from slcompile.passes.graph import Watch
 from slcompile.passes.graph_text import diff
@@ -257,7 +257,11 @@ class _Collector:
         names = expand(names, {index: _operand_names(names[index], each) for index, each in made.items()})
         labels |= _labels(rewritten.graph, names)
         self._compare(number, "captured", before, snapshot(rewritten.graph, labels, self.paths))
-        labels |= self._trace(nodes, rewritten, inputs, names, weights)
+        partition: torch_private.Partition = torch_private.min_cut
+        if self.config.budget is not None:
+            replaced = {id(example_inputs[index]): each for index, each in made.items()}
+            partition = graph.partitioner(replaced, example_inputs, self._watch(number, "joint"))
+        labels |= self._trace(nodes, rewritten, inputs, names, weights, partition)
         self.passes = [
             replace(row, diff=named(row.diff, labels)) if row.graph == number else row for row in self.passes
         ]
@@ -296,6 +300,7 @@ class _Collector:
         inputs: Sequence[Any],
         names: Sequence[str],
         weights: Sequence[_Use | None],
+        partition: torch_private.Partition,
     ) -> dict[str, str]:
         """Traces the joint graph and runs our passes on it and on its parts; returns what its parameters are called."""
         number = captured.number
@@ -334,7 +339,7 @@ class _Collector:
             else:
                 whole.append(before)
 
-        graphs = torch_private.aot_graphs(gm, inputs, edit)
+        graphs = torch_private.aot_graphs(gm, inputs, edit, partition)
         for stage, part in zip(("forward", "backward"), graphs, strict=False):
             before = whole.pop() if whole else snapshot(part.graph, labels, self.paths)
             run(post_passes(self.config), part, self._watch(number, stage))
@@ -356,6 +361,7 @@ class _Collector:
                 len(report.replaced),
                 len(report.left),
                 diff(before, after),
+                "\n".join(each.detail for each in report.replaced) if report.pass_name in RECOMPUTING else "",
             )
             self.passes.append(row)
 

@@ -87,6 +87,7 @@ class PassRow:
         created, erased: Number of nodes.
         replaced, left: Number of candidates.
         diff: What changed, as text.
+        recomputed: What the backward pass computes again because of it, beside composed weights; a line for each.
     """
 
     graph: int
@@ -99,6 +100,7 @@ class PassRow:
     replaced: int
     left: int
     diff: str
+    recomputed: str = ""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def render(
         _matmuls(matmuls),
         _left(matmuls),
         _breaks(breaks, captured),
+        _recomputed(passes),
         _passes(passes),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -87,6 +88,16 @@ def _left(rows: Sequence[MatmulRow]) -> str:
 def _breaks(breaks: Sequence[Break], captured: int) -> str:
     lines = [f"  {each.reason}\n    at {each.source}" for each in breaks]
     return "\n".join([f"Graph breaks ({captured} graph{'s' * (captured != 1)})", *lines]) if lines else ""
+
+
+def _recomputed(rows: Sequence[PassRow]) -> str:
+    """Returns what the backward pass computes again, equal layers folded."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for line in row.recomputed.splitlines():
+            found.setdefault(re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", line), []).append(line)
+    lines = [f"  {key} x{len(each)}" if len(each) > 1 else f"  {each[0]}" for key, each in found.items()]
+    return "\n".join(["Computed again in the backward pass", *lines]) if lines else ""
 
 
 def _passes(rows: Sequence[PassRow]) -> str:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from slcompile.files import beside, move_into_place, plot_file
-from slcompile.memory.liveness import PARTS
 from slcompile.memory.report import MemoryReport
+from slcompile.passes.liveness import PARTS
 
 
 def plot_memory(report: MemoryReport, path: str | os.PathLike[str]) -> Path:

@@ -14,10 +14,12 @@ from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model
 from slcompile.memory.graphs import Call, capture
-from slcompile.memory.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.report import MemoryReport, Usage
 from slcompile.models import _transformers, meta_copy, unwrapped
+from slcompile.passes import BudgetReport
+from slcompile.passes.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
+from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.weight.structure import FactorizedWeight
 
 Build = Callable[[int | None], nn.Module]
@@ -50,16 +52,16 @@ def estimate_memory(
         model_or_config: A dense model on any device, left as it is; or a transformers configuration with
             ``num_hidden_layers``, of which a causal language model is built on the meta device. For a deep
             model, 3 layers are captured and the middle one is repeated, after checking that this predicts the
-            4-layer graph exactly; otherwise every layer is captured.
+            4-layer graph exactly; otherwise, and for a memory budget, every layer is captured.
         args, kwargs: What the model is called with; only shapes and dtypes matter.
-        config: Defaults to ``SLConfig()``.
+        config: Defaults to ``SLConfig()``. With a ``memory_budget``, the report says what is computed again for it.
         optimizer: One of ``OPTIMIZERS``.
         per_layer: Whether ``slcompile.optim.per_layer`` updates parameters and frees gradients in the backward pass.
         dtype: Of floating-point parameters and arguments; by default a model's own, and float32 for a configuration.
         device: ``"cuda"`` or ``"cpu"``: whose lowerings and kernels. Without a GPU at hand, an sm_80's.
         compiled: ``"model"``: in one graph, which returns all gradients at its end, too late for per-layer updates to
             lower the peak. ``"layers"``: each layer by itself; what lies between them is taken to be fused too. By
-            default ``"layers"`` with per-layer updates.
+            default ``"layers"`` with per-layer updates, unless there is a memory budget, which needs ``"model"``.
 
     Raises:
         ValueError: An argument is not allowed, or as ``factorize_``.
@@ -67,20 +69,27 @@ def estimate_memory(
         torch._dynamo.exc.Unsupported: The model cannot be captured as one graph.
     """
     config = checked_config(config)
-    compiled = compiled or ("layers" if per_layer else "model")
+    compiled = compiled or ("layers" if per_layer and config.budget is None else "model")
     require_choice("optimizer", optimizer, OPTIMIZERS)
     require_choice("device", device, DEVICES)
     require_choice("compiled", compiled, COMPILED)
+    if config.budget is not None and compiled == "layers":
+        raise ValueError(f"memory_budget={config.budget} needs the model in one graph, got compiled='layers'")
     kind = OPTIMIZERS[optimizer]
     plan = Plan(device, kind.scratch_on(device), kind.together, per_layer, compiled == "layers")
     call = (tuple(args), dict(kwargs or {}))
     build, layers = builder(model_or_config, dtype)
     usages, depths = {}, []
+    fitted: BudgetReport | None = None
     options: dict[str, Any] = {}
     for factorized in (True, False):
         make = factorizing(build, config, call) if factorized else build
-        events, depth = step_of(make, layers, call, dtype, plan, config if factorized else None)
         model = make(layers)
+        if factorized and config.budget is not None:
+            held = _usage(model, [], kind, with_values=True).peak
+            events, depth, fitted = _fitted(make, layers, call, dtype, plan, config, held)
+        else:
+            events, depth = step_of(make, layers, call, dtype, plan, config if factorized else None)
         depths.append(depth)
         options |= options_of(model, config)
         for name in ("sltrain", "low_rank") if factorized else ("dense",):
@@ -92,9 +101,8 @@ def estimate_memory(
         "device": device,
         "compiled": compiled,
     }
-    return MemoryReport(
-        **usages, layers=layers, captured_layers=max(filter(None, depths), default=None), settings=settings
-    )
+    depth = max(filter(None, depths), default=None)
+    return MemoryReport(**usages, layers=layers, captured_layers=depth, settings=settings, budget=fitted)
 
 
 def options_of(model: nn.Module, config: SLConfig) -> dict[str, Any]:
@@ -190,6 +198,16 @@ def step_of(
     if profile(repeated(few, proof)) != profile(more):
         return captured(layers), layers
     return repeated(few, layers), proof
+
+
+def _fitted(
+    make: Build, layers: int | None, call: Call, dtype: torch.dtype | None, plan: Plan, config: SLConfig, held: int
+) -> tuple[list[Event], int | None, BudgetReport]:
+    """Returns the same for a memory budget, and what is computed again for it, found on graphs of all layers."""
+    partitioner = BudgetedPartitioner(config, held, plan)
+    graphs = capture(make(layers), call, dtype, plan.device, config, partitioner)
+    (report,) = partitioner.reports
+    return step_events(graphs, plan), layers, report
 
 
 def _usage(model: nn.Module, events: Sequence[Event], optimizer: Optimizer, with_values: bool) -> Usage:

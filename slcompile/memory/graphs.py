@@ -6,36 +6,31 @@ Dynamo, AOTAutograd, our passes, Inductor's joint passes and its partitioner run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from slcompile import torch_private
-from slcompile.captured import JOINT_HOOK, GraphPasses
+from slcompile.captured import JOINT_HOOK, PARTITIONER, GraphPasses
 from slcompile.config import SLConfig
-from slcompile.passes import joint_passes, post_passes, run
+from slcompile.passes import joint_passes
+from slcompile.passes.liveness import Graphs
+from slcompile.passes.partition import BudgetedPartitioner, lowered
 from slcompile.weight.structure import FactorizedWeight
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a model."""
 
 
-@dataclass(frozen=True)
-class Graphs:
-    """Forward and backward graph.
-
-    Attributes:
-        of_values: Positions of ``values`` among the graph's inputs, and so among the gradients.
-    """
-
-    forward: fx.Graph
-    backward: fx.Graph
-    of_values: frozenset[int]
-
-
-def capture(model: nn.Module, call: Call, dtype: torch.dtype | None, device: str, config: SLConfig | None) -> Graphs:
+def capture(
+    model: nn.Module,
+    call: Call,
+    dtype: torch.dtype | None,
+    device: str,
+    config: SLConfig | None,
+    partitioner: BudgetedPartitioner | None = None,
+) -> Graphs:
     """Captures a model on the meta device as one graph.
 
     Args:
@@ -44,6 +39,7 @@ def capture(model: nn.Module, call: Call, dtype: torch.dtype | None, device: str
         dtype: Of floating-point arguments; their own by default.
         device: ``"cpu"`` or ``"cuda"``: whose lowerings and kernels.
         config: Of a factorized model, which our passes are run on; None for a dense one.
+        partitioner: Keeps the config's memory budget, if it has one.
 
     Raises:
         torch._dynamo.exc.Unsupported: It cannot be captured as one graph.
@@ -73,18 +69,17 @@ def capture(model: nn.Module, call: Call, dtype: torch.dtype | None, device: str
     found: list[Graphs] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        settings = {}
+        settings: dict[str, Any] = {}
         if config is not None:
             passes = joint_passes(config, torch.device(device))
             settings[JOINT_HOOK] = GraphPasses(passes, config, [])
+        if partitioner is not None:
+            settings[PARTITIONER] = partitioner
         parts = torch_private.partitioned(gm, inputs, settings)
         if len(parts) != 2:
             raise ValueError("model_or_config has no parameter that its output depends on: there is nothing to train")
-        if config is not None and device == "cpu":  # kernels of GPUs are seen from outside, with their workspace
-            for part in parts:
-                run(post_passes(config), part)
         of_values = frozenset(position for position, each in enumerate(inputs) if id(each) in values)
-        found.append(Graphs(parts[0].graph, parts[1].graph, of_values))
+        found.append(lowered(parts, config, device, of_values))
         return gm.forward
 
     with mode, torch_private.unlimited_recompiles():

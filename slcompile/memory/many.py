@@ -15,7 +15,6 @@ from slcompile import torch_private
 from slcompile.config import SLConfig, checked_config, require_choice
 from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, options_of, step_of
 from slcompile.memory.graphs import Call
-from slcompile.memory.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.sharding import (
     GATHERED,
@@ -26,6 +25,7 @@ from slcompile.memory.sharding import (
     sharded_events,
 )
 from slcompile.names import SUFFIX
+from slcompile.passes.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.weight.placing import put_in_place, sl_names
 from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
@@ -154,6 +154,8 @@ def estimate_many(
     config = checked_config(config)
     require_choice("optimizer", optimizer, OPTIMIZERS)
     require_choice("device", device, DEVICES)
+    if config.budget is not None:
+        raise ValueError(f"memory_budget={config.budget} is for one GPU: on many, each layer is compiled by itself")
     kind = OPTIMIZERS[optimizer]
     call: Call = (tuple(args), dict(kwargs or {}))
     whole, layers = builder(model_or_config, dtype)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slcompile.memory.liveness import PARTS, PROOF_LAYERS
+from slcompile.passes import BudgetReport
+from slcompile.passes.liveness import PARTS, PROOF_LAYERS
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class MemoryReport:
         layers: Layers of the model; None where it was not made from a configuration.
         captured_layers: Layers of the deepest graphs that were made; the others repeat the middle one.
         settings: What it was asked for.
+        budget: What is computed again for a memory budget; None without one.
     """
 
     sltrain: Usage
@@ -49,6 +51,7 @@ class MemoryReport:
     layers: int | None
     captured_layers: int | None
     settings: Mapping[str, Any]
+    budget: BudgetReport | None = None
 
     @property
     def peak(self) -> int:
@@ -60,13 +63,14 @@ class MemoryReport:
         return {"dense": self.dense, "low rank": self.low_rank, "sltrain": self.sltrain}
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns ``settings``, ``layers``, ``captured_layers``, and each ``Usage`` under ``variants``, for JSON."""
+        """Returns ``settings``, ``layers``, ``captured_layers``, ``variants`` and ``budget``, for JSON."""
         variants = {
             name: {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(usage).items()}
             for name, usage in self.variants().items()
         }
         captured = {"layers": self.layers, "captured_layers": self.captured_layers}
-        return {"settings": dict(self.settings), **captured, "variants": variants}
+        budget = None if self.budget is None else self.budget.to_dict()
+        return {"settings": dict(self.settings), **captured, "variants": variants, "budget": budget}
 
     def __str__(self) -> str:
         columns = list(self.variants().values())
@@ -90,6 +94,8 @@ class MemoryReport:
         lines += [amounts("peak", [each.peak for each in columns]), *parts("at_peak", "  ")]
         lines.append(row("of dense", [f"{each.peak / self.dense.peak:.0%}" for each in columns]))
         lines += [rule, *(f"the peak of {name} is in: {each.place}" for name, each in self.variants().items())]
+        if self.budget is not None:
+            lines += [rule, str(self.budget), *(f"  {each.detail}" for each in self.budget.replaced)]
         if self.captured_layers != self.layers:
             lines.append(
                 f"{PROOF_LAYERS} layers were captured and the middle one repeated for {self.layers}; for "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from slcompile.memory.liveness import START, Event, layer_in
+from slcompile.passes.liveness import START, Event, layer_in
 
 GATHERED, REDUCING = "gathered parameters", "reduction buffers"
 

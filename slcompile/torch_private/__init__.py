@@ -4,10 +4,12 @@ Tried with torch 2.11.0 and 2.13.0; tests/test_torch_private.py exercises each.
 """
 
 from slcompile.torch_private.aot import (
+    Partition,
     aot_graphs,
     in_backward_pass,
     input_index,
     lower_to_aten,
+    min_cut,
     run_fake,
     size_hint,
     trace,
@@ -67,6 +69,7 @@ from slcompile.torch_private.eager import (
 
 __all__ = [
     "WRAPPED",
+    "Partition",
     "SkippedFrame",
     "Watching",
     "add_artifact",
@@ -100,6 +103,7 @@ __all__ = [
     "lower_to_aten",
     "map_leaves",
     "memory_of",
+    "min_cut",
     "new_fake_mode",
     "no_tracing",
     "partitioned",

@@ -36,8 +36,22 @@ def input_index(placeholder: fx.Node) -> int | None:
     return index if type(placeholder.meta.get("desc")).__name__ == "PlainAOTInput" else None
 
 
+Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+"""Makes a forward and a backward graph of a joint graph and its inputs; takes the partitioner's keyword arguments."""
+
+
+def min_cut(joint: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Partitions a joint graph as Inductor does by default; the graph is consumed."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(joint, inputs, **settings)
+
+
 def aot_graphs(
-    gm: fx.GraphModule, inputs: Sequence[Any], edit: Callable[[fx.GraphModule, str], None]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    edit: Callable[[fx.GraphModule, str], None],
+    partition_with: Partition = min_cut,
 ) -> list[fx.GraphModule]:
     """Traces the joint graph of a captured graph as Inductor does, without compiling anything.
 
@@ -45,20 +59,20 @@ def aot_graphs(
         gm, inputs: From Dynamo.
         edit: Is called with the joint graph before it is partitioned and ``"joint"``, or with the forward graph and
             ``"forward"`` where nothing needs gradients, and may change it.
+        partition_with: Is called with the joint graph after that.
 
     Returns:
         The forward and the backward graph; the forward graph alone where nothing needs gradients.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
     graphs: list[fx.GraphModule] = []
 
     def partition(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
         edit(joint, "joint")
-        graphs.extend(min_cut_rematerialization_partition(joint, joint_inputs, compiler="inductor", **kwargs))
+        graphs.extend(partition_with(joint, joint_inputs, compiler="inductor", **kwargs))
         return graphs[0], graphs[1]
 
     def compile_inference(forward: fx.GraphModule, forward_inputs: Sequence[Any]) -> Any:

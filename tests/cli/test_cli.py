@@ -205,6 +205,8 @@ def test_memory_prints_writes_json_and_draws(tmp_path, capsys):
         (["--seq-len", "0"], "--seq-len must be at least 1, got 0"),
         (["--plot", "chart.pdf"], "path of the chart must end in .png or .svg, got 'chart.pdf'"),
         (["--json", "no/such/report.json"], "does not exist"),
+        (["--memory-budget", "6XB"], "memory_budget got '6XB' with the unit 'XB'"),
+        (["--memory-budget", "6GB", "--save", "all"], "memory_budget=6000000000 needs save='auto'"),
         (["--structure", "cp", "--density", "0.1"], "density=0.1 means nothing for structure='cp'"),
         (["--structure", "tensor_train", "--blocks", "4"], "which is not cut into blocks"),
         (["--density", "2"], "density must be a number in (0, 1], or 0 with base='frozen', got 2.0"),
@@ -246,7 +248,13 @@ def test_memory_of_a_factorys_model(tmp_path, capsys, monkeypatch):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["dtype"] == "float32"  # the model's own
     assert report["variants"]["dense"]["parameter_count"] == 65 * 96
+    assert report["budget"] is None
     assert "my_models:make" in capsys.readouterr().out
+    assert main(["memory", "my_models:make", "--memory-budget", "1kB", "--json", str(tmp_path / "report.json")]) == 0
+    budget = json.loads((tmp_path / "report.json").read_text())["budget"]
+    assert (budget["budget"], budget["pass"]) == (1000, "fit_budget")
+    assert budget["peak"] == 1000 + budget["missing"]
+    assert f"{budget['missing']:,} bytes are missing" in capsys.readouterr().out
     assert main(["memory", "my_models:make", "--batch", "2"]) == 2
     assert "--batch must be left out with a factory" in capsys.readouterr().err
     assert main(["memory", "my_models:wrong"]) == 2

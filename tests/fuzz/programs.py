@@ -175,7 +175,7 @@ options = st.fixed_dictionaries(
         "support": st.sampled_from(("vector", "stratified", "uniform")),
         "lowering": st.sampled_from(("factored", "auto", "composed")),
         "keep_weights": st.booleans(),
-        "save": st.sampled_from(("all", "low_rank")),
+        "save": st.sampled_from(("auto", "all", "low_rank")),
     }
 )
 

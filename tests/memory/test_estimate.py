@@ -14,11 +14,11 @@ import slcompile
 from slcompile import models
 from slcompile.memory.estimate import estimate_memory
 from slcompile.memory.graphs import capture
-from slcompile.memory.liveness import PARTS, Event, Plan, repeated, step_events
 from slcompile.memory.optimizer_bytes import OPTIMIZERS
-from slcompile.memory.workspace import workspace
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
+from slcompile.passes.liveness import PARTS, Event, Plan, repeated, step_events
+from slcompile.passes.workspace import workspace
 from tests.testing import example
 from tests.zoo import tiny_config
 
@@ -59,6 +59,23 @@ class TestAgainstReality:
         sl = slcompile.SLConfig(rank=16, density=0.05, lowering=lowering or "auto")
         estimate, real = table.compared(llama(), sl, batch=2, factorized=lowering is not None)
         assert abs(estimate / real - 1) < 0.02, (estimate, real)  # 2e-7 when it was written
+
+    def test_peak_of_a_real_step_within_a_budget(self, table):
+        ids = torch.empty(2, 256, dtype=torch.int64, device="meta")
+        common = {"kwargs": {"input_ids": ids, "labels": ids}, "device": "cpu"}
+        settings = {"rank": 16, "density": 0.05, "lowering": "factored"}
+        most, least = (
+            estimate_memory(llama(), config=slcompile.SLConfig(**settings, save=save), **common).peak
+            for save in ("all", "low_rank")
+        )
+        budget = (most + 2 * least) // 3
+        sl = slcompile.SLConfig(**settings, memory_budget=budget)
+        report = estimate_memory(llama(), config=sl, **common)
+        assert report.peak == report.budget.peak <= budget < report.budget.without == most
+        assert str(report.budget) in str(report)
+        estimate, real = table.compared(llama(), sl, batch=2, factorized=True)
+        assert estimate == report.peak
+        assert abs(estimate / real - 1) < 0.02, (estimate, real)
 
     def test_peak_of_a_real_step_with_per_layer_updates_and_each_layer_compiled_by_itself(self, table):
         settings = {"config": CONFIG, "device": "cpu", "per_layer": True}

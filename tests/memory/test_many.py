@@ -12,7 +12,6 @@ from torch import nn
 import slcompile
 from slcompile.cli import main
 from slcompile.memory.estimate import estimate_memory
-from slcompile.memory.liveness import Event
 from slcompile.memory.many import BUCKETS, MANY_PARTS, estimate_many
 from slcompile.memory.sharding import (
     ALL,
@@ -26,6 +25,7 @@ from slcompile.memory.sharding import (
     shard_elements,
     sharded_events,
 )
+from slcompile.passes.liveness import Event
 from tests.testing import torchrun
 from tests.zoo import tiny_config
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slcompile
 from slcompile.memory import graphs
-from slcompile.passes import save_low_rank
+from slcompile.passes import recompute_inputs, save_low_rank
 
 OPTIONS = {"rank": 4, "density": 0.1, "min_dim": 8, "lowering": "factored", "seed": 0, "init": "kaiming"}
 
@@ -101,6 +101,52 @@ def test_of_a_chain_every_second_result_is_computed_again(monkeypatch):
     _, (report,) = compiled_reports(Chain(), torch.randn(37, 48), "low_rank", monkeypatch)
     assert len(report.replaced) == 2
     assert [each.reason for each in report.left] == ["follows", "follows"]
+
+
+@pytest.mark.parametrize("save", ["all", "auto", "low_rank"])
+@pytest.mark.parametrize("support", ["stratified", "vector"])
+def test_no_transposed_copy_is_saved(support, save, monkeypatch):
+    """The stratified support's products read copies with the tokens in the columns, which lowering makes."""
+    monkeypatch.setitem(OPTIONS, "support", support)
+    shapes, _ = compiled_reports(Net(), torch.randn(37, 48), save, monkeypatch)
+    assert shapes
+    assert all(shape[0] == 37 for shape in shapes)
+    assert ((37, 96) in shapes) == (save != "low_rank")
+
+
+def test_inputs_are_made_again_of_what_is_saved_anyway(monkeypatch):
+    x = torch.randn(37, 48)
+    saved = {save: compiled_reports(Net(), x, save, monkeypatch)[0] for save in ("all", "auto")}
+    # The normalized x, and silu(gate) * up and silu(gate); gate and up are saved, and hidden matrices.
+    assert saved["all"].count((37, 48)) == 1
+    assert saved["auto"].count((37, 48)) == 0
+    assert saved["auto"].count((37, 96)) == 2 < saved["all"].count((37, 96))
+    assert saved["auto"].count((37, 4)) == saved["all"].count((37, 4)) == 3
+
+
+class Relu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(48, 96), nn.Linear(96, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_an_input_is_left_where_something_as_large_would_be_saved_in_its_place(monkeypatch):
+    reports = []
+
+    @functools.wraps(recompute_inputs)
+    def watched(gm: fx.GraphModule, **kwargs: object) -> object:
+        reports.append(recompute_inputs(gm, **kwargs))
+        return reports[-1]
+
+    monkeypatch.setattr(sys.modules["slcompile.passes"], "recompute_inputs", watched)
+    shapes, _ = compiled_reports(Relu(), torch.randn(37, 48), "auto", monkeypatch)
+    (report,) = reports
+    assert report.replaced == []  # relu's gradient reads what it returns
+    assert [each.reason for each in report.left] == ["not_by_the_way"]
+    assert shapes.count((37, 96)) == 1
 
 
 class Residual(nn.Module):

@@ -1,8 +1,8 @@
 """When each buffer of a training step is allocated and freed, read from the graphs that Inductor would be given.
 
-The forward and the backward graph (``step_graphs.py``) are walked in order: every buffer that a kernel writes is
-allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the alternative: it sees what
-eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses away.
+An analysis: it changes nothing. The forward and the backward graph are walked in order: every buffer that a kernel
+writes is allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the alternative: it
+sees what eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses away.
 
 What is assumed of Inductor, and nothing else:
 
@@ -16,19 +16,20 @@ What is assumed of Inductor, and nothing else:
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.memory.graphs import Graphs
-from slcompile.memory.workspace import workspace
 from slcompile.ops import FACTORED, WEIGHT_OPS
 from slcompile.passes.graph import arguments
+from slcompile.passes.workspace import kept_on_cpu, workspace
 
 PARTS = (
     "parameters",
@@ -54,6 +55,21 @@ PROOF_LAYERS = 3
 
 
 @dataclass(frozen=True)
+class Graphs:
+    """Forward and backward graph.
+
+    Attributes:
+        results: What the forward graph's results are called in the backward graph; our lowering names them otherwise.
+        of_values: Positions of ``values`` among the graph's inputs, and so among the gradients.
+    """
+
+    forward: fx.Graph
+    backward: fx.Graph
+    results: tuple[str, ...]
+    of_values: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a step runs.
 
@@ -66,10 +82,10 @@ class Plan:
     """
 
     device: str
-    scratch: Callable[[int, int], int]
-    together: bool
-    per_layer: bool
-    by_layers: bool
+    scratch: Callable[[int, int], int] = lambda count, itemsize: 0
+    together: bool = False
+    per_layer: bool = False
+    by_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,10 +219,12 @@ def _buffers(node: fx.Node) -> list[Buffer]:
     value = node.meta.get("val")
     part = "composed weights" if _is_composed(node) else "temporaries"
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [
-        Buffer(int(each.untyped_storage().nbytes()), each.itemsize, part) if isinstance(each, Tensor) else Buffer(0, 0)
-        for each in values
-    ]
+    return [Buffer(size_of(each), each.itemsize, part) if isinstance(each, Tensor) else Buffer(0, 0) for each in values]
+
+
+def size_of(value: Tensor) -> int:
+    """Returns the bytes of what a tensor is in; of a symbolic size, those that it had when it was captured."""
+    return torch_private.size_hint(value.untyped_storage().nbytes())
 
 
 def _is_composed(node: fx.Node) -> bool:
@@ -259,7 +277,8 @@ def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
             buffer.held = True
     forward = _Walk(graphs.forward, held)
     saved_names = {node.name for node in graphs.backward.find_nodes(op="placeholder")}
-    saved = {node.name: buffers for node, buffers in forward.reads.items() if node.name in saved_names}
+    made = zip(graphs.results, result_nodes(graphs.forward), strict=True)
+    saved = {name: forward.reads[node] for name, node in made if name in saved_names and isinstance(node, fx.Node)}
     saved_buffers = list(dict.fromkeys(each for buffers in saved.values() for each in buffers if not each.held))
     for buffer in saved_buffers:
         if buffer.part == "temporaries":
@@ -270,6 +289,13 @@ def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
         buffer.last = -1
     backward = _Walk(graphs.backward, saved)
     return events + _backward_events(backward, graphs.of_values, plan)
+
+
+def result_nodes(graph: fx.Graph) -> Sequence[Any]:
+    """Returns what a graph returns; of no tensor None or a number."""
+    (output,) = graph.find_nodes(op="output")
+    results = arguments(output)[0]
+    return results if isinstance(results, (list, tuple)) else [results]
 
 
 def _forward_events(walk: _Walk, saved: set[Buffer], plan: Plan) -> list[Event]:
@@ -286,9 +312,9 @@ def _forward_events(walk: _Walk, saved: set[Buffer], plan: Plan) -> list[Event]:
 def _backward_events(walk: _Walk, of_values: frozenset[int], plan: Plan) -> list[Event]:
     events: list[Event] = []
     places = _places(walk.graph, "backward")
-    output = next(iter(walk.graph.find_nodes(op="output")))
+    (output,) = walk.graph.find_nodes(op="output")
     gradients: dict[Buffer, None] = {}
-    for position, node in enumerate(output.args[0]):
+    for position, node in enumerate(result_nodes(walk.graph)):
         for buffer in walk.reads[node] if isinstance(node, fx.Node) else ():
             buffer.part, buffer.of_values = "gradients", position in of_values
             gradients[buffer] = None
@@ -371,27 +397,11 @@ def _kept_positions(graphs: Graphs) -> Iterator[Event]:
     for graph, place in ((graphs.forward, "forward"), (graphs.backward, "backward")):
         layers = _places(graph, place)
         for node in graph.nodes:
-            kept = _kept_of(node)
+            kept = kept_on_cpu(node)
             if kept is None or kept[:2] in seen:
                 continue
             seen.add(kept[:2])
             yield Event(START, layers[node][1], "indices", kept[2], of_values=True)
-
-
-def _kept_of(node: fx.Node) -> tuple[str, str, int] | None:
-    """Returns, for a sparse product on CPU, its support's name, what is kept of it, and bytes."""
-    ops = torch.ops.slcompile
-    if node.target in (ops.vector_addmm.default, ops.vector_dots.default):
-        _, _, values, support, *_, vector = arguments(node)
-        rows, groups = values.meta["val"].shape
-        return support.name, "columns of blocks", 4 * -(-rows // vector) * groups
-    if node.target not in (ops.sparse_addmm.default, ops.sparse_dots.default):
-        return None
-    _, _, values, support, *rest = arguments(node)
-    by_column = node.target is ops.sparse_addmm.default and rest[1]
-    # Two int32 for each non-zero, beside the bounds of its rows or columns.
-    size = 8 * values.meta["val"].numel() + 4 * (node.meta["val"].shape[0] + 1)
-    return support.name, "by column" if by_column else "by row", size
 
 
 def repeated(events: Sequence[Event], layers: int) -> list[Event]:
@@ -433,3 +443,8 @@ def peak_of(
     found = {START: (sum(held.values()), dict(held)), **places}
     place = max(found, key=lambda each: found[each][0])
     return *found[place], place
+
+
+def most_of(events: Sequence[Event]) -> int:
+    """Returns the most bytes that are allocated at one time, beside what is held all the time."""
+    return max(itertools.accumulate((event.size for event in events), initial=0))

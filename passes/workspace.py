@@ -1,4 +1,4 @@
-"""What our ops allocate besides their results while their kernels run on a GPU."""
+"""What our ops allocate besides their results: while their kernels run on a GPU, and for good on the CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from slcompile.cost import aligned
 from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR, VECTOR_SPLIT
 from slcompile.ops import FACTORED
 from slcompile.passes.graph import arguments
+from slcompile.torch_private import size_hint
 
 
 def workspace(node: fx.Node, device: str) -> int:
@@ -25,9 +26,9 @@ def workspace(node: fx.Node, device: str) -> int:
     if node.target is values_grad:
         _, right, values, _, *vector = arguments(node)
         if gathered := _gathered(right, values, vector, False):
-            return gathered + 4 * _elements(values) * -(-int(right.meta["val"].shape[0]) // VECTOR_SPLIT)
+            return gathered + 4 * _elements(values) * -(-size_hint(right.meta["val"].shape[0]) // VECTOR_SPLIT)
     left, right = (each.meta["val"] for each in arguments(node)[:2])  # [T, N], [T, K]: G is [N, K]
-    rows, columns = int(left.shape[1]), int(right.shape[1])
+    rows, columns = size_hint(left.shape[1]), size_hint(right.shape[1])
     padded = aligned(columns, right.dtype)
     # Copied with aligned rows where neither its rows nor its columns are aligned.
     both = padded != columns and aligned(rows, left.dtype) != rows
@@ -36,11 +37,27 @@ def workspace(node: fx.Node, device: str) -> int:
 
 def _gathered(x: fx.Node, values: fx.Node, vector: list[int], transposed: bool) -> int:
     """Returns the bytes of x^T, or of the products with blocks of S; 0 where kernels make neither."""
-    tokens, width = map(int, x.meta["val"].shape)
+    tokens, width = map(size_hint, x.meta["val"].shape)
     if not vector or vector[0] < LEAST_VECTOR or tokens <= FEW_TOKENS:
         return 0
     return tokens * (_elements(values) // vector[0] if transposed else width) * x.meta["val"].itemsize
 
 
 def _elements(node: fx.Node) -> int:
-    return int(node.meta["val"].numel())
+    return size_hint(node.meta["val"].numel())
+
+
+def kept_on_cpu(node: fx.Node) -> tuple[str, str, int] | None:
+    """Returns, for a sparse product on CPU, its support's name, what is kept of it, and bytes."""
+    ops = torch.ops.slcompile
+    if node.target in (ops.vector_addmm.default, ops.vector_dots.default):
+        _, _, values, support, *_, vector = arguments(node)
+        rows, groups = values.meta["val"].shape
+        return support.name, "columns of blocks", 4 * -(-rows // vector) * groups
+    if node.target not in (ops.sparse_addmm.default, ops.sparse_dots.default):
+        return None
+    _, _, values, support, *rest = arguments(node)
+    by_column = node.target is ops.sparse_addmm.default and rest[1]
+    # Two int32 for each non-zero, beside the bounds of its rows or columns.
+    size = 8 * values.meta["val"].numel() + 4 * (node.meta["val"].shape[0] + 1)
+    return support.name, "by column" if by_column else "by row", size

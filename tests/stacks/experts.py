@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 import slcompile
 from tests.testing import randomize
@@ -57,8 +58,12 @@ def compared(
     data: int = 1,
     lowering: str | None = None,
     plan: dict[str, str] | None = None,
+    second: bool = False,
 ) -> dict[str, Any]:
-    """A mixture on all processes, ``data`` of which see other sequences, beside the same one on one process."""
+    """A mixture on all processes, ``data`` of which see other sequences, beside the same one on one process.
+
+    ``second``: FSDP cuts stacks in their second dimension.
+    """
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (data, world // data), mesh_dim_names=("data", "tp"))
     alone = mixture(kind, config, "batched_mm")
@@ -70,7 +75,7 @@ def compared(
         if lowering is not None:
             layer.compile(backend="sltrain", fullgraph=True, options={**ranks.LIGHT, "lowering": lowering})
         if data > 1:
-            fully_shard(layer, mesh=mesh["data"])
+            fully_shard(layer, mesh=mesh["data"], shard_placement_fn=second_dimension if second else None)
     if data > 1:
         fully_shard(model, mesh=mesh["data"])
     losses, gradients = shared.train(model, [mesh.get_local_rank("data")], world)
@@ -86,6 +91,10 @@ def compared(
         "state": max(apart(each, state[name]) for name, each in alone.state_dict().items()),
         "local": {name: list(each.to_local().shape) for name, each in experts.named_parameters()},
     }
+
+
+def second_dimension(parameter: nn.Parameter) -> Shard | None:
+    return Shard(1) if parameter.dim() == 3 else None
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -116,6 +125,7 @@ def more(folder: Path) -> dict[str, Any]:
         "gpt_oss eager": compared("gpt_oss", STRATIFIED, "eager"),
         "gpt_oss grouped_mm": compared("gpt_oss", STRATIFIED, "grouped_mm", lowering="composed"),
         "dense": compared("gpt_oss", None, "batched_mm"),
+        "second dimension": compared("mixtral", CONFIG, "batched_mm", data=2, second=True),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,20 @@ def fsdp(folder: Path) -> dict[str, Any]:
     example.save(model, optimizer, folder / "checkpoint", STEPS)
     weight = model.layers[0].up.weight_sl
     shards = {name: (list(each.shape), list(each.to_local().shape)) for name, each in weight.named_parameters()}
-    return {"losses": losses, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shards": shards}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    limits = limited(dist.get_world_size(), dist.get_rank())
+    return {"losses": losses, "graphs": graphs, "shards": shards, "limited": limits}
+
+
+def limited(world: int = 1, rank: int = 0) -> dict[str, Any]:
+    """Steps at a rate that is too high, of which a limit holds some back; sharded where there are several processes."""
+    torch.manual_seed(0)
+    model = slcompile.factorize_(transformer(layers=1), replace(CONFIG, seed=0))
+    if world > 1:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    limit = slcompile.limit_steps(model, optimizer)
+    return {"losses": train(model, optimizer, range(STEPS), world, rank), "limited": limit.limited}
 
 
 def frozen(folder: Path) -> dict[str, Any]:

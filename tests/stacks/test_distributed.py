@@ -53,6 +53,10 @@ def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(t
     # B [256, 8], A [8, 64] and values [256, 3]: half of the rows each
     assert first["shards"] == {"B": [[256, 8], [128, 8]], "A": [[8, 64], [4, 64]], "values": [[256, 3], [128, 3]]}
 
+    limits = ranks.limited()
+    assert limits["limited"] == first["limited"]["limited"] > 0  # by the norm of the whole factor
+    assert first["limited"]["losses"] == pytest.approx(limits["losses"], rel=1e-9)
+
     torch.manual_seed(1)
     restored = slcompile.factorize_(ranks.transformer(), slcompile.SLConfig(rank=8, density=0.05))
     optimizer = torch.optim.AdamW(restored.parameters(), lr=3e-3)

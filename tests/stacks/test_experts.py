@@ -61,7 +61,7 @@ def test_two_dimensions_train_as_one_process(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("processes", "count"), [(2, 6), (4, 2)])
+@pytest.mark.parametrize(("processes", "count"), [(2, 7), (4, 2)])
 def test_each_way_of_multiplying_trains_as_one_process(tmp_path, processes, count):
     results = on(processes, tmp_path, "more")
     assert len(results) == count

@@ -54,7 +54,7 @@ class StepLimit:
     def _shorten(self, *_: Any) -> None:
         for name, factor, least, before in self._before:
             step = factor - before
-            size, norm = _norm(step), max(_norm(before), least)
+            size, norm = float(whole_norm(step)), max(float(whole_norm(before)), least)
             if size > self._ratio * norm:
                 factor.copy_(before.add_(step, alpha=self._ratio * norm / size))
                 if self.limited == 0:
@@ -69,10 +69,11 @@ class StepLimit:
         self._before.clear()
 
 
-def _norm(tensor: Any) -> float:
-    """Returns the norm of a tensor, of all shards where it is one of several; a DTensor's number would be a shard's."""
+def whole_norm(tensor: Any) -> Tensor:
+    """Returns the norm of a tensor, of all its shards where it is sharded; ``float`` of a DTensor's is a shard's."""
     norm = tensor.norm()
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
 
 
 def limit_steps(model: nn.Module, optimizer: Optimizer, ratio: float = 0.1) -> StepLimit:

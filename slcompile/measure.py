@@ -12,6 +12,7 @@ import torch
 
 from slcompile.config import VECTOR
 from slcompile.cost import DTYPES, Rates, default_rates, device_class, store_rates, why_no_kernels
+from slcompile.cost.matmul import vector_block
 from slcompile.ops import KERNEL_DTYPES
 from slcompile.ops.sparse_cpu import sparse_addmm
 from slcompile.ops.support import stratified_columns
@@ -23,7 +24,7 @@ def measure_rates(device: torch.device | str, seconds: float = 0.3) -> tuple[Rat
 
     Args:
         device: ``"cpu"`` (with the current number of threads) or a GPU.
-        seconds: Spent on each of about ten measurements; the fastest run counts.
+        seconds: Spent on each of about fifteen measurements; the fastest run counts.
 
     Returns:
         The rates, and the JSON file that holds them ($SLCOMPILE_CACHE_DIR, else ~/.cache/slcompile); deleting it brings
@@ -97,6 +98,7 @@ def _gpu(device: torch.device, defaults: Rates, time: Timer) -> Rates:
         for _ in range(launches):
             number.add_(1)
 
+    own, gathers = _gathering(device, matmul["bfloat16"], time)
     return dataclasses.replace(
         defaults,
         matmul=matmul,
@@ -105,7 +107,28 @@ def _gpu(device: torch.device, defaults: Rates, time: Timer) -> Rates:
         tiled=tiled,
         narrow=narrow,
         launch=time(launch) / launches,
+        own=own,
+        gathers=gathers,
     )
+
+
+def _gathering(device: torch.device, matmul: float, time: Timer) -> tuple[float, float]:
+    """Measures the vector support's kernels for many tokens: their share of ``matmul``, and bytes/s that they gather.
+
+    The copy of x^T, which siblings share and ``slcompile.cost`` counts apart, is taken off.
+    """
+    from slcompile.kernels.vector_products import linear_factored, tokens_side_by_side, values_grad
+
+    tokens, rows, columns, rank, groups = 16384, 8192, 4096, 512, 128
+    shapes = ((tokens, columns), (tokens, rank), (rows, rank), (rows, groups), (tokens, rows))
+    x, hidden, B, values, grad = (torch.randn(shape, device=device).bfloat16() for shape in shapes)
+    support = torch.tensor([1], device=device)
+    copied = time(functools.partial(tokens_side_by_side, x))
+    forward = functools.partial(linear_factored, x, [hidden], [B], [values], [support], [None], False, VECTOR)
+    operations = 2 * tokens * rows * (rank + groups * vector_block(VECTOR) // VECTOR)
+    backward = functools.partial(values_grad, grad, x, values, support, VECTOR)
+    gathered = tokens * rows * groups // VECTOR * x.element_size()
+    return operations / (time(forward) - copied) / matmul, gathered / (time(backward) - copied)
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int], time: Timer) -> float:

@@ -37,6 +37,7 @@ def is_converted(model: nn.Module) -> bool:
     return bool(slcompile.factors(model))
 
 
+@pytest.mark.slow
 def test_the_string_alone_trains_without_an_import_of_slcompile(tmp_path):
     script = """
 import sys, torch
@@ -164,6 +165,7 @@ def composed_like(model: nn.Module) -> set[tuple[int, ...]]:
     return shapes | {shape[::-1] for shape in shapes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_no_composed_weight_is_saved_for_backward(request, batch, autocast, checkpointed):
@@ -380,6 +382,7 @@ def test_attention_reads_factored_products_right_in_lite_mode():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.slow
 @without_code
 def test_no_step_leaks_memory_or_compiles(block, batch, counting):
     compiled = torch.compile(block, backend=counting, options=OPTIONS)

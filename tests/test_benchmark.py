@@ -33,6 +33,7 @@ class Text(Plain):
         return {"logits": logits, "loss": (logits - 1).square().mean()}
 
 
+@pytest.mark.slow
 def test_a_report_of_a_training_step() -> None:
     model = Text()
     before, ids = copy.deepcopy(model.state_dict()), torch.randint(50, (4, 16))

@@ -63,6 +63,7 @@ def test_factorize_takes_the_first_pattern_that_matches():
     assert unmatched() == UNMATCHED
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_the_string_does_also_where_layers_share_a_graph(by_layer, assert_eager):
@@ -88,6 +89,7 @@ def test_the_string_does_also_where_layers_share_a_graph(by_layer, assert_eager)
     assert_eager(compiled, model, [x])
 
 
+@pytest.mark.slow
 def test_explain_shows_what_each_gets_and_estimates_count_it():
     config = SLConfig(rank=RANK)
     found = slcompile.explain(Net(), (torch.randn(8, 64),), config=config)

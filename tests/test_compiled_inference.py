@@ -45,6 +45,7 @@ def assert_no_further(found: Tensor, eager: Tensor, exact: Tensor) -> None:
     assert error <= 2 * eagers + 2**-22 * exact.norm(), f"{error / exact.norm():.1e}, eager {eagers / exact.norm():.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("support", "dtype", "sizes", "threads"),
     [
@@ -76,6 +77,7 @@ def test_rows_of_a_tile_keep_their_own_numbers(support, dtype, sizes, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "lowering"), [("gpt_oss", "auto"), ("gpt_oss", "composed"), ("deepseek_v3", "factored")]
 )
@@ -120,6 +122,7 @@ class Region(nn.Module):
         return torch.softmax(y, -1) @ y.t()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [Branches, Region])
 def test_results_that_leave_a_subgraph_lie_as_they_were_traced(model_class):
     config = slcompile.SLConfig(rank=8, density=0.05)

@@ -48,6 +48,7 @@ def text_of(page: Path) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", page.read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_host(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20

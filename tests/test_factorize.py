@@ -298,6 +298,7 @@ def test_rewrite_needs_weights_that_are_attributes():
         slcompile.rewrite(gm, CONFIG)
 
 
+@pytest.mark.slow
 def test_a_graph_module_keeps_the_weights_that_it_reads_itself(block, batch):
     gm = fx.symbolic_trace(block)
     compiled = torch.compile(gm, backend="sltrain", options={"rank": 8})
@@ -307,6 +308,7 @@ def test_a_graph_module_keeps_the_weights_that_it_reads_itself(block, batch):
     assert {each.name: each.reason for each in slcompile.last_report().left}["mix"] == "graph_module"
 
 
+@pytest.mark.slow
 def test_capturing_works_however_often_it_is_done(block_class, batch):
     for _ in range(10):
         model = slcompile.factorize_(block_class(), CONFIG, example_args=(batch[0],))

@@ -80,6 +80,7 @@ def x() -> Tensor:
     return torch.randn(32, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("options", [FROZEN, LORA, STRATIFIED, {**FROZEN, "support": "uniform"}])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
@@ -110,6 +111,7 @@ def test_step_0_is_the_model_bit_for_bit_and_training_leaves_its_weights(options
         assert not torch.equal(weight(), weight.base), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("options", [FROZEN, LORA, STRATIFIED])
 @pytest.mark.parametrize("lowering", ["auto", "composed", "factored"])
@@ -119,6 +121,7 @@ def test_gradients_are_those_of_float64(options, lowering, x, assert_eager):
     assert_eager(compiled, model, [x])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FROZEN, LORA])
 def test_generated_code_computes_the_same(options, x, assert_eager):
     model = adapted(Spellings(), x, **options)
@@ -134,6 +137,7 @@ class Wide(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("options", [FROZEN, LORA])
@@ -149,6 +153,7 @@ def test_neither_a_composed_nor_a_cast_weight_is_kept_for_the_backward_pass(opti
         assert max(each.numel() for each in made) <= 16 * 512  # activations, and values in bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FROZEN, LORA])
 def test_the_factored_backward_pass_makes_no_dense_gradient(options):
     x = torch.randn(8, 256)
@@ -181,6 +186,7 @@ def test_a_model_that_was_frozen_gets_factors_and_nothing_else_is_trained(x):
         slcompile.factorize_(untouched, SLConfig(rank=4))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 def test_a_base_that_is_unfrozen_gets_its_gradient(x, assert_eager):
     for options in (FROZEN, LORA):
@@ -217,6 +223,7 @@ def test_state_dicts_copies_and_pickles(options, x):
         assert [each.requires_grad for each in each.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FROZEN, LORA])
 def test_merged_is_the_sum_rounded_once(options, x, tmp_path):
     model = adapted(Spellings(), x, **options)
@@ -310,6 +317,7 @@ def test_torch_func_sees_the_base(x):
         torch.testing.assert_close(found[name], each.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checked_model_is_right():
     report = slcompile.check(Wide(), (torch.randn(16, 256),), config=SLConfig(**FROZEN))
     assert report.is_healthy, str(report)

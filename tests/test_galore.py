@@ -129,6 +129,7 @@ def test_per_layer_updates_are_the_same(model):
     assert_equal(model, other, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 def test_factors_are_stepped_plainly_and_dense_weights_are_projected(model):
     optimizer = GaLoreAdamW(model.parameters(), **OPTIONS)

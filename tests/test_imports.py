@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import slcompile
 
 ROOT = Path(slcompile.__file__).parent
@@ -24,6 +26,7 @@ def test_public_names():
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
 
 
+@pytest.mark.slow
 def test_importing_needs_neither_triton_nor_the_extras():
     script = """
 import sys

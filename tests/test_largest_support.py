@@ -121,6 +121,7 @@ def test_a_stack_is_fitted_matrix_by_matrix_and_what_no_input_reached_as_without
         torch.testing.assert_close(losses(B, A, positions, values)[which], alone, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_training_and_inference_are_as_exact_as_eager(assert_eager, block, batch, lowering):
     options = {**CONFIG, "lowering": lowering}
@@ -183,6 +184,7 @@ def test_copies_pickles_and_checkpoints_keep_the_positions(block, tmp_path):
             assert torch.equal(loaded.eval()(ids).logits, gpt2(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", [False, True])
 def test_merging_and_onnx(block, batch, compact, tmp_path):
     factorized(block)

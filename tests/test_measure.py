@@ -105,6 +105,8 @@ class TestGpu:
                 return 2.0 if len(run.args[0]) == 16384 else 0.5
             if getattr(run, "func", None) is None:  # the copy and a hundred launches
                 return 4.0 if getattr(run, "__name__", "") == "clone" else 3.0
+            if run.func.__module__.endswith("vector_products"):
+                return {"tokens_side_by_side": 1.0, "linear_factored": 11.0, "values_grad": 3.0}[run.func.__name__]
             return 16.0 if run.keywords else 8.0
 
         monkeypatch.setattr(measure, "_fastest", fastest)
@@ -116,13 +118,17 @@ class TestGpu:
         assert found.tiled == 2 * 64 * 8192 * 4096 / 16.0 / product
         assert found.narrow == 2 * 8192 * 512 * 4096 / 0.5 / product
         assert found.launch == 3.0 / 100
+        # A program of 64 rows multiplies the columns of four blocks for all of them.
+        assert found.own == 2 * 16384 * 8192 * (512 + 4 * 128) / 10.0 / product
+        assert found.gathers == 16384 * (8192 // 16) * 128 * 2 / 2.0
         assert found.memory == 2 * 4 * 2**28 / 4.0
         assert (found.sector, found.entries) == (row.rates.sector, row.rates.entries)
 
     @pytest.mark.gpu
     def test_they_are_positive(self) -> None:
         found, _ = measure_rates("cuda", seconds=0.01)
-        for rate in (*found.matmul.values(), *found.sparse.values(), found.memory, found.tiled, found.narrow):
+        single = (found.memory, found.tiled, found.narrow, found.own, found.gathers)
+        for rate in (*found.matmul.values(), *found.sparse.values(), *single):
             assert 0 < rate < math.inf
 
     def test_a_device_without_kernels_is_refused(self) -> None:

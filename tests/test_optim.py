@@ -56,6 +56,7 @@ def assert_same_state(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, other.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "factorized", "adopted"])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_the_trajectory_is_bit_equal_to_the_plain_optimizers(block_class, batch, maker, kind, aten_kernels):
@@ -133,6 +134,7 @@ class Layer(nn.Module):
         return torch.tanh(self.inner(x))
 
 
+@pytest.mark.slow
 def test_layers_that_are_adopted_one_after_another(batch):
     """Each layer's first run converts it, in the forward pass of one step."""
     done = []
@@ -243,6 +245,7 @@ def test_parameters_come_and_thaw(block, batch):
     train(block, block, optimizer, batch, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_accumulated_gradients_update_as_plain_ones_do(block_class, batch, compiled, aten_kernels):
     """Three passes a step, of which one leaves a parameter out; then a step of fewer passes, as at an epoch's end."""

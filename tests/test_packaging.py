@@ -159,11 +159,13 @@ def test_the_notices_quote_the_vendored_licence():
     assert vendored == set(re.findall(r"[\w.]+\.min\.js", notices))
 
 
+@pytest.mark.slow
 def test_the_string_converts_in_a_fresh_environment(environment, tmp_path):
     run([environment / "bin" / "python", "-c", CONVERTS], tmp_path)
     assert "dagre" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["slcompile"], ["python", "-m", "slcompile"]], ids=" ".join)
 def test_the_command_runs_in_a_fresh_environment(environment, tmp_path, command):
     program, *arguments = command

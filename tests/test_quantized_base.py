@@ -58,6 +58,7 @@ class TestQuantize:
             torch.library.opcheck(dequantize, (quantize(torch.randn(3, 70), kind), 70, torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("options", [QLORA, INT8])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
@@ -86,6 +87,7 @@ def test_step_0_is_the_quantized_model_and_training_leaves_it(options, lowering,
         assert torch.equal(weight.factors().base, dense.get_parameter(name)), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("options", [QLORA, INT8])
 @pytest.mark.parametrize("lowering", ["auto", "composed", "factored"])
@@ -94,6 +96,7 @@ def test_gradients_are_those_of_float64(options, lowering, x, assert_eager):
     assert_eager(torch.compile(model, backend="sltrain", options={**options, "lowering": lowering}), model, [x])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [QLORA, INT8])
 def test_generated_code_trains_and_infers_the_same(options, x, assert_eager):
     model = adapted(Spellings(), x, **options)
@@ -116,6 +119,7 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass():
         assert max(each.numel() for each in made) <= 16 * 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [QLORA, INT8])
 def test_state_dicts_merging_and_export(options, x, tmp_path):
     model, other = adapted(Spellings(), x, **options), Spellings()
@@ -147,6 +151,7 @@ def test_checkpoints_of_transformers_models(options, tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_memory_explain_and_check_know_it():
     x = torch.randn(64, 256)
     weight, added = 256 * 512, 4 * (256 + 512)
@@ -171,6 +176,7 @@ def test_a_model_in_lower_precision_keeps_its_codes(x):
     assert model(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("structure", ["block_low_rank", "tensor_train", "cp"])
 def test_other_structures_are_added_to_it(structure, assert_eager):

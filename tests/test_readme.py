@@ -22,6 +22,7 @@ def test_ci_runs_the_test_command():
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ci", "outcome"), [("true", "1 error"), ("", "1 skipped")])
 def test_ci_skips_no_browser_test(tmp_path, ci, outcome):
     # A PATH without a browser. The test that is chosen is one of those that need it.
@@ -48,6 +49,7 @@ def test_ci_installs_a_browser():
     assert script.index("export CI=true") < script.index("apt-get install") < script.index("pytest")
 
 
+@pytest.mark.slow
 def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"run by tests/test_readme.py -->\n```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -36,6 +36,7 @@ def test_one_row_a_block_is_the_stratified_support_with_the_same_state(block_cla
     other.load_state_dict(one.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
     ("held", "loading"), [(("vector", 16), ("vector", 32)), (("vector", 16), ("stratified", 16)),
@@ -68,6 +69,7 @@ def test_an_overwritten_length_is_found(block):
     weight.merged()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_training_and_inference_are_as_exact_as_eager(assert_eager, block, batch, lowering):
     options = {**CONFIG, "support": "vector", "vector": 32, "lowering": lowering, "init": "kaiming"}

@@ -151,22 +151,26 @@ def module_at(path: Path, name: str) -> ModuleType:
     return module
 
 
+def inductor_with_aten(
+    gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend: Inductor up to its graphs, which ATen executes."""
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        return make_boxed_func(gm.forward)
+
+    return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
+
+
 @contextlib.contextmanager
 def aten_kernels() -> Iterator[None]:
     """Within, Inductor traces and partitions every graph, our joint passes run, and ATen executes what they leave: no
     code is generated, and a graph takes some tenths of a second instead of several. ``lower_ops`` is left out: what it
     makes lies transposed in memory, for which only generated code makes up.
     """
-    from torch._functorch.aot_autograd import make_boxed_func
-    from torch._inductor.compile_fx import compile_fx
-
-    def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
-        def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-            return make_boxed_func(gm.forward)
-
-        return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings)
-
-    before, torch_private.inductor = torch_private.inductor, inductor
+    before, torch_private.inductor = torch_private.inductor, inductor_with_aten
     try:
         yield
     finally:

@@ -48,4 +48,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'positions':14} {found.entries / 1e6:.4g}  million/s")
     if found.launch:
         print(f"{'launch':14} {found.launch * 1e6:.3g}  us")
-        print(f"{'of matmul':14} {found.narrow:.2f} through the rank, {found.tiled:.2f} in tiles of S")
+        print(f"{'of matmul':14} {found.narrow:.2f} through the rank, {found.tiled:.2f} in tiles of S, ", end="")
+        print(f"{found.own:.2f} in the vector support's kernels")
+        print(f"{'gathers':14} {found.gathers / 1e9:.4g}  GB/s")

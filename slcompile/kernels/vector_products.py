@@ -249,7 +249,7 @@ def linear_factored(
     if transposed:
         x = _with_columns(x, vector)
         return [_transposed(x, *each, vector, autotune) for each in each_of]
-    x_T = _tokens_side_by_side(x)
+    x_T = tokens_side_by_side(x)
     return [_product(x_T, x.shape[1], *each, vector, autotune) for each in each_of]
 
 
@@ -360,7 +360,7 @@ def values_grad(
         Of the shape and dtype of values, contiguous.
     """
     (tokens, columns), (rows, groups) = right.shape, values.shape
-    left, right_T = _with_columns(left, vector), _tokens_side_by_side(right)
+    left, right_T = _with_columns(left, vector), tokens_side_by_side(right)
     columns_of = _columns_of(values, support, columns, vector)
     found = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     splits = triton.cdiv(tokens, VECTOR_SPLIT)
@@ -385,7 +385,7 @@ def _whole(tokens: int) -> int:
     return (tokens // 64 + 1) * 64
 
 
-def _tokens_side_by_side(x: Tensor) -> Tensor:
+def tokens_side_by_side(x: Tensor) -> Tensor:
     """Returns x^T with zeros after the tokens of a row, which aligns it; all that read it share it as one node.
 
     At least one token is added, so that Inductor makes the copy in a kernel of its own, which goes through both

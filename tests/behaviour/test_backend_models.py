@@ -40,6 +40,7 @@ class Layers(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_equal_blocks_compiled_one_by_one_with_fullgraph_share_a_graph(counting):
     model = Layers(12)
     for layer in model.layers:
@@ -53,6 +54,7 @@ def test_equal_blocks_compiled_one_by_one_with_fullgraph_share_a_graph(counting)
     assert len({each.seed for each in factors.values()}) == 12  # a seed comes from the name in the whole model
 
 
+@pytest.mark.slow
 def test_names_and_patterns_are_those_of_each_layer_not_of_the_first_one_compiled(counting):
     model = Layers()
     for layer in model.layers:
@@ -61,6 +63,7 @@ def test_names_and_patterns_are_those_of_each_layer_not_of_the_first_one_compile
     assert set(slcompile.factors(model)) == {f"layers.{index}.linear.weight" for index in (0, 2, 3)}
 
 
+@pytest.mark.slow
 def test_an_explicit_model_and_an_equal_one_do_not_disturb_each_other(counting):
     explicit, other = Layers(), Layers()
     slcompile.factorize_(explicit, slcompile.SLConfig(rank=4, include=("layers.0.*",)))
@@ -102,6 +105,7 @@ def test_what_a_graph_leaves_is_reported_of_every_module_that_runs_it(caplog):
     assert not [record for record in caplog.records if "no weight of" in record.getMessage()]
 
 
+@pytest.mark.slow
 def test_layers_that_torch_compile_wrapped_one_by_one_keep_their_names():
     model = Layers()
     options = {**OPTIONS, "seed": 1, "include": ("layers.*",)}
@@ -154,6 +158,7 @@ def test_weights_read_without_gradients_inside_the_graph_stay_dense(batch):
     assert [(each.name, each.reason) for each in slcompile.last_report().left] == [("teacher.weight", "no_grad")]
 
 
+@pytest.mark.slow
 def test_what_was_learned_anywhere_in_the_model_decides_for_all_of_it():
     model = Layers()
     with torch.no_grad():
@@ -178,6 +183,7 @@ def test_a_refusal_comes_before_the_first_of_several_graphs_converts():
     assert not is_converted(model)
 
 
+@pytest.mark.slow
 def test_a_list_of_parameters_made_before_is_warned_about(block, batch, caplog):
     stale = list(block.parameters())
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)

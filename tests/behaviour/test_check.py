@@ -48,6 +48,7 @@ def batch() -> tuple[Tensor]:
     return (torch.randn(32, WIDTH),)
 
 
+@pytest.mark.slow
 def test_a_healthy_model_is_left_as_it_is(net, batch, aten_kernels):
     before = copy.deepcopy(net.state_dict())
     report = slcompile.check(net, batch, config=CONFIG)
@@ -60,6 +61,7 @@ def test_a_healthy_model_is_left_as_it_is(net, batch, aten_kernels):
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_factorized_model_is_checked_as_it_stands(net, batch, aten_kernels):
     slcompile.factorize_(net, CONFIG, example_args=batch)
     report = slcompile.check(net, batch)
@@ -276,8 +278,9 @@ def test_a_defect_of_lower_ops_is_blamed_on_it(net, batch, monkeypatch):
     assert "training, composed" not in report.blame
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, monkeypatch, capsys, aten_kernels):
-    (tmp_path / "my_models.py").write_text(
+    (tmp_path / "my_checked_models.py").write_text(
         "import torch\n"
         "def make():\n"
         "    torch.manual_seed(0)\n"
@@ -286,12 +289,12 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, aten_kernels):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main(["check", "my_models:make", "--config", "rank=8", "--json", "check.json"]) == 0
+    assert main(["check", "my_checked_models:make", "--config", "rank=8", "--json", "check.json"]) == 0
     assert "healthy; 2 factorized weights" in capsys.readouterr().out
     assert json.loads((tmp_path / "check.json").read_text())["wrong"] == []
     monkeypatch.setattr(
         slcompile.weight.structure.FactorizedWeight, "merged_wide", scaled(slcompile.SLWeight.merged_wide)
     )
-    assert main(["check", "my_models:make", "--config", "rank=8"]) == 1
+    assert main(["check", "my_checked_models:make", "--config", "rank=8"]) == 1
     assert "inference, merged: the merged weights are not what" in capsys.readouterr().out
-    assert main(["check", "my_models:nothing"]) == 2
+    assert main(["check", "my_checked_models:nothing"]) == 2

@@ -38,6 +38,7 @@ class Conditional(Branching):
         return torch.cond(sign.sum() > 0, left, right, (torch.tanh(self.first(x)),))
 
 
+@pytest.mark.slow
 def test_a_data_dependent_branch_converts_when_it_is_first_taken(counting, assert_eager):
     model, x = Branching(), torch.randn(8, 64)
     compiled = compiled_with(counting, model)
@@ -52,6 +53,7 @@ def test_a_data_dependent_branch_converts_when_it_is_first_taken(counting, asser
     assert counting.calls == 6  # three graphs, before and after
 
 
+@pytest.mark.slow
 def test_weights_inside_a_branch_of_a_graph_stay_dense(assert_eager):
     model, x = Conditional(), torch.randn(8, 64)
     compiled = compiled_with("sltrain", model, fullgraph=True)
@@ -90,6 +92,7 @@ class Keeping(nn.Module):
         return self.last(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["local", "module", "list", "transposed", "attribute", "nowhere"])
 def test_a_weight_that_a_region_hands_on_stays_dense(how, counting, assert_eager):
     for _ in range(2):  # the second model finds the graphs of the first
@@ -139,6 +142,7 @@ class Recurrent(nn.Module):
         return self.last(self.layer(torch.tanh(self.first(x)))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_are_left_with_the_reason(kind, assert_eager):
     model, x = Recurrent(kind(64, 64, batch_first=True)), torch.randn(3, 5, 64)
@@ -171,6 +175,7 @@ class Outer(nn.Module):
         return self.last(self.inner(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["sltrain", "eager"])
 def test_the_outermost_compile_is_the_one_that_counts(inner, counting, assert_eager):
     plain = Plain()
@@ -192,6 +197,7 @@ def test_under_another_backend_a_nested_sltrain_converts_nothing():
     assert converted(model) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("where", ["inside", "around", "around, factorized before"])
 def test_activation_checkpointing(where, reentrant, assert_eager):
@@ -228,6 +234,7 @@ def test_an_eager_checkpoint_around_a_first_run_that_reads_a_weight_twice_is_ref
     assert_eager(run, model, (x,))
 
 
+@pytest.mark.slow
 def test_models_of_one_process_share_graphs_and_nothing_else(counting, assert_eager):
     x = torch.randn(8, 64)
     models = [Plain() for _ in range(4)]

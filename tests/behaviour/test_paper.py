@@ -135,6 +135,7 @@ def memory_table():
     return example("memory_table")
 
 
+@pytest.mark.slow
 def test_the_memory_table_is_the_formula_and_the_papers(memory_table):
     table = memory_table.paper_table()
     apart = {}

@@ -64,6 +64,7 @@ def tokens(experts: Experts) -> tuple[Tensor, Tensor]:
     return torch.randn(32, WIDTH, dtype=experts.up.dtype), torch.arange(32) // (32 // EXPERTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_the_string_factorizes_them_and_trains_as_eager_does(experts, tokens, support):
     config = {**OPTIONS, "support": support}
@@ -92,6 +93,7 @@ def test_the_string_factorizes_them_and_trains_as_eager_does(experts, tokens, su
         assert (ours - exact).norm() <= (eager - exact).norm() + 2 * eps * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_what_a_factorized_weight_can_do_a_stack_can(support, tmp_path):
     model = Experts(all_experts)

@@ -69,6 +69,7 @@ def func_jacrev(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> d
     return {name: each[0] for name, each in jacobian.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inside"])
 @pytest.mark.parametrize("transform", [func_grad, func_vmap, func_jacrev])
 def test_transforms_differentiate_the_factors(transform, compiled):
@@ -91,6 +92,7 @@ def dual_numbers(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, dir
         return forward_ad.unpack_dual(loss_of(model, duals, x)).tangent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("transform", "compiled"), [(func_jvp, False), (func_jvp, True), (dual_numbers, False)])
 def test_forward_mode_differentiates_the_factors(transform, compiled):
     model = slcompile.factorize_(Plain(), slcompile.SLConfig(**SPECTRAL))
@@ -125,6 +127,7 @@ class Transforming(nn.Module):
         return self.last(torch.func.jvp(self.plain, (x,), (x.detach(),))[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["grad", "vmap", "jvp"])
 def test_a_model_that_transforms_its_own_parts_converts(how, counting, assert_eager):
     model, x = Transforming(how), torch.randn(8, 64)

@@ -50,6 +50,7 @@ def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: torch.dtype) -> Non
     assert np.abs(got - wanted).max() < BOUND[dtype] * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_onnx_and_merged(checkpoint, tmp_path, capsys):
     file, directory = tmp_path / "model.onnx", tmp_path / "merged"
     assert main(["export", str(checkpoint), "--onnx", str(file), "--merged", str(directory)]) == 0
@@ -64,6 +65,7 @@ def test_onnx_and_merged(checkpoint, tmp_path, capsys):
     np.testing.assert_array_equal(torch_logits(AutoModelForCausalLM.from_pretrained(directory)), wanted)
 
 
+@pytest.mark.slow
 def test_dtype_compact_and_no_verify(checkpoint, tmp_path, capsys):
     file = tmp_path / "model.onnx"
     options = ["--dtype", "float16", "--compact", "--no-verify", "--opset", "19"]
@@ -94,6 +96,7 @@ sys.exit(script.load()())
 """
 
 
+@pytest.mark.slow
 def test_the_console_script(checkpoint, tmp_path):
     command = [sys.executable, "-c", SCRIPT, "export", checkpoint, "--onnx", tmp_path / "model.onnx", "--no-verify"]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -177,6 +180,7 @@ def test_rates_refuse_a_bad_flag(capsys, flags):
 TINY_MEMORY = ["--rank", "0.25", "--density", "0.05", "--seq-len", "32"]
 
 
+@pytest.mark.slow
 def test_memory_prints_writes_json_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     tiny_config("llama").save_pretrained(tmp_path)

@@ -69,6 +69,7 @@ def test_errors_are_one_line_and_leave_no_file(factories, tmp_path, capsys):
     assert {each.name for each in tmp_path.iterdir()} - {"__pycache__"} == {"folder", f"{factories}.py"}
 
 
+@pytest.mark.slow
 def test_a_transformers_config(tmp_path, capsys):
     pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

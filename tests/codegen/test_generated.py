@@ -26,6 +26,8 @@ from tests.kernels.harness import WIDE, require_compiler
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 512
 OPTIONS = {"rank": 64, "density": 0.03, "lowering": "composed"}
 HIDDEN, EVEN, ODD = 256, 1408, 1365  # like the paper's 2048, 5504 and 5461; Inductor aligns rows from 1024 on
@@ -249,7 +251,6 @@ def test_kernels_for_many_tokens_multiply_matrices(tmp_path: Path) -> None:
         assert usage.has_mma == name.startswith(("vector_product", "vector_values", "vector_blocks")), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_weights_in_training_are_those_of_owners_of_which_none_is_in_eval():
     assert not known.in_training(nn.Parameter(torch.zeros(4, 4)))  # nobody does
 
 
+@pytest.mark.slow
 def test_the_process_has_one_and_an_estimate_has_its_own(block, batch, caplog):
     slcompile.factorize_(block, CONFIG)
     before = slcompile.last_report()

@@ -25,6 +25,7 @@ def held(optimizer: torch.optim.Optimizer) -> list[int]:
     return [id(p) for group in optimizer.param_groups for p in group["params"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -169,6 +170,7 @@ def hooked(register) -> None:
     register(lambda tensor: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explicit", [True, False], ids=["factorize_", "compiled"])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_converted_is_refused_and_the_model_left_as_it_was(block, batch, kind, explicit):

@@ -58,6 +58,7 @@ def broken(state, kind):
     return {**state, name: value}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
     "kind",
@@ -88,6 +89,7 @@ def test_a_missing_or_strange_name_is_refused_before_anything_is_loaded(block, b
     assert block.load_state_dict(state, strict=False).missing_keys == ["up.bias"]
 
 
+@pytest.mark.slow
 def test_loading_is_watched_without_the_backend():
     """In a process that factorizes, and compiles nothing."""
     code = (

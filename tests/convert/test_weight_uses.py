@@ -165,6 +165,7 @@ def test_every_use_of_a_weight_trains_as_in_eager_mode(name, lowering, assert_ea
     assert converted(model) == weights - case.left.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize(("lowering", "dtype"), [("composed", torch.float32), ("factored", torch.bfloat16)])
 def test_autocast_on_either_side(inside, lowering, dtype, assert_eager):
@@ -185,6 +186,7 @@ def test_autocast_on_either_side(inside, lowering, dtype, assert_eager):
     assert converted(model) == {"first.weight", "w"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "lowering"), [((0, 64), "composed"), ((0, 64), "factored"), ((4, 0, 64), "factored")]
 )
@@ -208,6 +210,7 @@ class Resized(nn.Module):
         return self.linear(x) + resized.mean(1)[0].unsqueeze(-1)
 
 
+@pytest.mark.slow
 def test_weights_are_found_beside_an_op_that_takes_symbolic_sizes(assert_eager, aten_kernels):
     model, x = Resized(), torch.randn(3, 5, 64)
     compiled = torch.compile(model, backend="sltrain", options={"rank": 4, "density": 0.1}, dynamic=True)
@@ -216,6 +219,7 @@ def test_weights_are_found_beside_an_op_that_takes_symbolic_sizes(assert_eager, 
     assert_eager(compiled, model, [torch.randn(6, 7, 64)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic", "automatic"])
 def test_batch_and_sequence_change_without_a_compile_for_each_size(how, counting, assert_eager):
     # No float among its attributes: with dynamic=True Dynamo makes them symbolic, and then starts anew without.

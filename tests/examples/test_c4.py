@@ -50,6 +50,7 @@ def command(place: Path, out: Path, *more: str, data: str | None = None) -> list
     return [*fixed, "--tokenizer", str(place / "tokenizer"), *small, *more]
 
 
+@pytest.mark.slow
 def test_both_models_see_the_same_and_a_row_is_printed_for_each(place, tmp_path, capsys):
     assert c4.main(command(place, tmp_path)) == 0
     printed = capsys.readouterr().out
@@ -68,6 +69,7 @@ def test_both_models_see_the_same_and_a_row_is_printed_for_each(place, tmp_path,
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys, monkeypatch):
     only = ("--only", "sltrain")
     assert c4.main(command(place, tmp_path / "whole", *only)) == 0

@@ -143,6 +143,7 @@ class TestRecipes:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_a_record_holds_what_a_run_was_and_came_to(self, corpus, tmp_path):
         dense = train(replace(SHORT, kind="dense"), corpus, tmp_path / "unfinished.pt")
         factors = train(SHORT, corpus, tmp_path / "unfinished.pt")
@@ -161,6 +162,7 @@ class TestRun:
             assert record["text"] == corpus.digest
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.slow
     def test_a_stopped_run_resumes_to_the_same_losses(self, corpus, tmp_path, monkeypatch):
         whole = train(SHORT, corpus, tmp_path / "whole.pt")
         make_batch = training.make_batch
@@ -188,6 +190,7 @@ class TestRun:
         assert 2 < record["diverged"] <= 20
         assert "validation" not in record
 
+    @pytest.mark.slow
     def test_low_rank_alone_has_no_sparse_part_and_learns(self, corpus, tmp_path):
         settings = replace(SHORT, kind="low rank", init="spectral", init_std=0.02)
         model = make_model(settings)
@@ -227,12 +230,14 @@ class TestCommands:
             *flags,
         ]
 
+    @pytest.mark.slow
     def test_a_run_is_made_once(self, tmp_path, capsys):
         for _ in range(2):
             main(self.one(tmp_path, "kind=dense", "steps=10"))
         assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
         assert capsys.readouterr().out.count("run: kind=dense") == 1
 
+    @pytest.mark.slow
     def test_a_text_too_short_for_the_tokens_is_refused(self, tmp_path):
         command = [sys.executable, "-m", "examples.quality", *self.one(tmp_path, "kind=dense", "steps=100000")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])

@@ -117,6 +117,7 @@ def architecture(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Modul
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_round_trip(architecture, dtype, tmp_path):
     name, model = architecture
@@ -187,6 +188,7 @@ def test_round_trip(architecture, dtype, tmp_path):
         assert given.name == "pixel_values" or given.shape[1] == "sequence_length", given.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_tied_to_the_embedding_is_stored_once(tied, tmp_path):
     inputs = causal(2, 17)
@@ -197,6 +199,7 @@ def test_a_head_tied_to_the_embedding_is_stored_once(tied, tmp_path):
     assert report.max_rel < BOUND[torch.float32]
 
 
+@pytest.mark.slow
 def test_factorized_weights_that_are_tied_are_stored_once(tmp_path):
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -162,6 +162,7 @@ def test_the_papers_checkpoint(file, scaling, dtype, tmp_path):
         assert torch.equal(each.index.long(), state[name.replace("weight", "sparse_index")])
 
 
+@pytest.mark.slow
 def test_the_papers_checkpoint_exports_and_is_saved_as_ours(tmp_path):
     (tmp_path / "papers").mkdir()
     _, weights = papers(tmp_path / "papers", torch.float32)

@@ -32,6 +32,7 @@ def assert_same(found: Tensor, model: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(found, model(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_program_holds_the_factors_and_aten_alone(trained, strict):
     x, tokens = torch.randn(8, 64), torch.export.Dim("tokens", min=2)
@@ -43,6 +44,7 @@ def test_a_program_holds_the_factors_and_aten_alone(trained, strict):
             assert_same(exported.module()(rows), trained, rows)
 
 
+@pytest.mark.slow
 def test_a_saved_program_runs_where_slcompile_is_not_installed(trained, tmp_path):
     x = torch.randn(8, 64)
     torch.export.save(torch.export.export(trained, (x,)), tmp_path / "model.pt2")
@@ -60,6 +62,7 @@ torch.save(program.module()(torch.load("x.pt")).detach(), "y.pt")
     assert_same(torch.load(tmp_path / "y.pt"), trained, x)
 
 
+@pytest.mark.slow
 def test_torch_onnx_export(trained, tmp_path):
     x = torch.randn(8, 64)
     torch.onnx.export(trained, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
@@ -68,6 +71,7 @@ def test_torch_onnx_export(trained, tmp_path):
     assert_same(torch.from_numpy(found), trained, x)
 
 
+@pytest.mark.slow
 def test_aot_inductor(trained, tmp_path):
     x = torch.randn(8, 64)
     program = torch.export.export(trained, (x,))

@@ -78,6 +78,7 @@ def test_shards(tmp_path):
     assert_computes(path, model)
 
 
+@pytest.mark.slow
 def test_an_export_over_an_old_one_leaves_only_the_new_files(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     other = tmp_path / "model-other.data"
@@ -200,6 +201,7 @@ def test_a_kill_leaves_the_old_model_or_the_new_one(faults, moment):
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_files_and_nothing_else(faults):
     directories, statuses, (old, old_names), _ = faults
     assert statuses["disk full"] == (100 + errno.EFBIG) << 8  # an OSError; EFBIG is what the resource limit gives
@@ -248,6 +250,7 @@ def test_a_read_only_directory_is_named(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_the_files(tmp_path):
     slcompile.export_onnx(network(), X, tmp_path / "inline.onnx")
     slcompile.export_onnx(network(), X, tmp_path / "beside.onnx", shard_size=BYTES)
@@ -259,6 +262,7 @@ def test_no_path_of_this_machine_is_in_the_files(tmp_path):
         assert not [each for each in paths if len(str(each)) > 1 and str(each).encode() in content], file
 
 
+@pytest.mark.slow
 def test_the_file_describes_itself(tmp_path):
     model = network()
     report = slcompile.export_onnx(model, X, tmp_path / "model.onnx", metadata={"owner": "us"})
@@ -281,6 +285,7 @@ def test_the_file_describes_itself(tmp_path):
     assert changed.metadata["state_sha256"] != stored["state_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_compact(support, dtype, tmp_path):

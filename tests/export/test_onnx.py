@@ -51,6 +51,7 @@ def test_caches_have_the_names_of_hugging_face(tmp_path, name):
     assert [each.name for each in graph.output] == ["logits", "present.0.key", "present.0.value"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False], ids=["layers wrapped", "compiled in place"])
 def test_a_compiled_model_is_exported_under_its_names_and_really_compared(tmp_path, wrapped, aten_kernels):
     class Two(nn.Module):

@@ -46,6 +46,7 @@ X = torch.linspace(-1, 1, 3 * 32).reshape(3, 32)
 WEIGHTS = [f"{name}.weight" for name in ODD]
 
 
+@pytest.mark.slow
 def test_conversion_and_report(aten_kernels):
     model = Named(ODD)
     torch.compile(model, backend="sltrain", options={"rank": 4, "exclude": ()})(X).sum().backward()
@@ -58,6 +59,7 @@ def test_conversion_and_report(aten_kernels):
     assert "\u202e" not in str(report)
 
 
+@pytest.mark.slow
 def test_explanation_json_and_page(tmp_path):
     found = slcompile.explain(Named(ODD), (X,), config=CONFIG)
     assert {each.name for each in found.matmuls} == set(WEIGHTS)

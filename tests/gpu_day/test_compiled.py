@@ -19,6 +19,7 @@ def test_a_compiled_step_is_near_float64(case: Case) -> None:
 SMALL = {"hidden": 64, "inner": 97, "dtype": torch.float32, "tokens": 12, "options": LITE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_the_same_on_a_cpu(lowering: str) -> None:
     assert_near_float64(Case(lowering, steps=2, **SMALL), "cpu")
@@ -39,6 +40,7 @@ def spoiled(compiled):
     return lambda x: compiled(Spoil.apply(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("within", "message"),
     [

@@ -165,6 +165,7 @@ def test_what_failed_is_run_again_when_asked_and_what_was_cut_off_always(rehears
     assert ran[4:] == ["machine"]
 
 
+@pytest.mark.slow
 def test_parts_run_in_processes_of_their_own(tmp_path, monkeypatch) -> None:
     args = gpu_day.parse_args(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
     run = gpu_day.in_child(args)
@@ -179,6 +180,7 @@ def test_parts_run_in_processes_of_their_own(tmp_path, monkeypatch) -> None:
     assert run(Part("machine", 0, dict), 0.01) == {"status": "failed", "error": "it took more than 0 s"}
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_counted(tmp_path) -> None:
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"

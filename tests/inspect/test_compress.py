@@ -50,6 +50,7 @@ def outputs_error(model: nn.Module, dense: nn.Module) -> float:
 CONFIG = SLConfig(rank=8, density=0.06, init="spectral", seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["vector", "uniform", "largest"])
 def test_it_loses_less_of_what_the_weights_compute_than_spectral_does(support):
     dense, plain, model = Net(), Net(), Net()
@@ -190,6 +191,7 @@ class Lone(nn.Module):
         return self.lone(x) if torch.compiler.is_compiling() else x
 
 
+@pytest.mark.slow
 def test_the_command_writes_factors_and_dense_weights(tmp_path, monkeypatch, capsys):
     name = f"compressed_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(

@@ -48,6 +48,7 @@ def test_a_model_is_explained_without_being_changed(block, batch):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_the_totals_are_those_of_the_converted_model(block, batch):
     found = explain(block, (batch[0],), config=CONFIG)
     assert found.summary.parameters.before == sum(each.numel() for each in block.parameters())
@@ -188,6 +189,7 @@ class Outer(nn.Module):
 DISABLED = "Skip inlining `torch.compiler.disable()`d function"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inner", "own", "below", "detail", "broken"),
     [
@@ -242,6 +244,7 @@ def test_a_failing_model_is_left_as_it_is(batch):
     assert not hasattr(model, "late")
 
 
+@pytest.mark.slow
 def test_models_that_would_not_convert_are_explained_with_reasons(block, batch):
     with torch.no_grad():
         in_eval = explain(block.eval(), (batch[0],), config=CONFIG)

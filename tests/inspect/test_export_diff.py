@@ -25,6 +25,7 @@ def model():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_factorized", [False, True])
 def test_matmuls_are_linked_by_the_weights_names(block, batch, tmp_path, is_factorized):
     if is_factorized:
@@ -49,6 +50,7 @@ def test_matmuls_are_linked_by_the_weights_names(block, batch, tmp_path, is_fact
     assert slcompile.GraphDiff.from_json(found.to_json(tmp_path / "d.json")) == found
 
 
+@pytest.mark.slow
 def test_what_is_missing_and_what_only_the_file_has(block, batch, tmp_path):
     path = slcompile.export_onnx(block, (batch[0],), tmp_path / "m.onnx", verify=False, dtype=torch.float16).path
     proto = onnx.load(path)
@@ -70,6 +72,7 @@ def test_what_is_missing_and_what_only_the_file_has(block, batch, tmp_path):
     assert (before[mix.before], after[strange.after], after["up.weight"]) == ("removed", "new", "rewritten")
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_broken_model_and_a_tied_weight(tmp_path):
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -94,6 +97,7 @@ def test_the_parts_of_a_broken_model_and_a_tied_weight(tmp_path):
     assert len({node.id for node in found.before}) == len(found.before)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     name = f"exported_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(FACTORY)
@@ -119,6 +123,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_transformers_config_and_its_export(tmp_path, capsys):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 50}
     config = tiny_config("llama", use_cache=False, **sizes)

@@ -90,6 +90,7 @@ def test_no_rank_saves_nothing_however_large_the_budget():
     assert all(each.parameters < math.prod(each.shape) for each in found.weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "options", "message"),
     [

@@ -26,6 +26,7 @@ def model_of(kind: str, config: slcompile.SLConfig = CONFIG):
     return randomize(slcompile.factorize_(model, config, example_kwargs={"input_ids": IDS})).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_factors_are_read_by_from_pretrained(tmp_path, kind, support):
@@ -83,6 +84,7 @@ def test_a_checkpoint_that_does_not_fit_its_model_is_refused(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_the_plugin_transformers_names_the_method(tmp_path):
     slcompile.save_factorized(model_of("llama"), tmp_path)
     program = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
@@ -114,6 +116,7 @@ def trainer_of(model, folder, callback) -> transformers.Trainer:
     return transformers.Trainer(model, arguments, train_dataset=Counting(), callbacks=[callback])
 
 
+@pytest.mark.slow
 def test_one_callback_factorizes_trains_and_writes_checkpoints_to_load(tmp_path):
     torch.manual_seed(0)
     callback = FactorizeCallback(CONFIG, options=LITE)

@@ -120,6 +120,7 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     assert int((without_B != 0).sum()) == operands[2].numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[Tensor]], case: Case) -> None:
     assert_within_the_references_error(case, interpreted[name_of(case)])

@@ -42,6 +42,7 @@ def launched(target: str, support: str, dtype: torch.dtype, shapes: Any) -> list
     return launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_at_the_papers_shapes_without_spills(target: str, support: str) -> None:

@@ -166,6 +166,7 @@ def assert_within_the_references_error(case: Case, operands: Operands, found: li
         assert_within_error(result, expected, exact, case.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[list[Tensor]]], case: Case) -> None:
     assert_within_the_references_error(case, make_operands(case), interpreted[name_of(case)])
@@ -249,6 +250,7 @@ TRACED = [
 
 
 class TestTracing:
+    @pytest.mark.slow
     @pytest.mark.parametrize("autotune", [False, True])
     @pytest.mark.parametrize("mode", ["fake", "symbolic"])
     @pytest.mark.parametrize("case", TRACED, ids=name_of)

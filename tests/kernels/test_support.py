@@ -53,6 +53,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
     return torch.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_interpreted_kernel_equals_torch_bit_for_bit(interpreted: list[Tensor], shape: str, seed: int) -> None:
@@ -65,6 +66,7 @@ def test_interpreted_kernel_equals_torch_bit_for_bit(interpreted: list[Tensor], 
     )
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_without_triton() -> None:
     blocked = "import sys; sys.modules['triton'] = None; import slcompile, slcompile.kernels, slcompile.ops.support"
     subprocess.run([sys.executable, "-c", blocked], check=True)

@@ -112,6 +112,7 @@ def assert_within_the_references_error(case: Case, operands: Operands, found: li
         assert_within_error(result, expected, exact, case.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[Tensor]], case: Case) -> None:
     assert_within_the_references_error(case, make_operands(case), interpreted[name_of(case)])

@@ -121,6 +121,7 @@ def assert_within_the_references_error(case: Case, found: list[Tensor]) -> None:
     assert torch.equal(found[2], found[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_interpreted_error_is_within_the_references(interpreted: dict[str, list[Tensor]], case: Case) -> None:
     assert_within_the_references_error(case, interpreted[name_of(case)])

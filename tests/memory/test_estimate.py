@@ -222,6 +222,7 @@ class TestLiveness:
         assert [workspace(node, "cuda") for node in nodes] == ([x_T, z, x_T + sums] if is_many else [0, 0, dense])
         assert [workspace(node, "cpu") for node in nodes] == [0, 0, 0]
 
+    @pytest.mark.slow
     def test_a_parameter_with_two_names_is_counted_once(self):
         report = estimate_memory(llama(tie_word_embeddings=True), kwargs=IDS, config=CONFIG, device="cpu")
         own = estimate_memory(llama(), kwargs=IDS, config=CONFIG, device="cpu")
@@ -241,6 +242,7 @@ class TestRepeating:
         assert (whole.layers, whole.captured_layers) == (6, 6)
         assert short.variants() == whole.variants()
 
+    @pytest.mark.slow
     def test_layers_that_differ_are_all_captured(self, monkeypatch):
         depths = []
         kinds = [1000 * (index == 3) for index in range(6)]
@@ -279,6 +281,7 @@ def report():
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_parts_add_up(self, report):
         for usage in report.variants().values():
             assert sum(usage.at_peak.values()) == usage.peak == max(usage.places.values())
@@ -317,6 +320,7 @@ class TestReport:
         assert report.sltrain.parameter_count == sum(each.numel() for each in converted.parameters())
         assert report.layers is None
 
+    @pytest.mark.slow
     def test_bfloat16_halves(self, report):
         half = estimate_memory(llama(), kwargs=IDS, config=CONFIG, device="cpu", dtype=torch.bfloat16)
         assert 2 * half.dense.largest["parameters"] == report.dense.largest["parameters"]

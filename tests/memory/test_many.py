@@ -123,6 +123,7 @@ class TestSharded:
 
 
 class TestShares:
+    @pytest.mark.slow
     def test_parts_add_up_and_one_gpu_is_one_gpu(self, reports):
         alone = estimate_memory(llama(), kwargs=IDS, config=CONFIG, device="cpu", compiled="layers")
         for share, usage in ((reports[ONE].dense, alone.dense), (reports[ONE].sltrain, alone.sltrain)):
@@ -145,6 +146,7 @@ class TestShares:
                     assert share.at_peak["parameters"] == share.at_peak[BUCKETS] == size
                     assert share.sent == {ALL: 2 * size * 3 // 4}
 
+    @pytest.mark.slow
     def test_per_layer_updates_keep_shards_of_one_layer(self, reports):
         (report,) = estimate(FSDP, per_layer=True)
         assert report.sltrain.peak <= reports[FSDP].sltrain.peak
@@ -168,6 +170,7 @@ class TestShares:
         # Gathered for the forward and again for the backward pass; gradients once. Each process sends its half.
         assert report.dense.sent == {GATHER: whole, SCATTER: whole // 2}
 
+    @pytest.mark.slow
     def test_settings_by_pattern_are_those_of_the_whole_weights(self):
         (plain,), (mapped,) = (
             estimate(HALF, config=slcompile.SLConfig(rank=rank, density=density))
@@ -175,6 +178,7 @@ class TestShares:
         )
         assert mapped.sltrain == plain.sltrain
 
+    @pytest.mark.slow
     def test_experts_and_ranks_that_are_fractions(self):
         """A fraction is one of the whole weight: of 128, though the halves of experts have 48 rows."""
         config = tiny_config("mixtral", intermediate_size=96, num_hidden_layers=1, vocab_size=100, use_cache=False)
@@ -203,6 +207,7 @@ class TestShares:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_prints_and_writes(self, tmp_path, capsys):
         llama().save_pretrained(tmp_path)
         file = tmp_path / "report.json"

@@ -86,6 +86,7 @@ class TestOpcheck:
         operands = make_operands(support, dtype=torch.float32).trained()
         torch.library.opcheck(compose, (*operands, SCALE), {"dtype": torch.bfloat16})
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
     @pytest.mark.parametrize("support", SUPPORTS)

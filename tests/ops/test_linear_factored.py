@@ -80,6 +80,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([each.double().flatten() for each in tensors])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("support", SUPPORTS)

@@ -85,6 +85,7 @@ def absolute(operands: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     return [each.abs() if each is not None and each.is_floating_point() else each for each in wide(operands)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vector", VECTORS)
@@ -241,6 +242,7 @@ def test_columns_are_kept_once_for_a_seed_and_are_small() -> None:
     assert kept_bytes() == 4 * operands[2].numel() // 16
 
 
+@pytest.mark.slow
 def test_the_source_is_part_of_the_package() -> None:
     code = "import importlib.resources as r; print(r.files('slcompile.kernels').joinpath('{}').read_text())"
     for name in ("vector.cpp", "vector_amx.cpp"):

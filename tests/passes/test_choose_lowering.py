@@ -66,6 +66,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowered", [False, True], ids=["ops", "lowered"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_same_numbers_and_twice_changes_nothing(joint, name, lowered):

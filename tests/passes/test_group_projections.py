@@ -108,6 +108,7 @@ def test_graph(stratified_joint):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowered", [False, True], ids=["ops", "lowered"])
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])

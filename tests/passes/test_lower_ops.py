@@ -115,6 +115,7 @@ def lowered_on_gpu(joint, lowering, function=lambda x, w: x @ w.t(), **kwargs):
     return gm, lower_ops(gm)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("target", "gpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])

@@ -70,6 +70,7 @@ def gradients(model: nn.Module, x: Tensor, **options: object) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize("make", [Net, Chain])
 def test_the_same_numbers(make, support):

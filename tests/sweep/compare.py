@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import time
 import zlib
@@ -32,7 +33,7 @@ from tests.sweep.running import (
     widened,
     without_grouped_matmuls,
 )
-from tests.testing import aten_kernels
+from tests.testing import aten_kernels, inductor_with_aten
 
 DTYPES = ("float32", "bfloat16")
 SUPPORTS = ("vector", "stratified", "uniform")
@@ -170,13 +171,14 @@ class Off:
 
 
 class WithoutUs:
-    """What torch alone makes of the merged, dense model in the same run.
+    """What torch alone makes of the merged, dense model in the same run, and of weights composed by their formula.
 
     Attributes:
-        error: With what it fails; empty where it does not.
+        error: With what the dense model fails; empty where it does not.
     """
 
     def __init__(self, yardstick: Yardstick, run: Run) -> None:
+        self.yardstick, self.run = yardstick, run
         self.exact, self.error, self.found = yardstick.exact(run), "", {}
         self.wrong: set[tuple[str, str]] = set()
         merged = yardstick.merged()
@@ -188,12 +190,19 @@ class WithoutUs:
 
     def excuses(self, off: Off, numbers: Mapping[str, Numbers]) -> bool:
         """Says whether torch's own result is as far off, or of a factor's gradient, the dense weight's is wrong."""
-        dense = self.found.get(off.batch, {}).get(off.name)
-        if dense is None or off.name not in numbers[off.batch]:
-            return (off.batch, off.name.split(SUFFIX)[0]) in self.wrong
+        if off.name not in numbers[off.batch]:
+            return False
+        if (off.batch, off.name.split(SUFFIX)[0]) in self.wrong:
+            return True
+        own = self.found if off.name in self.found.get(off.batch, {}) else self.by_formula
         dtype = getattr(torch, off.run.dtype)
         found, exact = numbers[off.batch][off.name], self.exact[off.batch][off.name]
-        return share_of_budget(found, dense, exact, dtype)[1] <= 1
+        return off.name in own[off.batch] and share_of_budget(found, own[off.batch][off.name], exact, dtype)[1] <= 1
+
+    @functools.cached_property
+    def by_formula(self) -> dict[str, Numbers]:
+        """What torch alone gives where the model composes its weights in ops of torch."""
+        return self.yardstick.by_formula().compiled(self.run, dense=True)
 
 
 class Yardstick:
@@ -209,6 +218,10 @@ class Yardstick:
         """The same of the merged model."""
         return Yardstick(slcompile.merge_(copy.deepcopy(self.model)), self.case, self.batches["many"])
 
+    def by_formula(self) -> Yardstick:
+        """The same of the model whose weights are composed in ops of torch."""
+        return Yardstick(composed_by_formula(copy.deepcopy(self.model)), self.case, self.batches["many"])
+
     def generates(self, found: Comparison) -> bool:
         """Whether the model has ``generate``, and it works in eager mode."""
         if not (hasattr(self.model, "can_generate") and self.model.can_generate()):
@@ -221,7 +234,7 @@ class Yardstick:
         return True
 
     def compiled(self, run: Run, dense: bool = False) -> dict[str, Numbers]:
-        """What a compiled run gives; by torch's own backends where the model is dense."""
+        """What a compiled run gives; by Inductor without slcompile where the model is dense."""
         model = copy.deepcopy(self.model)
         settings: dict[str, Any] = {"dynamic": True if run.code or run.mode == "generate" else None}
         if not dense:
@@ -230,7 +243,7 @@ class Yardstick:
         elif run.code:
             settings |= {"options": CPP}
         else:
-            settings |= {"backend": "aot_eager_decomp_partition"}
+            settings |= {"backend": inductor_with_aten}
         torch._dynamo.reset()
         with torch_private.unlimited_recompiles(), contextlib.nullcontext() if run.code else aten_kernels():
             if run.mode != "generate":

@@ -79,6 +79,7 @@ OPERANDS = {
 """Parts of weights 6 x 8."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", OPERANDS, ids=lambda ops: ops.compose.name())
 def test_the_ops_are_registered_as_torch_asks(ops):
     *parts, base, grad = (each.requires_grad_() for each in drawn([*OPERANDS[ops], (6, 8), (6, 8)]))
@@ -122,6 +123,7 @@ def test_parts_and_size(structure, base):
     torch.testing.assert_close(weight.reference(), weight())
 
 
+@pytest.mark.slow
 @CASES
 def test_the_string_converts_and_trains(structure, base, aten_kernels):
     model = Net()
@@ -164,6 +166,7 @@ def test_random_starts_have_the_variance_of_linear_layers(structure, input_dim):
     assert [name for name, part in added.named_parameters() if not part.any()] == [added.main[1 - input_dim]]
 
 
+@pytest.mark.slow
 @CASES
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_both_lowerings_are_as_exact_as_eager_mode(structure, base, lowering, assert_eager, aten_kernels):
@@ -176,6 +179,7 @@ def test_both_lowerings_are_as_exact_as_eager_mode(structure, base, lowering, as
         torch.testing.assert_close(torch.compile(model.eval(), backend="sltrain")(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("structure", "base"), [("block_low_rank", "int8"), ("tensor_train", "nf4"), ("cp", "int8")])
 def test_beside_a_base_of_few_bits(structure, base, tmp_path, assert_eager, aten_kernels):
     model = factorized(structure, base)
@@ -190,6 +194,7 @@ def test_beside_a_base_of_few_bits(structure, base, tmp_path, assert_eager, aten
     assert set(slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "net.onnx").merged) == set(SIZES)
 
 
+@pytest.mark.slow
 @CASES
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_under_autocast_too(structure, base, lowering, assert_eager, aten_kernels):
@@ -221,6 +226,7 @@ def test_the_formula_has_the_gradients(structure):
         torch.testing.assert_close(own.grad, other.grad)
 
 
+@pytest.mark.slow
 @STRUCTURE
 def test_what_the_factored_lowering_computes(structure):
     found = slcompile.explain(
@@ -246,6 +252,7 @@ def test_generated_code_computes_the_same(assert_eager):
         assert_eager(compiled, model, [torch.randn(16, 64)])
 
 
+@pytest.mark.slow
 @STRUCTURE
 @BASE
 def test_state_dicts_copies_and_merging(structure, base):
@@ -265,6 +272,7 @@ def test_state_dicts_copies_and_merging(structure, base):
         Net().load_state_dict(other.state_dict(), strict=False)
 
 
+@pytest.mark.slow
 @CASES
 def test_onnx(structure, base, tmp_path):
     model = factorized(structure, base)
@@ -298,6 +306,7 @@ def test_checkpoints_of_transformers_models(structure, base, tmp_path):
         slcompile.load_factorized(tmp_path)
 
 
+@pytest.mark.slow
 @CASES
 def test_explain_and_memory(structure, base):
     config = SLConfig(**options(structure, base))
@@ -403,6 +412,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "error"), BAD, ids=[str(given) for given, _ in BAD])
 def test_what_makes_no_sense_is_refused_before_anything_is_changed(given, error):
     model = Net()

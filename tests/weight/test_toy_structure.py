@@ -174,6 +174,7 @@ def test_the_op_is_registered_as_torch_asks():
     assert torch.autograd.gradcheck(add_diagonal, operands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["kaiming", "spectral"])
 def test_the_string_converts_and_trains(init):
     model = Net()
@@ -206,6 +207,7 @@ def test_the_string_converts_and_trains(init):
     assert [each.name for each in report.replaced] == list(SIZES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["auto", "composed", "factored"])  # of which it has one
 def test_gradients_are_those_of_float64(lowering, assert_eager):
     model = factorized(Net())

@@ -54,6 +54,7 @@ def test_half_of_the_experts_are_here(found):
     }
 
 
+@pytest.mark.long
 def test_two_dimensions_train_as_one_process(tmp_path):
     result = on(4, tmp_path)["two dimensions"]
     assert_as_one_process(result)

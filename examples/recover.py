@@ -104,17 +104,26 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
         layer.compile(backend="sltrain")  # equal layers share one compiled graph
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+    moves = None
+    if args.moves is not None:
+        moves = slcompile.optim.SupportMoves(student, optimizer, every=args.moves, until=args.steps)
     for step in range(1, args.steps + 1):
         chosen = torch.randint(len(texts[0]), (args.batch,))
         batch = (texts[0][chosen], texts[1][chosen])
         with torch.no_grad():
             target = states(dense, batch)
-        agreement = F.cosine_similarity(states(student, batch), target, dim=-1)
-        loss = 1 - agreement[batch[1].bool()].mean()
+
+        def loss_of_batch(batch: Encoded = batch, target: Tensor = target) -> Tensor:
+            agreement = F.cosine_similarity(states(student, batch), target, dim=-1)
+            return 1 - agreement[batch[1].bool()].mean()
+
+        loss = loss_of_batch()
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if moves is not None:
+            moves.step(loss_of_batch)
         if step % 50 == 0 or step == args.steps:
             print(f"step {step}: cosine of the states {1 - loss.item():.3f}", flush=True)
 
@@ -129,6 +138,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--init", choices=["spectral", "kaiming"], default="spectral", help="where from")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--moves", type=int, help="let non-zeros move every so many steps; with --budget")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32, help="passages are cut to so many")
     parser.add_argument("--passages", type=int, default=1000, help="held out, to compare embeddings of")

@@ -2,7 +2,7 @@
 
 1. On the captured graph, before autograd:
 
-   find_matmuls            which parameters do matmuls read, and what else reads them? (an analysis: changes nothing)
+   find_matmuls            which parameters do matmuls and convolutions read, and what else? (changes nothing)
    parameterize_weights    each chosen weight W becomes compose(B, A, values, seed, scale)
 
    ``slcompile.rewrite`` runs the two on any torch.fx graph, the backend on a model that is still dense. After that
@@ -10,6 +10,7 @@
 
 2. On the joint graph of forward and backward (Inductor's ``joint_custom_pre_pass``), in the order of ``joint_passes``:
 
+   flatten_convolutions    a convolution with kernels of size 1 becomes a matmul, where that pays once it is factored
    fuse_weight_grads       a weight's gradient and its projection on the factors become one op, weight_grads
    choose_lowering         each matmul: compose the weight, or multiply with the factors? the cheaper of the two
    group_projections       factored matmuls with the same input become one op: q/k/v, gate/up
@@ -39,6 +40,7 @@ import torch
 from slcompile.config import SLConfig
 from slcompile.passes.choose_lowering import choose_lowering
 from slcompile.passes.find_matmuls import find_matmuls
+from slcompile.passes.flatten_convolutions import flatten_convolutions
 from slcompile.passes.fuse_weight_grads import fuse_weight_grads
 from slcompile.passes.graph import Decision, GraphPass, PassReport, pass_name, run
 from slcompile.passes.group_projections import group_projections
@@ -53,6 +55,7 @@ def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[
     """Returns the passes on the joint graph, in order; for another device than it was captured on, if one is given."""
     return _without_skipped(
         config,
+        functools.partial(flatten_convolutions, lowering=config.lowering, device=device),
         fuse_weight_grads,
         functools.partial(choose_lowering, lowering=config.lowering, device=device),
         group_projections,
@@ -75,6 +78,7 @@ __all__ = [
     "PassReport",
     "choose_lowering",
     "find_matmuls",
+    "flatten_convolutions",
     "fuse_weight_grads",
     "group_projections",
     "joint_passes",

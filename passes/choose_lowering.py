@@ -65,8 +65,8 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         return _costs(site, products, copies, hidden, device)
 
     def decide(site: Site, cost: Costs) -> Decision:
-        why_not = _why_not(site.x, site.weight, cost, site.transposed, device, lowering)
-        decision = _choose(_name(site.weight), cost, lowering, why_not)
+        why_not = why_composed(site.x, site.weight, cost, site.transposed, device, lowering)
+        decision = _choose(name_of(site.weight), cost, lowering, why_not)
         phase = "backward" if site.node in backward else "forward"
         return replace(decision, node=site.node.name, factor=arguments(site.weight)[0].name, phase=phase)
 
@@ -82,9 +82,9 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
     for node in grads:
         left, right, first, *_ = arguments(node)
         missing = sum(key not in hiddens for key in _hiddens_of(node))
-        why_not = _why_not(left, node, None, False, device, lowering)
+        why_not = why_composed(left, node, None, False, device, lowering)
         cost = _grads_costs(node, missing, grads_readers[right], device)
-        decision = _choose(f"{_name(node)} gradients", cost, lowering, why_not)
+        decision = _choose(f"{name_of(node)} gradients", cost, lowering, why_not)
         decision = replace(decision, node=node.name, factor=first.name, phase="gradients")
         grads_decisions.append(decision)
         if decision.lowering == "factored":
@@ -142,7 +142,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
     others: list[Decision] = []
     if weight.target is not _COMPOSE and weight.target not in FACTORED:
         detail = f"{op_name(weight)} has no factored lowering"
-        return [], [Decision(_name(weight), "no_factors", detail, _shape(weight), lowering="composed")]
+        return [], [Decision(name_of(weight), "no_factors", detail, _shape(weight), lowering="composed")]
     waiting, seen = list(weight.users), set(weight.users)
     while waiting:
         node = waiting.pop(0)
@@ -160,8 +160,9 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
             swapped = sources[0 if weight_first else 1][1]
             sites.append(Site(node, weight, weight_first, swapped == weight_first))
         else:
-            detail = f"{name} reads it, which is no plain product with the whole matrix"
-            others.append(Decision(_name(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
+            reader = op_name(next(iter(node.users), node)) if name == "view" else name  # a convolution reads a view
+            detail = f"{reader} reads it, which is no plain product with the whole matrix"
+            others.append(Decision(name_of(weight), "not_a_product", detail, _shape(weight), lowering="composed"))
     return sites, others
 
 
@@ -313,7 +314,7 @@ def _costs(site: Site, composes: int, readers: int, hidden: float, device: torch
     x = site.x.meta["val"]
     device = device or x.device
     at = rates(device)
-    matmul = replace(_matmul(site.weight, x.dtype), base=_base(site.weight) is not None)
+    matmul = matmul_of(site.weight, x.dtype)
     return Costs(
         matmul,
         x.shape[1 if site.weight_first else 0],
@@ -328,7 +329,7 @@ def _grads_costs(node: fx.Node, missing: int, readers: int, device: torch.device
     left = arguments(node)[0]
     device = device or left.meta["val"].device
     at = rates(device)
-    matmul = _matmul(node, left.meta["val"].dtype)
+    matmul = matmul_of(node, left.meta["val"].dtype)
     return Costs(
         matmul,
         left.meta["val"].shape[0],
@@ -364,7 +365,7 @@ def _sum(costs: list[Costs], lowering: str, tokens: int) -> float:
     return sum(getattr(each, lowering)(tokens) for each in costs)
 
 
-def _why_not(
+def why_composed(
     x: fx.Node,
     reader: fx.Node,
     cost: Costs | None,
@@ -416,17 +417,17 @@ def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | No
     return Decision(name, reason, detail, (cost.matmul.rows, cost.matmul.columns), 1, lowering, costs)
 
 
-def _matmul(reader: fx.Node, dtype: torch.dtype) -> Matmul:
+def matmul_of(reader: fx.Node, dtype: torch.dtype) -> Matmul:
     """Returns the sizes of a weight, from its op or that of its gradients."""
-    given = arguments(reader)
+    given, base = arguments(reader), reader.target in WEIGHT_OPS and _base(reader) is not None
     if ops := FACTORED.get(reader.target):
         start = 2 if reader.target is ops.grads else 0
         B, A = torch_private.run_fake(ops.factors, [each.meta["val"] for each in given[start:][: len(ops.parts)]])
         blocks = len(B) if B.dim() == 3 else 1
-        return Matmul(blocks * B.shape[-2], blocks * A.shape[-1], B.shape[-1], 0, dtype, blocks=blocks)
+        return Matmul(blocks * B.shape[-2], blocks * A.shape[-1], B.shape[-1], 0, dtype, 1, base, blocks)
     B, A, values = (each.meta["val"] for each in given[0 if reader.target is _COMPOSE else 2 :][:3])
     rows, rank, columns, nonzeros = map(torch_private.size_hint, (*B.shape, A.shape[1], values.numel()))
-    return Matmul(rows, columns, rank, nonzeros, dtype, *_vector(reader))
+    return Matmul(rows, columns, rank, nonzeros, dtype, next(iter(_vector(reader)), 1), base)
 
 
 def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
@@ -439,7 +440,7 @@ def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
     """Returns where the model calls for this weight, as far as the graph knows; else the node's name."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else node.name

@@ -1,4 +1,4 @@
-"""Finds the weights that matmuls read, whatever the Python spelling was."""
+"""Finds the weights that matmuls and convolutions read, whatever the Python spelling was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from slcompile import torch_private
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.graph import op_name
+from slcompile.passes.graph import arguments, op_name
 
 # Which operands of a matmul are matrices: positions and keyword names. Names are those of op_name, so that one
 # table serves ATen graphs and the graphs of Dynamo, torch.export and symbolic_trace.
@@ -28,6 +28,16 @@ MATMULS: dict[str, tuple[int | str, ...]] = {
     "_grouped_mm": (0, 1, "input", "self", "mat2", "mat_b"),
     "grouped_mm_fallback": (1, "weight"),  # an op of transformers, where torch's own cannot be compiled
 }
+# Their weight is a matrix [out, in * kernel] that multiplies every patch of the input. By name: the position of the
+# weight, of the groups, and of what says that it is transposed.
+CONVOLUTIONS: dict[str, tuple[int, int, int | None]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), (1, 6, None)),
+    **dict.fromkeys(("convolution", "_convolution"), (1, 8, 6)),
+    "convolution_backward": (2, 9, 7),
+}
+_BACKWARD = "convolution_backward"
+TRANSPOSED, GROUPED = "a transposed convolution", "a convolution of {} groups"
+"""What reads a weight that stays dense."""
 # What ATen computes them with: the result has rows or columns of the one operand and of the other.
 _PRODUCTS = frozenset("addmm addmv baddbmm bmm _grouped_mm grouped_mm_fallback mm mv".split())
 # What shows the same weight in another shape, layout or dtype. Slices too: a packed q/k/v is one weight whose parts
@@ -47,13 +57,14 @@ _METADATA = frozenset("device dim dtype ndim numel shape size stride".split())
 
 @dataclass(frozen=True)
 class MatmulRead:
-    """A matmul that reads a weight, in a graph with shapes.
+    """A matmul, or a convolution, that reads a weight, in a graph with shapes.
 
     Attributes:
         node: Its name.
         origin: Name of the node that it was traced from; its own, where it was not.
         stack_trace: Where the model's code calls for it.
-        tokens: Rows of the other operand, that is vectors multiplied with the weight; maybe symbolic.
+        tokens: Rows of the other operand, that is vectors multiplied with the weight; maybe symbolic. Of a
+            convolution, its patches.
         flops: Multiplications and additions, for the sizes that were captured.
         backward: Whether it is part of the backward pass.
     """
@@ -71,10 +82,11 @@ class WeightUse:
     """How a graph uses one weight.
 
     Attributes:
-        matmuls: Ops that multiply with it, directly or through views and casts.
+        matmuls: Ops that multiply with it, directly or through views and casts; convolutions are among them.
         others: Names of the ops that read it otherwise; if there are any, the weight must stay dense.
         input_dim: Dimension of the stored matrix that the first matmul contracts.
         stacked: Whether the weight is three-dimensional, and all matmuls read it as a stack of matrices.
+        convolved: Whether it is a convolution's, [out, in, *kernel], and nothing else multiplies with it.
         composed: Whether it is itself an operand of a weight op: a factor, not a dense weight.
         without_grad: Whether everything that reads it runs under ``torch.no_grad()`` (seen by the capture).
         reads: The matmuls, where the graph has shapes.
@@ -84,6 +96,7 @@ class WeightUse:
     others: list[str] = field(default_factory=list)
     input_dim: int = 1
     stacked: bool = False
+    convolved: bool = False
     composed: bool = False
     without_grad: bool = False
     reads: list[MatmulRead] = field(default_factory=list)
@@ -91,9 +104,11 @@ class WeightUse:
     def add(self, other: WeightUse) -> None:
         """Adds what another graph does with the same weight."""
         if not self.matmuls:
-            self.input_dim, self.stacked = other.input_dim, other.stacked
+            self.input_dim, self.stacked, self.convolved = other.input_dim, other.stacked, other.convolved
         elif other.matmuls:
             self.stacked &= other.stacked
+            if self.convolved != other.convolved:
+                self.others += self.matmuls if self.convolved else other.matmuls
         self.matmuls += other.matmuls
         self.reads += other.reads
         self.others += other.others
@@ -123,12 +138,17 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
             use.composed = True
         elif name in MATMULS and _is_matrix_operand(user, node, MATMULS[name]):
             stacked = _is_stack(weight, node)
+            if use.convolved:
+                use.others.append(name)
+                continue
             if not use.matmuls:
                 use.input_dim, use.stacked = _contracted_dim(weight, user, node, swapped), stacked
             use.stacked &= stacked
             use.matmuls.append(name)
             if name in _PRODUCTS and isinstance(user.meta.get("val"), Tensor) and node.meta["val"].dim() >= 2:
                 use.reads.append(_read(user, node))
+        elif name in CONVOLUTIONS:
+            _note_convolution(weight, user, node, name, use)
         elif name in VIEWS and user.args[:1] == (node,) and (user.all_input_nodes == [node] or name == "type_as"):
             # In-place and out= variants have other names; another tensor that it reads must be for its dtype alone.
             _follow(weight, user, swapped ^ _swaps(user, name), use, seen)
@@ -138,10 +158,57 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
             use.others.append(name)
 
 
+def _note_convolution(weight: fx.Node, user: fx.Node, node: fx.Node, name: str, use: WeightUse) -> None:
+    """Adds a convolution to what multiplies with a weight, or to the others where it is no matmul over patches."""
+    if why := _why_no_matmul(weight, user, node, name):
+        use.others.append(why)
+    elif use.matmuls and not use.convolved:
+        use.others.append(name)
+    else:
+        use.convolved = True
+        if name == _BACKWARD:
+            grad, *_, (makes_input_grad, *_) = arguments(user)
+            result = grad.meta.get("val") if makes_input_grad else None
+        else:
+            use.matmuls.append(name)
+            result = user.meta.get("val")
+        if isinstance(result, Tensor):
+            use.reads.append(_read_of(user, result, result.shape[1], node.meta["val"][0].numel()))
+
+
+def _why_no_matmul(weight: fx.Node, user: fx.Node, node: fx.Node, name: str) -> str:
+    """Says what a convolution is that does not multiply every patch with the matrix of a weight; empty if it does."""
+    position, groups_at, transposed_at = CONVOLUTIONS[name]
+    given, operands = arguments(user), [*user.args, *user.kwargs.values()]
+    operand = given[position] if position < len(given) else user.kwargs.get("weight")
+    if operand is not node or operands.count(node) > 1 or not _is_whole(weight, node):
+        return name
+    groups = given[groups_at] if groups_at < len(given) else user.kwargs.get("groups", 1)
+    if transposed_at is not None and given[transposed_at]:
+        return TRANSPOSED
+    return "" if groups == 1 else GROUPED.format(groups)
+
+
+def _is_whole(weight: fx.Node, node: fx.Node) -> bool:
+    """Says whether a node is a whole weight [out, in, *kernel], as it is stored or of a composed matrix."""
+    stored, used = weight.meta.get("val"), node.meta.get("val")
+    if not isinstance(stored, Tensor) or not isinstance(used, Tensor):
+        return node is weight
+    if _relaid(node) or used.numel() != stored.numel():
+        return False
+    if weight.target in WEIGHT_OPS:
+        return used.shape[0] == stored.shape[0] and used.is_contiguous()
+    return used.dim() in (3, 4, 5) and used.shape == stored.shape and used.stride() == stored.stride()
+
+
 def _read(user: fx.Node, node: fx.Node) -> MatmulRead:
-    used, result = node.meta["val"], user.meta["val"]
+    used = node.meta["val"]
     is_left = _is_left(user, node)
     inner, outer = used.shape[-1 if is_left else -2], used.shape[-2 if is_left else -1]
+    return _read_of(user, user.meta["val"], outer, inner)
+
+
+def _read_of(user: fx.Node, result: Tensor, outer: int, inner: int) -> MatmulRead:
     return MatmulRead(
         user.name,
         (torch_private.traced_from(user) or [user.name])[-1],

@@ -26,6 +26,8 @@ def fuse_weight_grads(gm: fx.GraphModule) -> PassReport:
         product, swapped, exclusive = trunk(arguments(node)[0])
         shape = tuple(arguments(node)[0].meta["val"].shape)
         if op_name(product) != "mm":
+            while op_name(product) in ("view", "getitem"):  # of a convolution's backward op
+                product = product.all_input_nodes[0]
             detail = f"the gradient comes from {op_name(product)}, not from one product"
             report.left.append(Decision(node.name, "not_a_product", detail, shape))
             continue

@@ -8,13 +8,14 @@ from torch import fx, nn
 
 from slcompile.names import SUFFIX
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.graph import Decision, PassReport
+from slcompile.passes.graph import Decision, PassReport, op_name
 
 
 def merge_weights(gm: fx.GraphModule) -> PassReport:
     """Replaces each weight op over ``path.weight_sl.*`` by a get_attr of ``path.weight``, where that is dense again.
 
-    A weight op whose weight is still factorized, or whose operands are placeholders, is left.
+    What shows a convolution's weight as it is stored goes with the op. A weight op whose weight is still factorized, or
+    whose operands are placeholders, is left.
     """
     report = PassReport()
     for node in list(gm.graph.nodes):
@@ -23,12 +24,18 @@ def merge_weights(gm: fx.GraphModule) -> PassReport:
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         first = operands[0]
         path = str(first.target).rpartition(".")[0].removesuffix(SUFFIX) if first.op == "get_attr" else ""
-        if not path or not isinstance(_attribute(gm, path), nn.Parameter):
+        parameter = _attribute(gm, path) if path else None
+        if not isinstance(parameter, nn.Parameter):
             report.left.append(Decision(node.name, "still_factorized", "its factors are what the graph reads"))
             continue
         with gm.graph.inserting_before(node):
             dense = gm.graph.get_attr(path)
         dense.meta = dict(node.meta)
+        for view in list(node.users):
+            if op_name(view) == "view" and view.args[1:] == (tuple(parameter.shape),):
+                dense.meta = dict(view.meta)
+                view.replace_all_uses_with(dense, propagate_meta=False)
+                gm.graph.erase_node(view)
         node.replace_all_uses_with(dense, propagate_meta=False)
         gm.graph.erase_node(node)
         for operand in operands:

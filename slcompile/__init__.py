@@ -22,6 +22,7 @@ from slcompile.optim.step_limit import StepLimit, limit_steps
 from slcompile.passes import Decision, PassReport
 from slcompile.rewrite import rewrite
 from slcompile.weight.parallelize import parallelize
+from slcompile.weight.sharing import share_factors
 from slcompile.weight.sl_weight import Factors, SLWeight
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "save_factorized",
     "save_merged",
     "save_peft",
+    "share_factors",
     "spectra",
     "suggest",
 ]

@@ -27,7 +27,7 @@ from slcompile.convert.candidates import Candidates, gather
 from slcompile.convert.eligibility import require_possible_rank, structural_reason
 from slcompile.convert.ledger import ledger
 from slcompile.convert.transaction import convert
-from slcompile.convert.weight_uses import weight_uses
+from slcompile.convert.weight_uses import weight_modules, weight_uses
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes import PassReport, joint_passes, parameterize_weights, post_passes, run
 from slcompile.passes.find_matmuls import WeightUse
@@ -36,7 +36,7 @@ from slcompile.passes.graph_text import lines
 from slcompile.weight.marks import successor_of
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
-from slcompile.weight.structure import FactorizedWeight, template
+from slcompile.weight.structure import FactorizedWeight, matrix_shape, template
 
 log = logging.getLogger("slcompile")
 
@@ -129,12 +129,17 @@ class CapturedGraph:
                 ledger.warned.add(root)
                 log.warning("slcompile: no weight of %s was factorized. %s", type(root).__name__, self.report)
 
-    def _eligible(self, root: nn.Module, live: LiveObjects) -> dict[str, torch.Size]:
-        """Returns name and shape of a model's parameters that are large enough and not excluded."""
+    def _eligible(self, root: nn.Module, live: LiveObjects) -> dict[str, tuple[int, ...]]:
+        """Returns name and shape, as a matrix, of a model's parameters that are large enough and not excluded."""
         names = live.names(root)
-        weights = [each for each in root.parameters() if each.dim() in (2, 3)]  # matrices and stacks of them
-        large = [each for each in weights if min(each.shape[-2:]) >= self.config.min_dim]
-        return {names[id(each)][0]: each.shape for each in large if self.config.includes(*names[id(each)])}
+        kernels = {id(module._parameters.get("weight")) for _, module, use in weight_modules(root) if use.convolved}
+        shapes = {id(each): matrix_shape(each.shape, id(each) in kernels) for each in root.parameters()}
+        large = {
+            key: shape
+            for key, shape in shapes.items()
+            if len(shape) in (2, 3) and min(shape[-2:]) >= self.config.min_dim
+        }  # matrices and stacks of them
+        return {names[key][0]: shape for key, shape in large.items() if self.config.includes(*names[key])}
 
     def _wanted(self, args: Sequence[Any]) -> Wanted:
         """Returns the inputs to factorize: they can be, they may be, and their owners are in training."""
@@ -207,7 +212,10 @@ class CapturedGraph:
         """
         gm = _copy(self.gm)
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        weights = {index: template(inputs[index], own, self.uses[index].input_dim) for index, own in wanted.items()}
+        weights = {
+            index: template(inputs[index], own, self.uses[index].input_dim, self.uses[index].convolved)
+            for index, own in wanted.items()
+        }
         table = {placeholders[index].name: (placeholders[index].name, weight) for index, weight in weights.items()}
         if wanted:
             run([functools.partial(parameterize_weights, weights=table)], gm, watch)

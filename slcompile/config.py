@@ -17,6 +17,7 @@ INITS = ("auto", "kaiming", "spectral")
 LOWERINGS = ("auto", "composed", "factored")
 SAVES = ("all", "low_rank")
 SKIPPABLE = (
+    "flatten_convolutions",
     "fuse_weight_grads",
     "choose_lowering",
     "group_projections",

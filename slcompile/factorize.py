@@ -35,9 +35,10 @@ def factorize_(
 ) -> nn.Module:
     """Factorizes a model's weights in place, ``W = scale * B @ A + S`` (SLTrain, arXiv 2406.02214).
 
-    Without example arguments the weights are those of ``nn.Linear`` and transformers' ``Conv1D`` modules; with them
-    the model is run once under Dynamo, and every parameter that a matmul of the captured graphs reads is found. A
-    model that was factorized explicitly is left as it is by ``backend="sltrain"``.
+    Without example arguments the weights are those of ``nn.Linear``, transformers' ``Conv1D`` and ``nn.Conv1d``,
+    ``Conv2d`` and ``Conv3d`` modules without groups; with them the model is run once under Dynamo, and every parameter
+    that a matmul or a convolution of the captured graphs reads is found. A model that was factorized explicitly is
+    left as it is by ``backend="sltrain"``.
 
     Args:
         model: Changed in place, in any mode. Live optimizers that hold its dense weights are mended.
@@ -75,7 +76,7 @@ def factorize_model(
         found = gather(uses, config, live, model=model)
         report = found.report()
         if not found.chosen:
-            require_possible_rank([each.shape for each in report.left if each.reason in ("no_saving", "shape")], config)
+            require_possible_rank(found.misshapen, config)
             reasons = sorted({each.reason for each in report.left})
             raise ValueError(f"model has no eligible weight; its {len(uses)} weights stay dense: {', '.join(reasons)}")
         convert(found.chosen, config, live, report, ledger, made)

@@ -81,6 +81,27 @@ def x() -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.usefixtures("aten_kernels")
+@pytest.mark.parametrize("lowering", ["eager", "composed", "factored"])
+def test_parameters_alone_may_be_of_lower_precision(lowering, x):
+    # FSDP2's mixed precision casts them and no buffers, and the values of no sparse part are one.
+    model = adapted(Spellings(), x, **LORA)
+    whole = copy.deepcopy(model).bfloat16()
+    for each in model.parameters():
+        each.data = each.data.bfloat16()
+    assert {each.values.dtype for each in weights(model)} == {torch.float32}
+    options = {**LORA, "lowering": lowering}
+    run = model if lowering == "eager" else torch.compile(model, backend="sltrain", options=options)
+    expected = whole if lowering == "eager" else torch.compile(whole, backend="sltrain", options=options)
+    results = [each(x.bfloat16()) for each in (run, expected)]
+    assert torch.equal(*results)
+    for each in results:
+        each.sum().backward()
+    for one, other in zip(trained(model), trained(whole), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("options", [FROZEN, LORA, STRATIFIED, {**FROZEN, "support": "uniform"}])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])

@@ -21,7 +21,8 @@ def test_public_names():
         """BenchReport CheckReport Compression Decision Explanation ExportReport Factors GraphDiff MemoryReport
         PassReport SLConfig SLWeight Spectra StepLimit SuggestedRank Suggestion bench check compress estimate_memory
         explain export_onnx factorize_ factors graph_diff last_report limit_steps load_factorized load_peft merge_
-        merged_state_dict optim parallelize rewrite save_factorized save_merged save_peft spectra suggest""".split()
+        merged_state_dict optim parallelize rewrite save_factorized save_merged save_peft share_factors spectra
+        suggest""".split()
     )
     assert all(hasattr(slcompile, name) for name in slcompile.__all__)
 

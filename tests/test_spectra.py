@@ -85,9 +85,12 @@ def test_bfloat16_factors_are_widened():
     )
 
 
-def test_a_dense_model_is_refused():
+def test_a_dense_model_and_other_structures_are_refused():
     with pytest.raises(ValueError, match="model must have factorized weights, got Linear without one"):
         slcompile.spectra(nn.Linear(4, 4))
+    model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), slcompile.SLConfig(structure="cp", rank=4))
+    with pytest.raises(ValueError, match=r"0\.weight has no parts B, A and S: spectra are of structure"):
+        slcompile.spectra(model)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

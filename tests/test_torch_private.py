@@ -560,3 +560,15 @@ def test_watching_sees_the_ops_of_both_passes_and_not_its_own():
     torch.mm(weight, weight.t())
     assert forward.count("addmm") == 1
     assert seen.count("mm") == 1  # the input's gradient
+
+
+def test_memory_is_told_apart_also_when_it_was_freed():
+    tensor = torch.randn(1000)
+    memory = torch_private.memory_of(tensor)
+    assert memory == torch_private.memory_of(tensor[3:].view(-1, 1)) == torch_private.memory_of(tensor.detach())
+    assert len({memory, torch_private.memory_of(tensor.t())}) == 1
+    assert not memory.expired()
+    del tensor
+    assert memory.expired()  # it was not kept
+    others = [torch.randn(1000) for _ in range(50)]
+    assert not any(torch_private.memory_of(each) == memory for each in others)

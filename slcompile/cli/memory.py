@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slcompile.cli.sources import DTYPES, errors_of, from_factory
-from slcompile.config import BASES, LOWERINGS, SAVES, SUPPORTS, SLConfig
+from slcompile.config import BASES, LOWERINGS, SAVES, STRUCTURES, SUPPORTS, SLConfig
 from slcompile.files import writable_file, write_text
 from slcompile.memory.estimate import COMPILED, DEVICES, estimate_memory
 from slcompile.memory.many import ManyReport, estimate_many
@@ -50,6 +50,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--density", type=float, default=defaults.density, help="give S this share of non-zeros")
     parser.add_argument("--support", choices=SUPPORTS, default=defaults.support, help="place the non-zeros so")
     parser.add_argument("--vector", type=int, default=defaults.vector, help="let so many rows share their columns")
+    parser.add_argument(
+        "--structure", choices=STRUCTURES, default=defaults.structure, help="put this in a weight's place"
+    )
+    parser.add_argument("--blocks", type=int, help="cut weights into so many blocks or heads, where a structure does")
     parser.add_argument("--base", choices=BASES, help="keep the weights, frozen, and train what is added")
     parser.add_argument("--save", choices=SAVES, default=defaults.save, help="save so much of factored matmuls")
     parser.add_argument("--lowering", choices=LOWERINGS, default=defaults.lowering, help="run matmuls so")
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         from slcompile.memory.chart import plot_memory
 
         plot_file(args.plot)
-    names = ("rank", "density", "support", "vector", "base", "lowering", "save")
+    names = ("rank", "density", "support", "vector", "structure", "blocks", "base", "lowering", "save")
     config = SLConfig(**{name: getattr(args, name) for name in names})
     if args.factory:
         title = args.factory

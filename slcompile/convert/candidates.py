@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from slcompile.config import SLConfig
 from slcompile.convert.eligibility import decide
 from slcompile.convert.ledger import EXPLICIT
-from slcompile.convert.weight_uses import linear_modules
+from slcompile.convert.weight_uses import weight_modules
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import Decision, PassReport
 from slcompile.weight.owners import LiveObjects, owners_among
+from slcompile.weight.structure import matrix_shape
 
 
 @dataclass
@@ -22,17 +23,32 @@ class Candidate:
 
     Attributes:
         decision: Its fully qualified name, and the reason why it stays dense, if it does.
-        weight: The dense parameter, [rows, columns] or [experts, rows, columns].
+        weight: The dense parameter, [rows, columns], [experts, rows, columns] or [out, in, *kernel].
         owners: Every (module, attribute) that holds it.
-        input_dim: Dimension of the matrix that its matmul contracts.
+        use: How it is read.
         config: Its own options, which do not depend on names any more.
     """
 
     decision: Decision
     weight: nn.Parameter
     owners: list[tuple[nn.Module, str]]
-    input_dim: int
+    use: WeightUse
     config: SLConfig
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, or the stack of them, that the weight is."""
+        return matrix_shape(self.weight.shape, self.use.convolved)
+
+    @property
+    def input_dim(self) -> int:
+        """Dimension of the matrix that its matmul contracts."""
+        return self.use.input_dim
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight's numbers, detached, of ``shape``."""
+        return self.weight.detach().reshape(self.shape)
 
     @property
     def name(self) -> str:
@@ -55,6 +71,11 @@ class Candidates:
     def chosen(self) -> list[Candidate]:
         """Those to be converted."""
         return [candidate for candidate in self.weights if candidate.is_chosen]
+
+    @property
+    def misshapen(self) -> list[tuple[int, ...]]:
+        """Shapes of those that stay dense for their shape alone, under the options."""
+        return [each.shape for each in self.weights if each.decision.reason in ("no_saving", "shape")]
 
     def report(self) -> PassReport:
         """Returns the decisions, those to be converted as replaced."""
@@ -97,17 +118,17 @@ def gather(
         elif decision.reason == "" and not rewriting and any(isinstance(module, fx.GraphModule) for module in modules):
             detail = "a GraphModule owns it and reads it itself; use slcompile.rewrite"
             decision = replace(decision, reason="graph_module", detail=detail)
-        result.weights.append(Candidate(decision, weight, owners, use.input_dim, config.at(*names) or config))
+        result.weights.append(Candidate(decision, weight, owners, use, config.at(*names) or config))
     return result
 
 
 def gather_linear(root: nn.Module, config: SLConfig, live: LiveObjects) -> Candidates:
-    """Gathers the weights of a model's linear layers in training, which are likely to be converted sooner or later."""
+    """Gathers the weights of a model's layers in training that are likely to be converted sooner or later."""
     uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
-    for _, module, input_dim in linear_modules(root):
+    for _, module, use in weight_modules(root):
         weight = module._parameters.get("weight")
         if weight is not None and module.training:
-            uses[id(weight)] = weight, WeightUse(matmuls=["linear"], input_dim=input_dim)
+            uses[id(weight)] = weight, use
     return gather(uses.values(), config, live)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slcompile.config import SLConfig
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import Decision
-from slcompile.weight.structure import structure_of
+from slcompile.weight.structure import matrix_shape, structure_of
 
 
 def decide(
@@ -22,7 +22,7 @@ def decide(
     if not reason:
         reason, detail = nominal_reason(names, owners, config)
     if not reason and config.is_by_pattern:
-        reason, detail = setting_reason(names, weight, config)
+        reason, detail = setting_reason(names, matrix_shape(weight.shape, use.convolved), config)
     if not reason and config.base is not None:
         detail = "stays, frozen; what is added to it is trained"
     return Decision(names[0] if names else "?", reason, detail, tuple(weight.shape), len(use.matmuls))
@@ -43,34 +43,35 @@ def structural_reason(weight: Tensor, use: WeightUse, config: SLConfig) -> tuple
         return "other_use", f"also read by {', '.join(sorted(set(use.others)))}"
     if use.without_grad:
         return "no_grad", "read under torch.no_grad() alone"
-    if weight.dim() != 2 and not use.stacked:
+    if weight.dim() != 2 and not use.stacked and not use.convolved:
         return "not_2d", f"has {weight.dim()} dimensions, and is not read as a stack of matrices"
-    if weight.dim() != 2 and not structure_of(config).takes_stacks:
+    if weight.dim() != 2 and not use.convolved and not structure_of(config).takes_stacks:
         return "not_2d", f"is a stack of matrices, of which the structure {config.structure!r} takes none"
     if not weight.is_floating_point():
         return "dtype", f"{weight.dtype} is not a floating-point type"
     if not weight.requires_grad and config.base is None:  # it is to be frozen: what is added to it is trained
         return "frozen", "requires_grad is False"
-    if min(weight.shape[-2:]) < config.min_dim:
+    shape = matrix_shape(weight.shape, use.convolved)
+    if min(shape[-2:]) < config.min_dim:
         return "too_small", f"has fewer than {config.min_dim} rows or columns (min_dim)"
-    return ("", "") if config.is_by_pattern else _size_reason(weight, config)
+    return ("", "") if config.is_by_pattern else _size_reason(shape, config)
 
 
-def _size_reason(weight: Tensor, config: SLConfig) -> tuple[str, str]:
-    if misfit := structure_of(config).misfit_of(weight.shape, config):
+def _size_reason(shape: Sequence[int], config: SLConfig) -> tuple[str, str]:
+    if misfit := structure_of(config).misfit_of(shape, config):
         return "shape", misfit
-    size = structure_of(config).size(weight.shape, config)
-    if size >= weight.numel():
-        return "no_saving", f"its factors take {size} parameters at this rank, dense {weight.numel()}"
+    size, dense = structure_of(config).size(shape, config), math.prod(shape)
+    if size >= dense:
+        return "no_saving", f"its factors take {size} parameters at this rank, dense {dense}"
     return "", ""
 
 
-def setting_reason(names: Sequence[str], weight: Tensor, config: SLConfig) -> tuple[str, str]:
+def setting_reason(names: Sequence[str], shape: Sequence[int], config: SLConfig) -> tuple[str, str]:
     """Says why a weight has no place under options that depend on names: ``unmatched``, ``shape``, ``no_saving``."""
     own = config.at(*names)
     if own is None:
         return "unmatched", "no pattern of rank, density or alpha matches it"
-    return _size_reason(weight, own)
+    return _size_reason(shape, own)
 
 
 def nominal_reason(names: Sequence[str], owners: Sequence[nn.Module], config: SLConfig) -> tuple[str, str]:

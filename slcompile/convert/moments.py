@@ -3,11 +3,14 @@
 The model runs in eager mode, forward and backward, and the products that ATen computes are watched. Whatever a model
 spells, it is ``mm``, ``addmm``, ``bmm`` and a few more there. An operand is a weight's where it shares the weight's
 memory, or that of a cast, relaid or gathered copy; which entries it has, follows from its strides. The forward pass
-multiplies ``x W^T``, which contracts the inputs; the backward pass ``g W``, which contracts the outputs.
+multiplies ``x W^T``, which contracts the inputs; the backward pass ``g W``, which contracts the outputs. The inputs of
+a convolution are its patches, each [in * kernel].
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ PRODUCTS = {
     "grouped_mm_fallback": (0, 1),
 }
 """Names of ATen's products, and of an op of transformers, with the positions of the matrices."""
+_CONVOLUTION, _CONVOLUTION_BACKWARD = "convolution", "convolution_backward"
 _GROUPED = ("_grouped_mm", "grouped_mm_fallback")
 _COPIES = ("clone", "_to_copy")
 _GATHERS = ("index", "index_select")
@@ -41,6 +45,7 @@ class Moments:
 
     Attributes:
         inputs: Sum of ``x x^T`` over its inputs, [inputs, inputs], float32; of a stack of matrices, a stack.
+            Of a convolution, the inputs are patches.
         gradients: Sum of ``g g^T`` over the gradients of its outputs, [outputs, outputs], for a random sum of the
             model's outputs in which each has the sign + or -; likewise. None where they are not to count.
         tokens: Inputs that were added up.
@@ -144,6 +149,14 @@ class _Reads:
             if (key := self._key(left)) is not None and name not in _GROUPED:
                 turned = right.unsqueeze(0) if right.dim() == 1 else right.mT
                 self._multiplied(key, left.mT, turned, None)
+        elif name == _CONVOLUTION:
+            x, view, _, *settings = args
+            if (key := self._key(view)) is not None:
+                self._convolved(key, view, x, *settings[:3])
+        elif name == _CONVOLUTION_BACKWARD:
+            gradient, _, view, *_ = args
+            if (key := self._key(view)) is not None:
+                self._convolved(key, view, gradient)
 
     def _key(self, tensor: Tensor) -> int | None:
         memory = _memory(tensor)
@@ -188,6 +201,30 @@ class _Reads:
             same = which == index
             self._add(key, entries[same][0], x[same].flatten(0, 1))
 
+    def _convolved(self, key: int, view: Tensor, x: Tensor, *settings: Sequence[int]) -> None:
+        """Takes note of a convolution with a weight [out, in, *kernel]: of its input, or of its result's gradient.
+
+        ``settings`` are stride, padding and dilation, where x is the input.
+        """
+        weight = self._weights[key][0]
+        if view.shape != weight.shape or not torch.equal(self._entries(view), self._entries(weight)):
+            return  # it is turned, or a part
+        held = self._held(key, len(weight), weight[0].numel())
+        moment = held.inputs if settings else held.gradients
+        assert moment is not None
+        with torch.autocast(x.device.type, enabled=False):
+            for each in x.float():  # one by one: patches are as many times larger as a kernel has entries
+                rows = patches(each, weight.shape[2:], *settings) if settings else each.flatten(1).t()
+                held.tokens += len(rows) if settings else 0
+                moment.addmm_(rows.t(), rows)
+
+    def _held(self, key: int, outputs: int, inputs: int, stack: Sequence[int] = ()) -> Moments:
+        """Returns the moments of a weight, zeros where it had none."""
+        if key not in self.moments:
+            zeros = functools.partial(self._weights[key][0].new_zeros, dtype=torch.float32)
+            self.moments[key] = Moments(zeros((*stack, inputs, inputs)), zeros((*stack, outputs, outputs)))
+        return self.moments[key]
+
     def _add(self, key: int, entries: Tensor, x: Tensor) -> None:
         """Adds the moment of x [tokens, features]; ``entries`` are those of the weight that one feature less reads."""
         weight, input_dim = self._weights[key]
@@ -197,13 +234,8 @@ class _Reads:
         index, across = (place % columns, place // columns) if contracted == 1 else (place // columns, place % columns)
         if bool((across != across[0]).any()) or bool((matrix != matrix[0]).any()):
             return  # it contracts the other dimension
-        if key not in self.moments:
-            sizes = [weight.shape[-2:][dim] for dim in (input_dim, 1 - input_dim)]
-            inputs, gradients = (
-                weight.new_zeros((*weight.shape[:-2], size, size), dtype=torch.float32) for size in sizes
-            )
-            self.moments[key] = Moments(inputs, gradients)
-        held = self.moments[key]
+        inputs, outputs = (weight.shape[-2:][dim] for dim in (input_dim, 1 - input_dim))
+        held = self._held(key, outputs, inputs, weight.shape[:-2])
         moment = held.gradients if self.backward else held.inputs
         assert moment is not None
         moment = moment if weight.dim() == 2 else moment[int(matrix[0])]
@@ -214,6 +246,26 @@ class _Reads:
                 moment.addmm_(x.t(), x)
             else:
                 moment.index_put_((index.unsqueeze(1), index), x.t() @ x, accumulate=True)
+
+
+def patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Returns what a convolution multiplies with its weight.
+
+    Args:
+        x: [in, *sizes], one input.
+        kernel, stride, padding, dilation: Of each of the sizes; zeros are padded.
+
+    Returns:
+        [positions, in * kernel], in the order of the weight's entries.
+    """
+    x = torch.nn.functional.pad(x, [size for each in reversed(padding) for size in (each, each)])
+    for dim, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True), 1):
+        x = x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
+    count = len(kernel)
+    places = range(1, count + 1)
+    return x.permute(*places, 0, *range(count + 1, 2 * count + 1)).reshape(-1, len(x) * math.prod(kernel))
 
 
 def _memory(tensor: Tensor) -> int:

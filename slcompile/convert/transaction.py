@@ -68,7 +68,12 @@ def convert(
     weights = [
         made.get(id(candidate.weight))
         or structure_of(candidate.config).from_dense(
-            candidate.weight.detach(), candidate.config, init, name=candidate.name, input_dim=candidate.input_dim
+            candidate.weight.detach(),
+            candidate.config,
+            init,
+            name=candidate.name,
+            input_dim=candidate.input_dim,
+            convolved=candidate.use.convolved,
         )
         for candidate in candidates
     ]
@@ -83,7 +88,7 @@ def convert(
 
 def _init_of(checked: Sequence[Candidate]) -> str:
     """Returns what ``init="auto"`` comes to for a model with these weights."""
-    dense = (candidate.weight.detach() for candidate in checked)
+    dense = (candidate.matrix for candidate in checked)
     return "spectral" if any(not weight.is_meta and looks_trained(weight) for weight in dense) else "kaiming"
 
 

@@ -14,7 +14,7 @@ from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.find_matmuls import WeightUse, find_matmuls, is_weight
+from slcompile.passes.find_matmuls import GROUPED, TRANSPOSED, WeightUse, find_matmuls, is_weight
 from slcompile.weight.placing import base_class
 
 # They read a matrix in ATen as they do in the captured graph.
@@ -109,20 +109,37 @@ def captured_uses(
             buffer.copy_(before)
 
 
-def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yields path, module and input dimension of every nn.Linear and transformers' Conv1D."""
+def layer_use(module: nn.Module) -> WeightUse | None:
+    """Returns how nn.Linear, transformers' Conv1D or a convolution uses its ``weight``; None for any other module."""
+    kind = base_class(module)
+    if isinstance(module, nn.Linear):
+        return WeightUse(matmuls=["linear"])
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return WeightUse(matmuls=["linear"], input_dim=0)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return WeightUse(others=[TRANSPOSED])
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if module.groups > 1:
+            return WeightUse(others=[GROUPED.format(module.groups)])
+        return WeightUse(matmuls=["convolution"], convolved=True)
+    return None
+
+
+def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightUse]]:
+    """Yields path, module and use of the weight of every layer that ``layer_use`` knows."""
     for path, module in model.named_modules():
-        kind = base_class(module)
-        is_conv1d = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-        if isinstance(module, nn.Linear) or is_conv1d:
-            yield plain_name(path), module, 0 if is_conv1d else 1
+        if (use := layer_use(module)) is not None:
+            yield plain_name(path), module, use
 
 
 def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Parameter, WeightUse]]:
-    """Collects the weights of a model's linear layers, without its graph.
+    """Collects the weights of a model's linear and convolution layers, without its graph.
+
+    A convolution's weight that carries a parametrization is left out: it is computed before it is used.
 
     Raises:
-        ValueError: One that the patterns include is of a scripted module or carries a parametrization.
+        ValueError: One that the patterns include is of a scripted module, or of a linear layer and carries a
+            parametrization.
     """
     for path, module in model.named_modules():
         scripted = isinstance(module, torch.jit.ScriptModule) and is_weight(getattr(module, "weight", None))
@@ -130,12 +147,16 @@ def uses_by_module_type(model: nn.Module, config: SLConfig) -> list[tuple[nn.Par
         if scripted and config.includes(name):
             raise ValueError(f"{name} is of a scripted module and cannot be factorized; exclude it, or script later")
     uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
-    for path, module, input_dim in linear_modules(model):
+    for path, module, use in weight_modules(model):
         weight = module._parameters.get("weight")
         if weight is None:
             name = qualified(path, "weight")
-            if nn.utils.parametrize.is_parametrized(module, "weight") and config.includes(name):
+            is_parametrized = nn.utils.parametrize.is_parametrized(module, "weight")
+            if is_parametrized and use.matmuls == ["linear"] and config.includes(name):
                 raise ValueError(f"{name} carries a parametrization; remove it, or exclude the weight")
             continue  # already factorized, or not a parameter
-        uses.setdefault(id(weight), (weight, WeightUse(input_dim=input_dim)))[1].matmuls.append("linear")
+        if id(weight) in uses:
+            uses[id(weight)][1].add(use)
+        else:
+            uses[id(weight)] = weight, use
     return list(uses.values())

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,29 @@ from slcompile.models import METHOD, hf_config, unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.sharing import share_again, sharing
+from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
+_STORED = "stored_shape"
+"""What says that a weight is a convolution's, [out, in, *kernel], and not a stack of matrices."""
 
 
 def described_weights(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns what each factorized weight of a model is, by its dense name; JSON holds it."""
-    return {
-        plain_name(path.removesuffix(SUFFIX)): {"structure": module.structure, **module.describe()}
+    found = {
+        plain_name(path.removesuffix(SUFFIX)): _described(module)
         for path, module in model.named_modules()
         if isinstance(module, FactorizedWeight)
     }
+    for name, first in sharing(model).items():
+        found[name]["shares"] = first
+    return found
+
+
+def _described(weight: FactorizedWeight) -> dict[str, Any]:
+    stored = {_STORED: list(weight.stored_shape)} if weight.convolved else {}
+    return {"structure": weight.structure, **weight.describe(), **stored}
 
 
 def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -123,8 +134,10 @@ def _with_weights(model_class: Any, config: Any, dtype: torch.dtype, weights: Ma
 
 def _require_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raises ValueError where a state dict has not the tensors of a model, in its shapes."""
-    own, given = dict(model.state_dict()), set(state)
+    own, given = dict(model.state_dict(keep_vars=True)), set(state)
     tied = set(getattr(model, "all_tied_weights_keys", ()) or ())
+    read = {id(own[name]) for name in given & own.keys()}
+    tied |= {name for name, each in own.items() if id(each) in read}  # by another of its names
     missing, unexpected = sorted(own.keys() - given - tied), sorted(given - own.keys())
     if missing or unexpected:
         raise ValueError(f"missing {missing}, unexpected {unexpected}"[:1000])
@@ -151,33 +164,39 @@ def install(model: nn.Module, weights: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ValueError: The model has no such weight, or what is described is not allowed.
     """
-    for name, described in weights.items():
-        _install(model, name, described)
+    made = {name: _install(model, name, described) for name, described in weights.items()}
+    share_again(made, {name: described["shares"] for name, described in weights.items() if "shares" in described})
 
 
-def _install(model: nn.Module, name: str, described: Any) -> None:
-    """Puts an empty factorized weight in the place of a dense one, in every module that holds it."""
+def _install(model: nn.Module, name: str, described: Any) -> FactorizedWeight:
+    """Puts an empty factorized weight in the place of a dense one, in every module that holds it; returns it."""
     try:
         dense = model.get_parameter(name)
     except AttributeError as error:
         raise ValueError(f"the checkpoint factorizes {name:.200}, which the model does not have") from error
-    if not isinstance(described, Mapping) or described.get("input_dim") not in (0, 1) or dense.dim() not in (2, 3):
+    settings = dict(described) if isinstance(described, Mapping) else {}
+    stored = settings.pop(_STORED, None)
+    convolved = stored is not None
+    is_possible = dense.dim() in (2, 3) if not convolved else dense.dim() in (3, 4, 5) and stored == list(dense.shape)
+    if settings.get("input_dim") not in (0, 1) or not is_possible:
         raise ValueError(f"the checkpoint holds {name} as {described!r:.200}; its shape is {tuple(dense.shape)}")
-    settings = dict(described)
+    shape = matrix_shape(dense.shape, convolved)
+    settings.pop("shares", None)
     structure = settings.pop("structure", "sparse_low_rank")  # which the first format left out
     if structure not in tuple(STRUCTURES):
         raise ValueError(f"the checkpoint holds {name} as {structure!r:.200}{did_you_mean(structure, STRUCTURES)}")
     rank = settings.get("rank")
-    if isinstance(rank, int) and rank > max(dense.shape):
+    if isinstance(rank, int) and rank > max(shape):
         raise ValueError(f"the checkpoint holds {name}, {tuple(dense.shape)}, with rank={rank}")
     try:
-        weight = STRUCTURES[structure].from_description(dense.shape, settings, name=name, dtype=dense.dtype)
+        weight = STRUCTURES[structure].from_description(shape, settings, name=name, dtype=dense.dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint holds {name} as {described!r:.200}: {error}") from error
     for module in list(model.modules()):
         for attribute, parameter in list(module._parameters.items()):
             if parameter is dense:
-                put_in_place(module, attribute, weight)
+                put_in_place(module, attribute, weight.stored_as(dense.shape))
+    return cast(FactorizedWeight, weight)
 
 
 def _from_paper(

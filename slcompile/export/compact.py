@@ -67,7 +67,7 @@ def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
     values = wide(constant("values", parts.values.flatten().to(dtype)))
     flat = node("Reshape", [node("MatMul", [B, A]), constant("flat", torch.tensor([-1]))])
     added = node("ScatterElements", [flat, index, values], {"axis": 0, "reduction": "add"})
-    output = node("Reshape", [added, constant("shape", torch.tensor(weight.shape))])
+    output = node("Reshape", [added, constant("shape", torch.tensor(weight.stored_shape))])
     if dtype not in (torch.float32, torch.float64):
         output = node("Cast", [output], {"to": dense.const_value.dtype})
     output.shape, output.type = dense.shape, dense.type

@@ -2,7 +2,8 @@
 
 ``adapter_config.json`` beside ``adapter_model.safetensors``, which holds ``base_model.model.<module>.lora_A.weight``
 [rank, in] and ``lora_B.weight`` [out, rank] for each module; the weight is ``W0 + alpha / rank * lora_B @ lora_A``.
-A weight that is stored [in, out] has them transposed here: ``B = lora_A^T`` and ``A = lora_B^T``.
+A weight that is stored [in, out] has them transposed here: ``B = lora_A^T`` and ``A = lora_B^T``. Of a convolution
+[out, in, *kernel] they are convolutions themselves, [rank, in, *kernel] and [out, rank, 1, ...].
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from slcompile.config import SLConfig, did_you_mean
 from slcompile.convert.candidates import Candidate, gather
 from slcompile.convert.ledger import EXPLICIT, ledger
 from slcompile.convert.transaction import convert
-from slcompile.convert.weight_uses import linear_modules
+from slcompile.convert.weight_uses import weight_modules
 from slcompile.export.checkpoint import read_settings, read_tensors
 from slcompile.export.safetensors import INSTALL
 from slcompile.factorize import named_weights
@@ -59,7 +60,8 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: The model has no factorized weight, or one that these files cannot hold: with another base or
-            density, a stack of matrices, of several layers, or not of ``nn.Linear`` or transformers' ``Conv1D``.
+            density, a stack of matrices, of several layers, or not of ``nn.Linear``, transformers' ``Conv1D`` or a
+            convolution layer.
         RuntimeError: The factors are sharded.
         ImportError: safetensors is missing.
     """
@@ -73,15 +75,20 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{', '.join(shared)} are one weight, and these files adapt each layer by itself")
     state: dict[str, Tensor] = {}
     settings: dict[str, tuple[int, float]] = {}
-    linear = {path for path, _, _ in linear_modules(model)}
+    layers = {path for path, _, use in weight_modules(model) if use.matmuls}
     for name, weight in weights.items():
         module, _, attribute = name.rpartition(".")
         if not isinstance(weight, SLWeight) or not weight.has_base or weight.nonzeros:
             raise ValueError(f"{name} must be factorized with base='frozen' and density=0 for PEFT, got {weight}")
-        if module not in linear or attribute != "weight" or len(weight.shape) != 2:
-            raise ValueError(f"{name} is no weight of nn.Linear or Conv1D, of which alone PEFT's LoRA is")
+        if module not in layers or attribute != "weight" or len(weight.shape) != 2:
+            raise ValueError(
+                f"{name} is no weight of nn.Linear, Conv1D or a convolution layer, of which alone PEFT's LoRA is"
+            )
         weight.check_whole()
         reading, writing = (weight.A, weight.B) if weight.input_dim == 1 else (weight.B.t(), weight.A.t())
+        if weight.convolved:
+            _, *patch = weight.stored_shape
+            reading, writing = reading.unflatten(1, patch), writing[(...,) + (None,) * (len(patch) - 1)]
         state[f"{PREFIX}{module}.lora_A.weight"] = reading.detach().cpu().contiguous()
         state[f"{PREFIX}{module}.lora_B.weight"] = writing.detach().cpu().contiguous()
         settings[module] = weight.rank, weight.scale * weight.rank
@@ -164,7 +171,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
         weights = convert(candidates, config, live, report, ledger)
     for candidate, weight in zip(candidates, weights, strict=True):
         assert isinstance(weight, SLWeight)
-        reading, writing = pairs[candidate.name.removesuffix(".weight")]
+        reading, writing = (each.flatten(1) for each in pairs[candidate.name.removesuffix(".weight")])
         B, A = (writing, reading) if candidate.input_dim == 1 else (reading.t(), writing.t())
         weight.set_factors(B, A, torch.empty_like(weight.values))
     object.__setattr__(model, EXPLICIT, config)
@@ -213,26 +220,26 @@ def _candidates(
     Raises:
         ValueError: They are not those of this model.
     """
-    linear = {path: (module, input_dim) for path, module, input_dim in linear_modules(model)}
+    layers = {path: (module, use) for path, module, use in weight_modules(model) if use.matmuls}
     uses: list[tuple[nn.Parameter, WeightUse]] = []
     for name, (A, B) in pairs.items():
-        if name not in linear:
+        if name not in layers:
             raise ValueError(
-                f"the adapter is of another model: it is of {name}, which is no linear layer of this "
-                f"{base_class(model).__name__}{did_you_mean(name, linear)}"
+                f"the adapter is of another model: it is of {name}, which is no layer of this "
+                f"{base_class(model).__name__} with a matrix{did_you_mean(name, layers)}"
             )
-        module, input_dim = linear[name]
+        module, use = layers[name]
         weight = module._parameters["weight"]
         assert weight is not None
-        outputs, inputs = weight.shape if input_dim == 1 else weight.shape[::-1]
-        if A.shape[1:] != (inputs,) or B.shape != (outputs, len(A)):
+        outputs, *inputs = weight.shape if use.input_dim == 1 else weight.shape[::-1]
+        if list(A.shape[1:]) != inputs or list(B.shape) != [outputs, len(A), *[1] * (len(inputs) - 1)]:
             raise ValueError(
-                f"the adapter is of another model: of {name}, [{outputs}, {inputs}], it has lora_A {list(A.shape)} and "
+                f"the adapter is of another model: of {name}, {[outputs, *inputs]}, it has lora_A {list(A.shape)} and "
                 f"lora_B {list(B.shape)}"
             )
         if any(weight is other for other, _ in uses):
             raise ValueError(f"the adapter of {name} has no place here: its weight is that of another layer, too")
-        uses.append((weight, WeightUse(matmuls=["linear"], input_dim=input_dim)))
+        uses.append((weight, use))
     found = gather(uses, config, live, model=model).weights
     for name, each in zip(pairs, found, strict=True):
         # Whether it is smaller than the weight was decided by whoever trained it.

@@ -185,16 +185,16 @@ def _require_reached(chosen: Sequence[Candidate], uses: Mapping[int, Moments]) -
 
 def _energies(candidate: Candidate, known: Moments) -> Tensor:
     """Returns what the outputs lose without each direction of a weight; without gradients, what the weight loses."""
-    found = spectrum(candidate.weight, known.inputs, known.gradients, candidate.input_dim)
+    found = spectrum(candidate.matrix, known.inputs, known.gradients, candidate.input_dim)
     # The moments are sums over the same tokens, and so is what is lost; of a stack, over those of a matrix.
-    matrices = candidate.weight.shape[0] if candidate.weight.dim() > 2 else 1
+    matrices = candidate.shape[0] if len(candidate.shape) > 2 else 1
     return (found * matrices / known.tokens if known.gradients is not None else found / found.sum()).cpu()
 
 
 @torch.no_grad()
 def _fitted(candidate: Candidate, config: SLConfig, known: Moments) -> tuple[SLWeight, SuggestedRank]:
     """Makes the factors of a weight; says what it got, and the relative error of what it computes."""
-    dense = candidate.weight.detach()
+    dense = candidate.matrix
     weight = SLWeight(
         dense.shape, config, name=candidate.name, input_dim=candidate.input_dim, device=dense.device, dtype=dense.dtype
     )
@@ -202,9 +202,10 @@ def _fitted(candidate: Candidate, config: SLConfig, known: Moments) -> tuple[SLW
     lost, whole = (
         loss(each, known.inputs, None, candidate.input_dim) for each in (weight.merged_wide() - dense, dense)
     )
+    weight.stored_as(candidate.weight.shape)
     error = (lost / whole).sqrt()
     size = sum(part.numel() for kind in ("factors", "values") for part in weight.parts()[kind])
-    return weight, SuggestedRank(weight.shape, weight.rank, size, float(error))
+    return weight, SuggestedRank(weight.stored_shape, weight.rank, size, float(error))
 
 
 def _targets(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:

@@ -225,7 +225,7 @@ class _Use:
 def _factorized(factors: FactorizedWeight, name: str = "") -> _Weight:
     """Returns a weight that is factorized already."""
     trained = any(each.requires_grad for each in factors.parameters())
-    like = torch.empty(factors.shape, dtype=factors.dtype, device="meta", requires_grad=trained)
+    like = torch.empty(factors.stored_shape, dtype=factors.dtype, device="meta", requires_grad=trained)
     return _Weight(name, like, factors, trained)
 
 

@@ -1,4 +1,4 @@
-"""Rows for the linear layers that no captured graph reads, and why: what runs in Python is not rewritten."""
+"""Rows for the layers whose weight no captured graph reads, and why: what runs in Python is not rewritten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from slcompile import torch_private
-from slcompile.convert.weight_uses import linear_modules
+from slcompile.convert.weight_uses import weight_modules
 from slcompile.inspect.rows import ADAM, Change, MatmulRow
 from slcompile.inspect.snapshot import source_line
 from slcompile.torch_private import SkippedFrame
@@ -17,7 +17,7 @@ from slcompile.weight.placing import base_class
 
 
 def not_captured(model: nn.Module, seen: Mapping[int, Any], skipped: Sequence[SkippedFrame]) -> Iterator[MatmulRow]:
-    """Yields rows for linear layers of which no captured graph reads the weight.
+    """Yields rows for linear and convolution layers of which no captured graph reads the weight.
 
     Args:
         model: That was explained.
@@ -26,7 +26,7 @@ def not_captured(model: nn.Module, seen: Mapping[int, Any], skipped: Sequence[Sk
     """
     frames = {each.code: each for each in skipped}
     paths = {id(module): path for path, module in model.named_modules()}
-    for path, module, _ in linear_modules(model):
+    for path, module, _ in weight_modules(model):
         weight = module._parameters.get("weight")
         if weight is None or id(weight) in seen:
             continue

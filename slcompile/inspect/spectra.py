@@ -76,11 +76,13 @@ def spectra(model: nn.Module) -> dict[str, Spectra]:
         Name of each factorized weight, as it was when dense -> its spectra.
 
     Raises:
-        ValueError: The model has no factorized weight.
+        ValueError: The model has no factorized weight, or one of another structure.
         RuntimeError: A seed buffer was overwritten, or the factors are sharded.
     """
     found = {}
     for name, parts in factors(model).items():
+        if not isinstance(parts, Factors):
+            raise ValueError(f"{name} has no parts B, A and S: spectra are of structure='sparse_low_rank'")
         if type(parts.B) is not Tensor:
             raise RuntimeError(f"the factors of {name} are sharded among processes: get a full state dict first")
         found[name] = _of(parts)

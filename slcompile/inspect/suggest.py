@@ -108,7 +108,7 @@ def suggest(
     model = unwrapped(model)
     chosen = eligible(model, config, example_args, example_kwargs)
     require_possible(budget, chosen)
-    energies = {each.name: _energies(each.weight) for each in chosen}
+    energies = {each.name: _energies(each.matrix) for each in chosen}
     ranks = distribute(budget, chosen, energies)
     found = {
         each.name: SuggestedRank(
@@ -134,7 +134,7 @@ def eligible(
     found = gather(uses, config, LiveObjects.find(), model=model)
     chosen, left = found.chosen, found.report().left
     if not chosen:
-        require_possible_rank([each.shape for each in left if each.reason == "no_saving"], config)
+        require_possible_rank(found.misshapen, config)
         reasons = ", ".join(sorted({each.reason for each in left}))
         raise ValueError(f"model has no eligible weight of {len(uses)}{reasons and f' ({reasons})'}")
     if any(each.weight.is_meta for each in chosen):
@@ -171,7 +171,7 @@ def distribute(budget: float, chosen: Sequence[Candidate], energies: Mapping[str
 
 def _size(candidate: Candidate, rank: int) -> int:
     own = replace(candidate.config, rank=rank)
-    return structure_of(own).size(tuple(candidate.weight.shape), own)
+    return structure_of(own).size(candidate.shape, own)
 
 
 def _energies(weight: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from slcompile.convert.ledger import EXPLICIT
 from slcompile.export.checkpoint import described_weights, install
 from slcompile.factorize import factorize_
 from slcompile.models import METHOD, unwrapped
+from slcompile.names import SUFFIX
 from slcompile.weight.placing import shapes_only
+from slcompile.weight.sharing import share_again, sharing
 from slcompile.weight.structure import FactorizedWeight
 
 
@@ -48,6 +50,10 @@ class FactorsLoader(HfQuantizer):
                 "slcompile.factorize_(model, config)"
             )
         install(model, cast(FactorsConfig, self.quantization_config).weights)
+        ties = getattr(model, "all_tied_weights_keys", {})  # of transformers 5: else it misses what a file holds once
+        for name, first in sharing(model).items():
+            parts = cast(FactorizedWeight, model.get_submodule(name + SUFFIX)).sharable
+            ties.update({f"{name}{SUFFIX}.{part}": f"{first}{SUFFIX}.{part}" for part in parts})
         # transformers initializes what is not loaded, and reads weights on the way whose buffers it has not filled.
         self._unread = contextlib.ExitStack()
         self._unread.enter_context(
@@ -56,6 +62,9 @@ class FactorsLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._unread.close()
+        weights = cast(FactorsConfig, self.quantization_config).weights
+        shares = {name: each["shares"] for name, each in weights.items() if "shares" in each}
+        share_again({name: model.get_submodule(name + SUFFIX) for name in weights} if shares else {}, shares)
         for module in model.modules():
             if isinstance(module, FactorizedWeight):
                 module.loaded()

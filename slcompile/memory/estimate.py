@@ -76,22 +76,18 @@ def estimate_memory(
     call = (tuple(args), dict(kwargs or {}))
     build, layers = builder(model_or_config, dtype)
     usages, depths = {}, []
-    described: set[str] = set()
+    options: dict[str, Any] = {}
     for factorized in (True, False):
         make = factorizing(build, config, call) if factorized else build
         events, depth = step_of(make, layers, call, dtype, plan, config if factorized else None)
         model = make(layers)
         depths.append(depth)
-        described |= {key for each in model.modules() if isinstance(each, FactorizedWeight) for key in each.describe()}
+        options |= options_of(model, config)
         for name in ("sltrain", "low_rank") if factorized else ("dense",):
             usages[name] = _usage(model, events, kind, with_values=name != "low_rank")
-    options = ("rank", "density", "support", "blocks", "base")
-    given = {key: getattr(config, key) for key in options if key in described}
-    asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     settings: dict[str, Any] = {
         "optimizer": optimizer + (" per layer" if per_layer else ""),
-        **({} if config.structure == SLConfig.structure else {"structure": config.structure}),
-        **asked,
+        **options,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": device,
         "compiled": compiled,
@@ -99,6 +95,15 @@ def estimate_memory(
     return MemoryReport(
         **usages, layers=layers, captured_layers=max(filter(None, depths), default=None), settings=settings
     )
+
+
+def options_of(model: nn.Module, config: SLConfig) -> dict[str, Any]:
+    """Returns those of the options that a model's factorized weights have, for a report."""
+    weights = [each for each in model.modules() if isinstance(each, FactorizedWeight)]
+    described = {key for each in weights for key in each.describe()}
+    names = ["structure"] if weights and config.structure != SLConfig.structure else []
+    names += [key for key in ("rank", "density", "support", "blocks", "base") if key in described]
+    return {key: getattr(config, key) for key in names if getattr(config, key) is not None}
 
 
 def held_memory(

@@ -13,7 +13,7 @@ from torch import nn
 
 from slcompile import torch_private
 from slcompile.config import SLConfig, checked_config, require_choice
-from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, step_of
+from slcompile.memory.estimate import DEVICES, Build, builder, factorizing, options_of, step_of
 from slcompile.memory.graphs import Call
 from slcompile.memory.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
@@ -27,7 +27,7 @@ from slcompile.memory.sharding import (
 )
 from slcompile.names import SUFFIX
 from slcompile.weight.placing import put_in_place, sl_names
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
 BUCKETS = "DDP's buckets"
 MANY_PARTS = (*PARTS, GATHERED, REDUCING, BUCKETS)
@@ -187,8 +187,7 @@ def estimate_many(
             shares.append(_share(model, full, events, kind, layout, call))
         settings = {
             "optimizer": optimizer + (" per layer" if per_layer else ""),
-            "rank": config.rank,
-            "density": config.density,
+            **options_of(full, config),
             "dtype": str(next(full.parameters()).dtype).removeprefix("torch."),
             "device": device,
         }
@@ -225,8 +224,9 @@ def _matching(build_part: Build, make_whole: Build) -> Build:
                 weight: FactorizedWeight = getattr(module, name + SUFFIX)
                 dense = getattr(modules[path], name)
                 with torch.device("meta"):
-                    put = type(weight).from_description(dense.shape, weight.describe(), name=name, dtype=dense.dtype)
-                put_in_place(modules[path], name, put)
+                    shape = matrix_shape(dense.shape, weight.convolved)
+                    put = type(weight).from_description(shape, weight.describe(), name=name, dtype=dense.dtype)
+                put_in_place(modules[path], name, put.stored_as(dense.shape))
         return model
 
     return make

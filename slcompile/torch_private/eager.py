@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
@@ -99,6 +100,14 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     from torch.utils._pytree import tree_map
 
     return tree_map(function, tree)
+
+
+def memory_of(tensor: Tensor) -> StorageWeakRef:
+    """Returns what is equal for tensors that share their memory, also once it was freed and something else is there.
+
+    It does not keep the memory.
+    """
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 class Watching(TorchDispatchMode):

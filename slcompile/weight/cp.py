@@ -33,6 +33,7 @@ class CPWeight(PartsWeight):
     ops = CP
     main = ("B", "A")
     takes_blocks = True
+    sharable = ("B", "A")
 
     C: Tensor
 

@@ -15,7 +15,7 @@ from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
 from slcompile.ops import FactoredOps
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import SHARES_WITH, FactorizedWeight
 
 
 class PartsWeight(FactorizedWeight):
@@ -104,14 +104,14 @@ class PartsWeight(FactorizedWeight):
         return (*operands[:count], *self.op_args(), *operands[count:])  # the base comes last
 
     @override
-    def forward(self) -> Tensor:
+    def matrix(self) -> Tensor:
         # As for SLWeight: neither torch.func nor exporters know an opaque op.
         if torch_private.is_transforming() or torch_private.is_exporting():
-            return self.reference()
-        return super().forward()
+            return self.matrix_by_formula()
+        return super().matrix()
 
     @override
-    def reference(self) -> Tensor:
+    def matrix_by_formula(self) -> Tensor:
         return self.ops.composed(*self.arguments(list(self.operands().values())))
 
     @torch.no_grad()
@@ -153,6 +153,17 @@ class PartsWeight(FactorizedWeight):
     def _matmul(self) -> Matmul:
         rows, columns = self.shape
         return Matmul(rows, columns, self.rank, 0, self.dtype, base=self.has_base)
+
+    @override
+    def check_support(self) -> None:
+        """Raises RuntimeError where factors that were shared are no more, of which a checkpoint would keep one."""
+        first = vars(self).get(SHARES_WITH)
+        if first is not None and any(getattr(self, part) is not getattr(first, part) for part in self.sharable):
+            raise RuntimeError(
+                f"{' and '.join(self.sharable)} were shared with another weight and are no more: something gave one of "
+                "them another object (to_empty, load_state_dict with assign=True). Where they are equal, call "
+                "slcompile.share_factors again"
+            )
 
     @torch.no_grad()
     def set_parts(self, parts: Mapping[str, Tensor]) -> None:

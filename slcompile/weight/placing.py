@@ -84,7 +84,7 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 def shapes_only(weights: Sequence[FactorizedWeight]) -> Iterator[None]:
     """Within, these weights read as tensors on the meta device: what is drawn for them is discarded, not composed."""
     for weight in weights:
-        vars(weight)["forward"] = functools.partial(torch.empty, weight.shape, device="meta")
+        vars(weight)["forward"] = functools.partial(torch.empty, weight.stored_shape, device="meta")
     try:
         yield
     finally:

@@ -216,14 +216,14 @@ class SLWeight(FactorizedWeight):
         }
 
     @override
-    def forward(self) -> Tensor:
+    def matrix(self) -> Tensor:
         # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
         # translate none, and a program that was exported may run where slcompile is not installed.
         is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
-        return self._composed(compose) if is_opaque else self.reference()
+        return self._composed(compose) if is_opaque else self.matrix_by_formula()
 
     @override
-    def reference(self) -> Tensor:
+    def matrix_by_formula(self) -> Tensor:
         def by_formula(*arguments: Any) -> Tensor:
             B, A, values, support, scale, *_ = arguments
             return compose_reference(B, A, values, support, scale, self.vector, self.base)
@@ -232,7 +232,9 @@ class SLWeight(FactorizedWeight):
 
     def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
-        operands = [self.B, self.A, self.values, self.index if self.has_index else self.seed]
+        # FSDP2's mixed precision casts parameters alone, and the values of no sparse part are none.
+        values = self.values if self.values.dtype == self.B.dtype else self.values.to(self.B.dtype)
+        operands = [self.B, self.A, values, self.index if self.has_index else self.seed]
         if self.base is not None:
             operands.append(self.base)
         return op(*self.arguments(operands))
@@ -286,6 +288,19 @@ class SLWeight(FactorizedWeight):
             self.offsets.copy_((positions % self.shape[-1]).view(-1, self.groups).sub(starts).flatten())
             self._restore_support()
         self.set_factors(B, A / self.scale, values.view(self.values.shape))
+
+    @torch.no_grad()
+    def move(self, which: Tensor, offsets: Tensor) -> None:
+        """Moves non-zeros of the largest support to other places in their groups, with values of zero.
+
+        Args:
+            which: Positions among ``values``, int64, without repetition.
+            offsets: Of each in its group.
+        """
+        assert self.support == "largest", self.support
+        self.offsets.copy_(self.offsets.to(torch.int64).index_copy_(0, which, offsets))
+        self._follow_offsets()
+        self.values.index_fill_(0, which, 0.0)
 
     @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor, values: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +15,15 @@ from slcompile.config import STRUCTURES, SLConfig
 from slcompile.ops import register_weight_op
 from slcompile.ops.quantized import BITS, packed_shape, quantize
 
+SHARES_WITH = "_slcompile_shares_with"
+"""Attribute of a weight that shares factors: the weight whose they are."""
+
 Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
+
+
+def matrix_shape(shape: Sequence[int], convolved: bool) -> tuple[int, ...]:
+    """Returns the shape of the matrix that a weight is: [out, in * kernel] of a convolution's [out, in, *kernel]."""
+    return (shape[0], math.prod(shape[1:])) if convolved else tuple(shape)
 
 
 class FactorizedWeight(nn.Module):
@@ -26,7 +35,8 @@ class FactorizedWeight(nn.Module):
     ``approximate``, ``describe`` and ``compose_flops``.
 
     Args:
-        shape: Of the weight, as its owner stores it: [rows, columns], or a stack of matrices [experts, rows, columns].
+        shape: Of the weight: [rows, columns], or a stack of matrices [experts, rows, columns]. A convolution's
+            [out, in, *kernel] is the matrix [out, in * kernel] here; ``stored_as`` says how its owner stores it.
         config: The options.
         name: Fully qualified name of the weight, from which a seed may be derived.
         input_dim: Dimension of the matrix that the matmul contracts: 1 for ``nn.Linear`` [out, in], 0 for a
@@ -44,6 +54,7 @@ class FactorizedWeight(nn.Module):
         takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape`` or packed,
             where ``config.base`` asks for one (``register_base``). It is the last operand then, and ``arguments`` says
             where the op takes it.
+        sharable: Names of the parts that weights of equal shape may share (``slcompile.share_factors``).
     """
 
     structure: ClassVar[str]
@@ -53,8 +64,11 @@ class FactorizedWeight(nn.Module):
     takes_blocks: ClassVar[bool] = False
     takes_base: ClassVar[bool] = False
 
+    sharable: ClassVar[tuple[str, ...]] = ()
+
     base: nn.Parameter | None
     _scale_ratio: tuple[int, int] = (1, 1)
+    _stored_shape: tuple[int, ...] | None = None  # where it is another one than ``shape``
 
     def __init__(
         self,
@@ -98,7 +112,7 @@ class FactorizedWeight(nn.Module):
         raise NotImplementedError
 
     def approximate(self, dense: Tensor) -> None:
-        """Sets the parameters so that the composed weight is near ``dense``, of ``shape``."""
+        """Sets the parameters so that the composed matrix is near ``dense``, of ``shape``."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -197,17 +211,30 @@ class FactorizedWeight(nn.Module):
     # What follows from it.
 
     @classmethod
-    def from_dense(cls, dense: Tensor, config: SLConfig, how: str, *, name: str = "", input_dim: int = 1) -> Self:
+    def from_dense(
+        cls,
+        dense: Tensor,
+        config: SLConfig,
+        how: str,
+        *,
+        name: str = "",
+        input_dim: int = 1,
+        convolved: bool = False,
+    ) -> Self:
         """Makes the weight that takes a dense one's place.
 
         Args:
-            dense: [rows, columns], or a stack of such; on the meta device nothing is initialised. With a frozen
-                base, it is that, and shares its memory; a packed one is made of it.
+            dense: [rows, columns], a stack of such, or a convolution's [out, in, *kernel]; on the meta device nothing
+                is initialised. With a frozen base, it is that, and shares its memory where it lies there row by row; a
+                packed one is made of it.
             config: The options.
             how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
             name, input_dim: As for the class.
+            convolved: Whether it is a convolution's.
         """
+        stored, dense = dense.shape, dense.reshape(matrix_shape(dense.shape, convolved))
         weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
+        weight.stored_as(stored)
         if config.base == "frozen":
             weight.base = nn.Parameter(dense, requires_grad=False)
         if dense.is_meta:
@@ -220,16 +247,44 @@ class FactorizedWeight(nn.Module):
             weight.reset_parameters()
         return weight
 
-    def forward(self) -> Tensor:
+    def stored_as(self, shape: Sequence[int]) -> Self:
+        """Takes note of the shape in which its owner stores the weight, row by row; returns itself."""
+        assert math.prod(shape) == math.prod(self.shape), (shape, self.shape)
+        self._stored_shape = None if tuple(shape) == self.shape else tuple(shape)
+        return self
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in which its owner stores the weight: ``shape``, or a convolution's [out, in, *kernel]."""
+        return self._stored_shape or self.shape
+
+    @property
+    def convolved(self) -> bool:
+        """Whether it is a convolution's, so that ``stored_shape`` is another one than ``shape``."""
+        return self._stored_shape is not None
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """Shows a matrix of ``shape`` as the weight's owner reads it."""
+        return matrix.view(self.stored_shape) if self.convolved else matrix
+
+    def matrix(self) -> Tensor:
         """Composes the weight, of ``shape``."""
         return type(self).op(*self.arguments(list(self.operands().values())))
 
-    def reference(self) -> Tensor:
-        """Composes the weight by its formula, in ops that every transform can differentiate; by default the op itself.
+    def matrix_by_formula(self) -> Tensor:
+        """Composes it by its formula, in ops that every transform can differentiate; by default the op itself.
 
         What ``op`` computes is checked against it.
         """
-        return FactorizedWeight.forward(self)
+        return FactorizedWeight.matrix(self)
+
+    def forward(self) -> Tensor:
+        """Composes the weight, of ``stored_shape``."""
+        return self.as_stored(self.matrix())
+
+    def reference(self) -> Tensor:
+        """Composes the weight by its formula, of ``stored_shape``."""
+        return self.as_stored(self.matrix_by_formula())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -243,7 +298,7 @@ class FactorizedWeight(nn.Module):
 
     @torch.no_grad()
     def merged_wide(self) -> Tensor:
-        """Composes the dense weight in at least float32 and leaves it so.
+        """Composes the dense weight, of ``stored_shape``, in at least float32 and leaves it so.
 
         Raises:
             RuntimeError: A seed buffer was overwritten, or the parts are sharded.
@@ -252,9 +307,8 @@ class FactorizedWeight(nn.Module):
         self.check_whole()
         wide = torch.promote_types(self.dtype, torch.float32)
         operands = (each.detach() for each in self.operands().values())
-        return type(self).op(
-            *self.arguments([each.to(wide) if each.is_floating_point() else each for each in operands])
-        )
+        operands = (each.to(wide) if each.is_floating_point() else each for each in operands)
+        return self.as_stored(type(self).op(*self.arguments(list(operands))))
 
     def merged(self) -> Tensor:
         """Composes the dense weight and rounds it once, to the parameters' dtype. Raises as ``merged_wide``."""
@@ -272,7 +326,7 @@ class FactorizedWeight(nn.Module):
     @override
     def extra_repr(self) -> str:
         described = (f"{key}={value}" for key, value in self.describe().items() if key != "input_dim")
-        return ", ".join(["x".join(map(str, self.shape)), *described])
+        return ", ".join(["x".join(map(str, self.stored_shape)), *described])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.check_support()
@@ -292,7 +346,9 @@ def structure_of(config: SLConfig) -> type[FactorizedWeight]:
     return STRUCTURES[config.structure]
 
 
-def template(dense: Tensor, config: SLConfig, input_dim: int) -> FactorizedWeight:
+def template(dense: Tensor, config: SLConfig, input_dim: int, convolved: bool = False) -> FactorizedWeight:
     """Makes what takes a dense weight's place on the meta device: shapes alone, for a graph that is to be built."""
     cls, config = structure_of(config), replace(config, seed=0)
-    return cls(dense.shape, config, input_dim=input_dim, device="meta", dtype=dense.dtype)
+    shape = matrix_shape(dense.shape, convolved)
+    weight = cls(shape, config, input_dim=input_dim, device="meta", dtype=dense.dtype)
+    return weight.stored_as(dense.shape)

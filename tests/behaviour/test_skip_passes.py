@@ -21,14 +21,16 @@ ALL = ["parameterize_weights", *SKIPPABLE[:-1], "lower_ops", "lower_ops"]  # the
 
 
 class Projections(nn.Module):
-    """Something for every pass: two products with one input, whole, and a third with parts of a weight."""
+    """Something for every pass: a convolution, two products with one input, and a third with parts of a weight."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.points = nn.Conv1d(64, 64, 1)
         self.up, self.gate = nn.Linear(64, 96), nn.Linear(64, 96)
         self.packed = nn.Parameter(torch.randn(128, 96) / 8)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.points(x.t().unsqueeze(0)).squeeze(0).t()
         hidden = self.up(x) * torch.sigmoid(self.gate(x))
         first, second = self.packed.chunk(2)
         return hidden @ first.t() + torch.tanh(hidden @ second.t())
@@ -56,7 +58,7 @@ def test_every_pass_of_the_two_tuples_can_be_skipped():
 def test_a_pass_that_is_skipped_does_not_run_and_the_numbers_stay(skipped, caplog, assert_eager):
     model, x = Projections(), torch.randn(16, 64)
     slcompile.factorize_(model, slcompile.SLConfig(rank=8, density=0.05, init="spectral"), example_args=(x,))
-    assert len(slcompile.factors(model)) == 3
+    assert len(slcompile.factors(model)) == 4
     compiled = torch.compile(model, backend="sltrain", options={**OPTIONS, "save": "low_rank", "skip_passes": skipped})
     with caplog.at_level(logging.DEBUG, "slcompile.passes"):
         assert_eager(compiled, model, [x])
@@ -79,7 +81,7 @@ def test_explain_shows_the_passes_that_will_run():
     [
         (
             "fuse_weight_grad",
-            r"^skip_passes got 'fuse_weight_grad', did you mean 'fuse_weight_grads'\?; allowed: fuse_",
+            r"^skip_passes got 'fuse_weight_grad', did you mean 'fuse_weight_grads'\?; allowed: flatten_",
         ),
         (["lower_ops", "find_matmuls"], r"^skip_passes got 'find_matmuls'.*; allowed: "),  # nothing goes without it
         ([1], "^skip_passes got 1; allowed: "),

@@ -205,6 +205,8 @@ def test_memory_prints_writes_json_and_draws(tmp_path, capsys):
         (["--seq-len", "0"], "--seq-len must be at least 1, got 0"),
         (["--plot", "chart.pdf"], "path of the chart must end in .png or .svg, got 'chart.pdf'"),
         (["--json", "no/such/report.json"], "does not exist"),
+        (["--structure", "cp", "--density", "0.1"], "density=0.1 means nothing for structure='cp'"),
+        (["--structure", "tensor_train", "--blocks", "4"], "which is not cut into blocks"),
         (["--density", "2"], "density must be a number in (0, 1], or 0 with base='frozen', got 2.0"),
     ],
 )
@@ -212,6 +214,23 @@ def test_memory_refuses_before_it_estimates(flags, message, capsys, monkeypatch)
     monkeypatch.setattr(cli.memory, "estimate_memory", lambda *args, **kwargs: pytest.fail("it went on"))
     assert main(["memory", "--model", "llama-60m", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("structure", "count"), [("cp", 4 * (8 + 96 // 8 + 64)), ("block_low_rank", 4 * (96 + 64))])
+def test_memory_of_another_structure(structure, count, tmp_path, capsys, monkeypatch):
+    made = "import torch\ndef make():\n    return torch.nn.Linear(64, 96, bias=False), (torch.randn(8, 64),)\n"
+    (tmp_path / "narrow_models.py").write_text(made)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--structure", structure, "--rank", "4", "--blocks", "8", "--base", "frozen", "--device", "cpu"]
+    assert main(["memory", "narrow_models:make", *flags, "--json", str(tmp_path / "report.json")]) == 0
+    assert f"structure {structure}, rank 4, blocks 8, base frozen" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["structure"] == structure
+    assert report["variants"]["sltrain"]["parameter_count"] == count
+    assert report["variants"]["dense"]["parameter_count"] == 64 * 96
+    with pytest.raises(SystemExit):
+        main(["memory", "narrow_models:make", "--structure", "cpp"])
+    assert "--structure: invalid choice: 'cpp'" in capsys.readouterr().err
 
 
 def test_memory_of_a_factorys_model(tmp_path, capsys, monkeypatch):

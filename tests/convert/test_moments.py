@@ -133,3 +133,44 @@ def test_without_a_gradient_the_inputs_are_known():
     (found,) = use_moments(model, [(model.w, 1)], [X]).values()
     assert not found.gradients.any()
     assert found.inputs.any()
+
+
+CONVOLVED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "2d": ((10, 4, 3, 2), (2, 4, 6, 7), {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}),
+    "same": ((10, 4, 3, 3), (2, 4, 6, 7), {"padding": "same"}),
+    "channels last": ((10, 4, 3, 3), (2, 4, 6, 7), {}),
+    "cast": ((10, 4, 3, 3), (2, 4, 6, 7), {}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_the_inputs_of_a_convolution_are_its_patches(name):
+    shape, size, settings = CONVOLVED[name]
+    x = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    dtype = torch.float64 if name == "cast" else torch.float32
+    model = Reads(shape, lambda w, x: F.conv2d(x.to(dtype), w.to(dtype), **settings))
+    if name == "channels last":
+        model.w = nn.Parameter(model.w.detach().contiguous(memory_format=torch.channels_last))
+    (found,) = use_moments(model, [(model.w, 1)], [x]).values()
+    unfolding = {"padding": 1} if name == "same" else settings
+    rows = F.unfold(x, shape[2:], **unfolding).transpose(1, 2).flatten(0, 1)
+    assert found.tokens == len(rows)
+    torch.testing.assert_close(found.inputs, rows.t() @ rows, rtol=1e-4, atol=1e-4)
+    # The sum's signs are the gradients of the outputs: one for each position.
+    assert torch.equal(found.gradients.diagonal(), torch.full((10,), float(len(rows))))
+
+
+@pytest.mark.parametrize(("dims", "function"), [(1, F.conv1d), (3, F.conv3d)])
+def test_patches_of_other_dimensions(dims, function):
+    x = torch.randn(2, 3, *range(5, 5 + dims), generator=torch.Generator().manual_seed(2))
+    model = Reads((8, 3, *[2] * dims), lambda w, x: function(x, w, stride=2, padding=1))
+    (found,) = use_moments(model, [(model.w, 1)], [x]).values()
+    # Each row of an identity as a kernel gives one column of the patches.
+    rows = function(x, torch.eye(3 * 2**dims).unflatten(1, (3, *[2] * dims)), stride=2, padding=1)
+    rows = rows.movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(found.inputs, rows.t() @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_that_is_turned_has_no_moments():
+    model = Reads((4, 4, 1, 1), lambda w, x: F.conv2d(x, w.transpose(0, 1)))
+    assert use_moments(model, [(model.w, 1)], [torch.randn(2, 4, 3, 3)]) == {}

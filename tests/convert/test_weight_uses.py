@@ -119,8 +119,9 @@ CASES = {
     "Bilinear": Case(
         lambda m, x: m.layer(x, x), {"layer": lambda: nn.Bilinear(64, 64, 32)}, {"layer.weight": "no_matmul"}
     ),
-    "a 1x1 convolution": Case(
-        lambda m, x: m.layer(x.mT), {"layer": lambda: nn.Conv1d(64, 64, 1)}, {"layer.weight": "no_matmul"}
+    "a 1x1 convolution": Case(lambda m, x: m.layer(x.mT), {"layer": lambda: nn.Conv1d(64, 64, 1)}),
+    "a grouped convolution": Case(
+        lambda m, x: m.layer(x.mT), {"layer": lambda: nn.Conv1d(64, 64, 1, groups=2)}, {"layer.weight": "no_matmul"}
     ),
     # Dtypes, layouts, sizes.
     "complex": Case(

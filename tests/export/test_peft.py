@@ -42,6 +42,18 @@ class Net(nn.Module):
         return self.inner(x)
 
 
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume, self.plane = nn.Conv3d(2, 32, (1, 4, 4), padding=1), nn.Conv2d(32, 32, 2, padding=1)
+        self.line, self.point = nn.Conv1d(32, 32, 3, stride=2), nn.Conv1d(32, 40, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.volume(x.view(2, 2, 4, 4, 8))).mean(2)
+        x = torch.tanh(self.plane(x)).mean(2)
+        return self.point(torch.tanh(self.line(x)))
+
+
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -80,6 +92,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "rank-stabilised": (Net, {"r": 4, "lora_alpha": 8, "target_modules": ["up"], "use_rslora": True}),
     "Conv1D": (gpt2, {"r": 6, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "convolutions": (
+        Convolutions, {"r": 5, "lora_alpha": 8, "target_modules": ["volume", "plane", "line", "point"]}
+    ),
     "saves nothing": (Net, {"r": 64, "lora_alpha": 8, "target_modules": ["first"]}),
 }  # fmt: skip
 
@@ -99,7 +114,7 @@ def test_an_adapter_of_peft_computes_the_same_here_and_there_again(case, tmp_pat
     torch.testing.assert_close(output(merged), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [Net, gpt2])
+@pytest.mark.parametrize("make", [Net, gpt2, Convolutions])
 @pytest.mark.parametrize("config", [{"rank": 0.1}, {"rank": 5, "alpha": 10}])
 def test_what_is_trained_here_peft_reads(make, config, tmp_path):
     model = make()
@@ -225,7 +240,7 @@ def test_what_is_no_plain_adapter_is_refused_and_the_model_is_as_it_was(case, tm
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     adapter(Net(), tmp_path, r=4, lora_alpha=8, target_modules=["up"])
     with pytest.raises(
-        ValueError, match=r"of another model: it is of layers\.0\.up, which is no linear layer of this Lay"
+        ValueError, match=r"of another model: it is of layers\.0\.up, which is no layer of this Layer with a matrix"
     ):
         slcompile.load_peft(Layer(), tmp_path)
     with pytest.raises(
@@ -272,5 +287,5 @@ def test_a_weight_of_no_linear_layer_is_refused(tmp_path):
             return x @ self.mix
 
     model = slcompile.factorize_(Bare(), SLConfig(**LORA, rank=4), example_args=(torch.randn(2, 64),))
-    with pytest.raises(ValueError, match=r"mix is no weight of nn\.Linear or Conv1D"):
+    with pytest.raises(ValueError, match=r"mix is no weight of nn\.Linear, Conv1D or a conv"):
         slcompile.save_peft(model, tmp_path)

@@ -170,6 +170,16 @@ class TestShares:
         # Gathered for the forward and again for the backward pass; gradients once. Each process sends its half.
         assert report.dense.sent == {GATHER: whole, SCATTER: whole // 2}
 
+    def test_its_settings_are_those_that_the_structure_has(self):
+        config = slcompile.SLConfig(structure="cp", rank=4, base="frozen")
+        model, call = nn.Sequential(nn.Linear(64, 64)), (torch.zeros(2, 64),)
+        (report,) = estimate_many(model, call, layouts=[Layout(2)], config=config, device="cpu")
+        assert dict(report.settings) == {
+            "optimizer": "adamw",
+            **{"structure": "cp", "rank": 4, "base": "frozen"},
+            **{"dtype": "float32", "device": "cpu"},
+        }
+
     @pytest.mark.slow
     def test_settings_by_pattern_are_those_of_the_whole_weights(self):
         (plain,), (mapped,) = (

@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import slcompile
 from slcompile.backend import sltrain
 from slcompile.captured import REQUIRED_SETTINGS
+from slcompile.optim import SupportMoves
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -130,6 +133,83 @@ def frozen(folder: Path) -> dict[str, Any]:
         base = base.full_tensor() if name == "fsdp" else base
         found[name] = {"losses": losses, "trained": len(trained), "is_kept": torch.equal(base, before)}
     return found
+
+
+PACKED = {
+    base: slcompile.SLConfig(rank=4, density={"*up*": 0.05, "*": 0}, base=base, seed=0) for base in ("int8", "nf4")
+}
+
+
+def packed(folder: Path) -> dict[str, Any]:
+    """What is added to a frozen base of 8 or 4 bits, sharded; checkpoints of it, and training in mixed precision."""
+    rank, world, found = dist.get_rank(), dist.get_world_size(), {}
+    for base, config in PACKED.items():
+        for kind in ("ddp", "whole", "mixed"):
+            torch.manual_seed(0)
+            model = slcompile.factorize_(transformer().requires_grad_(False), config)
+            run: nn.Module = model
+            if kind == "ddp":
+                run = nn.parallel.DistributedDataParallel(model)
+            else:
+                policy = MixedPrecisionPolicy(*([] if kind == "whole" else [torch.float32]))
+                for layer in model.layers:
+                    layer.compile(backend="sltrain", fullgraph=True, options=LIGHT)
+                    fully_shard(layer, mp_policy=policy)
+                fully_shard(model, mp_policy=policy)
+            optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=3e-3)
+            found[f"{base} {kind}"] = train(run, optimizer, range(STEPS), world, rank)
+            if kind == "whole":
+                example.save(model, optimizer, folder / base, STEPS)
+                held = model.layers[0].up.weight_sl.base
+                assert isinstance(held, DTensor)
+                found[base] = {"dtype": str(held.dtype), "shard": list(held.to_local().shape)}
+    return found
+
+
+def moving(folder: Path) -> dict[str, Any]:
+    """Non-zeros move under DDP, where each process has a loss of its own; what is said without it and under FSDP2."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)
+    config = slcompile.SLConfig(rank=8, density=0.05, support="largest", init="spectral")
+    model = slcompile.factorize_(transformer(), config)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    moves = SupportMoves(wrapped, optimizer, every=1, fraction=0.2)
+    weights = moves._require_movable()
+    ids = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(rank))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(wrapped(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    losses, agreements = [], []
+    for _ in range(STEPS):
+        step_loss = loss()
+        step_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean(step_loss.detach(), world))
+        own = moves._look(weights, [wrapped], loss, 0.2)
+        assert moves.step(loss) == sum(len(each.which) for each in own.values())  # of both as many as may
+        for name, each in own.items():
+            agreements.append(torch.equal(weights[name].offsets[each.which].long(), each.offsets))
+    apart = 0.0
+    for each in (*model.state_dict().values(), *(state["exp_avg"] for state in optimizer.state.values())):
+        other = each.detach().clone()
+        dist.broadcast(other, 0)
+        apart = max(apart, float((each - other).abs().max()))
+
+    def said(other: nn.Module) -> str:
+        with pytest.raises(ValueError, match="Use DistributedDataParallel") as error:
+            SupportMoves(other, torch.optim.SGD(other.parameters()), every=1).step(lambda: torch.tensor(0.0))
+        return str(error.value)
+
+    bare, sharded = (slcompile.factorize_(transformer(), config) for _ in range(2))
+    return {
+        "losses": losses,
+        "own": sum(agreements) / len(agreements),
+        "apart": apart,
+        "said": [said(bare), said(fully_shard(sharded))],
+    }
 
 
 def meta(folder: Path) -> dict[str, Any]:

@@ -83,6 +83,37 @@ def test_a_frozen_base_trains_under_ddp_and_sharded_as_in_one_process(tmp_path):
         assert found["is_kept"]
 
 
+@pytest.mark.long
+def test_a_packed_base_trains_sharded_as_in_one_process_which_reads_its_checkpoint_and_merges_it(tmp_path):
+    first, second = on_two("packed", tmp_path)
+    for base, columns in {"int8": 68, "nf4": 36}.items():  # a scale of 4 bytes for each 64 numbers
+        config = ranks.PACKED[base]
+        torch.manual_seed(0)
+        model, restored = (slcompile.factorize_(ranks.transformer().requires_grad_(False), config) for _ in range(2))
+        trained = ([each for each in one.parameters() if each.requires_grad] for one in (model, restored))
+        optimizers = [torch.optim.AdamW(each, lr=3e-3) for each in trained]
+        losses = ranks.train(model, optimizers[0], range(ranks.STEPS))
+        for found in (first, second):
+            assert [found[f"{base} {kind}"] for kind in ("ddp", "whole")] == 2 * [pytest.approx(losses, rel=1e-9)]
+            assert found[f"{base} mixed"] == pytest.approx(losses, rel=1e-5)
+            assert found[base] == {"dtype": "torch.uint8", "shard": [128, columns]}
+        assert ranks.example.load(restored, optimizers[1], tmp_path / base) == ranks.STEPS
+        assert restored.layers[0].up.weight_sl.base_kind == base
+        for name, value in slcompile.merged_state_dict(model).items():
+            torch.testing.assert_close(slcompile.merged_state_dict(restored)[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_non_zeros_move_alike_under_ddp_and_not_without_or_sharded(tmp_path):
+    first, second = on_two("moving", tmp_path)
+    assert first["losses"] == second["losses"]
+    assert first["losses"][-1] < first["losses"][0]
+    assert (first["own"], first["apart"], second["apart"]) == (1, 0, 0)  # the first process's moves
+    assert second["own"] < 1
+    for said in (first["said"], second["said"]):
+        assert "model is inside no wrapper, on several processes: moves have to be the same" in said[0]
+        assert "weight_sl.values is a DTensor: a shard of the values" in said[1]
+
+
 def test_nothing_dense_is_allocated_from_the_meta_device_to_the_shards(tmp_path):
     first, second = on_two("meta", tmp_path)
     for process in (first, second):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import fnmatch
 import inspect
+import math
 import tempfile
 import time
 from collections import Counter
@@ -182,7 +183,7 @@ class Reference:
 
 
 class MatmulReads(TorchDispatchMode):
-    """Which storages matmuls read while a model runs in eager mode."""
+    """Which storages matmuls, and weights of convolutions without groups, have while a model runs in eager mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,6 +194,8 @@ class MatmulReads(TorchDispatchMode):
         if name in MATMULS:
             operands = args[1:] if name in ("addmm", "baddbmm") else args
             self.storages |= {each.untyped_storage().data_ptr() for each in operands if isinstance(each, Tensor)}
+        elif name == "convolution" and not args[6] and args[8] == 1:
+            self.storages.add(args[1].untyped_storage().data_ptr())
         return func(*args, **(kwargs or {}))
 
 
@@ -264,10 +267,13 @@ def check_report(
     row.left = dict(Counter(each.reason for each in left))
     tied = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
     parameters = {name: parameter for names, parameter in read for name in names}
+    kernels = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    convolved = {id(module.weight) for module in modules.values() if isinstance(module, kernels)}
     for each in left:
-        rows_and_columns = sorted(each.shape)
+        is_kernel = each.name in parameters and id(parameters[each.name]) in convolved
+        sizes = (each.shape[0], math.prod(each.shape[1:])) if is_kernel else each.shape
         holds = {
-            "too_small": rows_and_columns[0] < config.min_dim,
+            "too_small": min(sizes) < config.min_dim,
             "not_2d": len(each.shape) > 2,
             "excluded": any(fnmatch.fnmatch(each.name, pattern) for pattern in config.exclude),
             "tied": each.name in parameters and id(parameters[each.name]) in tied,

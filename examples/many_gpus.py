@@ -17,7 +17,9 @@ from slcompile.memory.many import ManyReport, Share, estimate_many
 from slcompile.memory.sharding import Layout
 from slcompile.models import KNOWN, known_config
 
-MODELS = ("llama-1b", "llama-7b", "llama-13b", "llama-33b", "llama-3-8b", "llama-3-70b", "llama-3-405b")
+MODELS = (
+    "llama-1b", "llama-7b", "llama-13b", "llama-33b", "llama-3-8b", "llama-3-70b", "llama-3-405b", "mixtral-8x7b",
+)  # fmt: skip
 SHOWN = ("llama-1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-3-70b", "mixtral-8x7b")
 GPUS = (1, 8, 64, 512)
 SIZES = (24, 40, 80)

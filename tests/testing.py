@@ -133,18 +133,22 @@ def text_of(gm: fx.GraphModule) -> str:
 
 def example(name: str) -> ModuleType:
     """A program of examples/ as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # its dataclasses look themselves up there
-        sys.path.insert(0, str(EXAMPLES))  # one may use another
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(EXAMPLES))
-    return sys.modules[name]
+    return sys.modules[name] if name in sys.modules else module_at(EXAMPLES / f"{name}.py", name)
+
+
+def module_at(path: Path, name: str) -> ModuleType:
+    """Runs a program of examples/ as a module of this name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look themselves up there
+    sys.path.insert(0, str(EXAMPLES))  # one may use another
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return module
 
 
 def inductor_with_aten(

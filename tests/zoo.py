@@ -20,6 +20,11 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128, "n_positions": 64, "bos_token_id": 0,
          "eos_token_id": 0},
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**_SIZES, "head_dim": 16, "num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 4,
+         "num_experts_per_tok": 2},
+    ),
     "llama": (
         "LlamaForCausalLM",
         {**_SIZES, "intermediate_size": 172, "vocab_size": 128, "tie_word_embeddings": False},
@@ -44,7 +49,7 @@ def tiny(kind: str, **changes: Any) -> nn.Module:
     """A model of one layer.
 
     Args:
-        kind: bert, gpt2, llama, mixtral, t5 or vit.
+        kind: bert, gpt2, gpt_oss, llama, mixtral, t5 or vit.
         changes: Fields of its configuration that are to be others.
     """
     return getattr(transformers, _KINDS[kind][0])(tiny_config(kind, **changes))

@@ -134,8 +134,10 @@ def estimate_many(
 
     The step is that of ``estimate_memory``, with each layer compiled by itself. Sharded parameters are gathered, and
     gradients reduced, in the order and the buffers of FSDP2 (``fully_shard`` on each layer and on the model, with its
-    defaults); DDP keeps a set of gradients in its buckets. Tensor parallelism is that of ``parallelize``: the matmuls
-    of the layers are shared by heads and by intermediate width, and head and embeddings are not.
+    defaults, but for stacks of fewer matrices than processes: ``sharding.cut_dimension``); DDP keeps a set of
+    gradients in its buckets. Tensor parallelism is that of ``parallelize``: the matmuls of the layers are shared by
+    heads and by intermediate width, and head and embeddings are not. Experts are shared by their width, too, which
+    takes and sends no less than dividing them by number.
 
     Args:
         model_or_config, args, kwargs, config, optimizer, per_layer, dtype, device: As for ``estimate_memory``; what

@@ -70,12 +70,22 @@ def layer_of(name: str) -> int | None:
     return layer_in("." + name.rpartition(".")[0])
 
 
+def cut_dimension(parameter: Tensor, world: int) -> int:
+    """Returns the dimension that is cut: the first one, as FSDP2 does by default.
+
+    Of a stack of fewer matrices than processes that is the second one, if they can divide it: ``fully_shard`` needs a
+    ``shard_placement_fn`` for that.
+    """
+    is_short = parameter.dim() == 3 and parameter.shape[0] < world
+    return 1 if is_short and parameter.shape[1] % world == 0 else 0
+
+
 def shard_elements(parameter: Tensor, world: int) -> int:
-    """Returns the elements of a shard of FSDP2, which cuts the first dimension and pads the last shards."""
+    """Returns the elements of a shard of FSDP2, which cuts a dimension and pads the last shards."""
     if parameter.dim() == 0 or world == 1:
         return parameter.numel()
-    rows, *rest = parameter.shape
-    return math.ceil(rows / world) * math.prod(rest)
+    length = parameter.shape[cut_dimension(parameter, world)]
+    return math.ceil(length / world) * (parameter.numel() // length)
 
 
 def trained_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -96,16 +106,18 @@ class _Sharded:
     """Turns the events of a step with whole parameters into those with sharded ones, in FSDP2's order.
 
     A layer's parameters are gathered before its forward and before its backward pass, in a buffer of all shards from
-    which they are copied out. Forward, the buffer is freed when the next layer's was filled; backward, at once, when
-    the next layer's is allocated. After its backward pass the gradients are copied to a buffer that is reduced to a
-    shard; it is freed before the next layer's is made. gloo copies what it sends for as long as that takes. What is
-    outside of the layers stays gathered from the first layer to the end.
+    which they are copied out, those that are cut in the second dimension twice. Forward, the buffer is freed when the
+    next layer's was filled; backward, at once, when the next layer's is allocated. After its backward pass the
+    gradients are copied to a buffer that is reduced to a shard; it is freed before the next layer's is made. gloo
+    copies what it sends for as long as that takes. What is outside of the layers stays gathered from the first layer to
+    the end.
     """
 
     def __init__(
         self,
         shards: Mapping[int | None, int],
         reduced: Mapping[int | None, int],
+        twice: Mapping[int | None, int],
         world: int,
         scratch: Mapping[int | None, Sequence[int]],
         per_layer: bool,
@@ -114,6 +126,7 @@ class _Sharded:
     ) -> None:
         self.gloo = gloo
         self.shards, self.reduced, self.world, self.scratch = shards, reduced, world, scratch
+        self.twice = twice
         self.per_layer, self.together = per_layer, together
         self.gathering = self.reducing = 0  # bytes of the buffers that are there now
         self.gradients = 0  # bytes of whole gradients that wait for their reduction
@@ -138,7 +151,7 @@ class _Sharded:
                     yield from self._message(event, self.gathering)
                 elif not place:
                     yield from self._gather(event, None)
-                    yield self._event(event, GATHERED, self.whole(None))
+                    yield from self._copy_out(event, None)
                 yield from self._enter(event)
                 place, layer = event.place, event.layer
             if event.part == "gradients":
@@ -161,6 +174,12 @@ class _Sharded:
         yield self._event(where, GATHERED, -self.gathering)
         self.gathering = self.whole(layer)
 
+    def _copy_out(self, where: Event, layer: int | None) -> Iterator[Event]:
+        """Allocates a layer's parameters, and for a moment the copies of those that are cut in the second dimension."""
+        yield self._event(where, GATHERED, self.whole(layer))
+        for each in (self.world * self.twice.get(layer, 0), -self.world * self.twice.get(layer, 0)):
+            yield self._event(where, "temporaries", each)
+
     def _message(self, where: Event, size: int) -> Iterator[Event]:
         for each in (size, -size) if self.gloo else ():
             yield self._event(where, "temporaries", each)
@@ -170,9 +189,9 @@ class _Sharded:
             return
         if event.place == "forward":
             yield from self._gather(event, event.layer)
-            yield self._event(event, GATHERED, self.whole(event.layer))
+            yield from self._copy_out(event, event.layer)
         elif event.place == "backward":
-            yield self._event(event, GATHERED, self.whole(event.layer))
+            yield from self._copy_out(event, event.layer)
             yield self._event(event, GATHERED, -self.gathering)
             self.gathering = self.whole(event.layer - 1)
             yield self._event(event, GATHERED, self.gathering)
@@ -233,8 +252,16 @@ def sharded_events(
     scratches: dict[int | None, list[int]] = {layer: [] for layer in sizes}
     for name, each in trained_of(parameters).items():
         scratches[layer_of(name)].append(scratch(shard_elements(each, world), each.itemsize))
+    twice = {name: each for name, each in parameters.items() if cut_dimension(each, world) == 1}
     sharded = _Sharded(
-        sizes, shards(trained_of(parameters), world), world, scratches, per_layer, together and not per_layer, gloo
+        sizes,
+        shards(trained_of(parameters), world),
+        shards(twice, world),
+        world,
+        scratches,
+        per_layer,
+        together and not per_layer,
+        gloo,
     )
     return [each for each in sharded.events(events) if each.size]
 

@@ -12,15 +12,17 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from slcompile import torch_private
+from slcompile.optim.step_limit import whole_norm
 
 
 class BlockAdamW(AdamW):
     """AdamW that steps a share of the parameters, and holds moments of those alone.
 
     Every ``update_every`` steps it chooses anew: the matrices with the largest gradients, by their norm divided by the
-    root of their size, and by how often each was chosen, until they hold ``share`` of all elements. Vectors (biases,
-    norms) are stepped always. Moments of a matrix that is chosen no more are dropped. Choosing needs all gradients at
-    once, so ``per_layer`` refuses it; it reads their norms from the device once.
+    root of their size, and by how often each was chosen, until they hold ``share`` of all elements. Of sharded ones all
+    processes choose the same, by the norm of the whole gradient. Vectors (biases, norms) are stepped always. Moments of
+    a matrix that is chosen no more are dropped. Choosing needs all gradients at once, so ``per_layer`` refuses it; it
+    reads their norms from the device once.
 
     Args:
         params: As ``torch.optim.AdamW`` takes them, factors among them.
@@ -87,7 +89,7 @@ class BlockAdamW(AdamW):
         with_gradient = [each for each in candidates if each[2].grad is not None]
         if not with_gradient:
             return
-        norms = torch.stack([each.grad.norm().float() / math.sqrt(each.numel()) for _, _, each in with_gradient])  # type: ignore[union-attr]  # they have one
+        norms = torch.stack([whole_norm(each.grad).float() / math.sqrt(each.numel()) for _, _, each in with_gradient])
         by_merit = sorted(
             zip(norms.tolist(), with_gradient, strict=True),
             key=lambda pair: -pair[0] / (1 + pair[1][0]["times_chosen"][pair[1][1]]),

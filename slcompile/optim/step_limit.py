@@ -54,7 +54,7 @@ class StepLimit:
     def _shorten(self, *_: Any) -> None:
         for name, factor, least, before in self._before:
             step = factor - before
-            size, norm = float(step.norm()), max(float(before.norm()), least)
+            size, norm = float(whole_norm(step)), max(float(whole_norm(before)), least)
             if size > self._ratio * norm:
                 factor.copy_(before.add_(step, alpha=self._ratio * norm / size))
                 if self.limited == 0:
@@ -69,13 +69,20 @@ class StepLimit:
         self._before.clear()
 
 
+def whole_norm(tensor: Any) -> Tensor:
+    """Returns the norm of a tensor, of all its shards where it is sharded; ``float`` of a DTensor's is a shard's."""
+    norm = tensor.norm()
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
+
+
 def limit_steps(model: nn.Module, optimizer: Optimizer, ratio: float = 0.1) -> StepLimit:
     """Shortens each step of a factor B or A to at most ``ratio`` of the factor's norm.
 
-    Norms are Frobenius norms; a factor that is smaller than it would be at a random start, as the one that starts at
-    zero is, counts as of that size. Other parameters are left alone, and so are the optimizer's moments. Each step
-    copies the factors and reads two numbers of each from the device. The first time that a step is shortened, it is
-    logged with the factor's name.
+    Norms are Frobenius norms, of the whole factor where it is sharded; a factor that is smaller than it would be at a
+    random start, as the one that starts at zero is, counts as of that size. Other parameters are left alone, and so are
+    the optimizer's moments. Each step copies the factors and reads two numbers of each from the device. The first time
+    that a step is shortened, it is logged with the factor's name.
 
     Args:
         model: Factorized now or by its first training step; torch.compile's wrapper may be around it.

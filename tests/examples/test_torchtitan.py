@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -16,7 +14,7 @@ import slcompile
 from slcompile.memory.estimate import held_memory
 from slcompile.models import known_config
 from slcompile.names import SUFFIX
-from tests.testing import EXAMPLES, process_group
+from tests.testing import EXAMPLES, module_at, process_group
 
 pytestmark = pytest.mark.slow
 
@@ -26,12 +24,7 @@ for needed in ("torchtitan", "tensorboard", "datasets"):
 
 @pytest.fixture(scope="module")
 def titan() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sltrain_of_torchtitan", EXAMPLES / "torchtitan" / "sltrain.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(EXAMPLES / "torchtitan" / "sltrain.py", "sltrain_of_torchtitan")
 
 
 def small(titan: ModuleType, **options: Any) -> Any:

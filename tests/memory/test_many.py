@@ -74,6 +74,22 @@ class TestSharded:
         for shape, world, elements in (((10, 3), 4, 9), ((2, 5), 4, 5), ((7,), 2, 4), ((8, 2), 1, 16), ((), 4, 1)):
             assert shard_elements(torch.empty(shape), world) == elements
 
+    def test_a_stack_of_fewer_matrices_than_processes_is_cut_in_its_second_dimension(self):
+        for shape, world, elements in (
+            ((8, 6, 5), 4, 60),
+            ((2, 8, 5), 4, 20),
+            ((2, 6, 5), 4, 30),
+        ):  # 6 rows by 4: padded
+            assert shard_elements(torch.empty(shape), world) == elements
+        parameters = {"layers.0.w": nn.Parameter(torch.empty(2, 4, 5))}
+        given = [Event("forward", 0, "activations", 8), Event("backward", 0, "gradients", 160)]
+        ways = {"per_layer": False, "together": False, "gloo": False}
+        events = sharded_events(given, parameters, 4, lambda count, itemsize: 0, **ways)
+        copies = [each.size for each in events if each.part == "temporaries"]
+        assert copies == [160, -160, 160, -160]  # once more, forward and backward
+        (last,) = [each.size for each in events if each.place == "optimizer step"]
+        assert last == -40
+
     def test_every_buffer_of_two_layers(self):
         """Layers of 10 float32 and 2 outside, on two processes; each layer's gradient is 40 bytes."""
         parameters = {"head": nn.Parameter(torch.empty(2))}

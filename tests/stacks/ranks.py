@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,24 @@ def fsdp(folder: Path) -> dict[str, Any]:
     example.save(model, optimizer, folder / "checkpoint", STEPS)
     weight = model.layers[0].up.weight_sl
     shards = {name: (list(each.shape), list(each.to_local().shape)) for name, each in weight.named_parameters()}
-    return {"losses": losses, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shards": shards}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    by_norm = by_norms(dist.get_world_size(), dist.get_rank())
+    return {"losses": losses, "graphs": graphs, "shards": shards, "by norms": by_norm}
+
+
+def by_norms(world: int = 1, rank: int = 0) -> dict[str, Any]:
+    """Steps of which a limit holds some back, then those of chosen blocks; sharded among several processes."""
+    torch.manual_seed(0)
+    model = slcompile.factorize_(transformer(layers=1), replace(CONFIG, seed=0))
+    if world > 1:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    limit = slcompile.limit_steps(model, optimizer)
+    losses = train(model, optimizer, range(STEPS), world, rank)
+    limit.remove()
+    blocks = slcompile.optim.BlockAdamW(model.parameters(), lr=1e-3, share=0.2, update_every=1)
+    losses += train(model, blocks, range(STEPS), world, rank)
+    return {"losses": losses, "limited": limit.limited, "chosen": [group["chosen"] for group in blocks.param_groups]}
 
 
 def frozen(folder: Path) -> dict[str, Any]:

@@ -20,23 +20,45 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import slcompile
+from slcompile.factorize import named_weights
 
 LAYOUTS = {1: {"one": (1, 1)}, 2: {"fsdp": (2, 1), "tp": (1, 2)}, 4: {"fsdp": (4, 1), "both": (2, 2), "tp": (1, 4)}}
-"""Processes -> name -> processes with data of their own, and those that share each matmul."""
+"""Processes -> name -> processes with data of their own, and those that share each matmul and divide the experts."""
 
-PLAN = {"*.up": "column", "*.down": "row"}
+PLAN = {"*.up": "column", "*.down": "row", "*.experts": "expert"}
 STEPS = 2
 
 
+class Experts(nn.Module):
+    """32 -> 34 -> 32, four times: some of the blocks of four rows that share their columns are of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.inner, self.outer = nn.Parameter(torch.randn(4, 34, 32) / 6), nn.Parameter(torch.randn(4, 32, 34) / 6)
+        self.bias = nn.Parameter(torch.randn(4, 32))
+
+    def forward(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        expert = chosen.flatten()
+        each = tokens.repeat_interleave(chosen.shape[1], 0).unsqueeze(-1)
+        hidden = torch.tanh(torch.bmm(self.inner[expert], each))
+        output = torch.bmm(self.outer[expert], hidden).squeeze(-1) + self.bias[expert]
+        return (output.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
 class Block(nn.Module):
-    """32 -> 48 -> 32; the attention of a transformer would add nothing but names."""
+    """32 -> 48 -> 32 and experts; the attention of a transformer would add nothing but names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.router, self.experts = nn.Linear(32, 4), Experts()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        return x + self.experts(tokens, chosen, weights).view(x.shape)
 
 
 class Net(nn.Module):
@@ -57,7 +79,7 @@ def spread(data: int, tp: int, seed: int) -> tuple[nn.Module, torch.optim.Optimi
     """The model in a layout; four processes cannot divide its ranks, nor two dimensions its embedding's rows."""
     torch.manual_seed(seed)
     config = slcompile.SLConfig(rank=6, density=0.25, support="vector", vector=4, seed=seed)
-    model = slcompile.factorize_(Net(), config)
+    model = slcompile.factorize_(Net(), config, example_args=(torch.zeros(4, 8, dtype=torch.int64),))
     if data * tp > 1:
         mesh = init_device_mesh("cpu", (data, tp), mesh_dim_names=("data", "tp"))
         if tp > 1:
@@ -79,9 +101,9 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     for index, layer in enumerate(model.layers):
         if isinstance(layer, FSDPModule):
             layer.unshard()
-        for name in ("up", "down"):
-            weight = getattr(layer, name).weight_sl().detach()
-            found[f"{index} {name}, composed"] = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        for name, weight in named_weights(layer):
+            composed = weight().detach()
+            found[f"{index} {name}, composed"] = composed.full_tensor() if isinstance(composed, DTensor) else composed
         if isinstance(layer, FSDPModule):
             layer.reshard()
     return {name: value.clone() for name, value in found.items()}

@@ -53,6 +53,11 @@ def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(t
     # B [256, 8], A [8, 64] and values [256, 3]: half of the rows each
     assert first["shards"] == {"B": [[256, 8], [128, 8]], "A": [[8, 64], [4, 64]], "values": [[256, 3], [128, 3]]}
 
+    by_norms = ranks.by_norms()  # of whole factors and gradients
+    assert first["by norms"]["losses"] == pytest.approx(by_norms["losses"], rel=1e-9)
+    assert first["by norms"]["limited"] == by_norms["limited"] > 0
+    assert first["by norms"]["chosen"] == second["by norms"]["chosen"] == by_norms["chosen"]
+
     torch.manual_seed(1)
     restored = slcompile.factorize_(ranks.transformer(), slcompile.SLConfig(rank=8, density=0.05))
     optimizer = torch.optim.AdamW(restored.parameters(), lr=3e-3)

@@ -58,7 +58,7 @@ def test_whole_factors_stay_equal_and_a_loaded_seed_moves_the_support(found):
 def test_what_cannot_be_shared_is_refused(found):
     messages = [
         "puts 3 non-zeros in each row of 64 columns, which 2 processes cannot share by columns; the nearest that they",
-        "with support='uniform' cannot be shared: only those of nn.Linear can",
+        "with support='uniform' cannot be shared: only those of nn.Linear and of experts can",
         "plan['*.q_proj'] got 'columns', did you mean 'column'",
         "plan['*.query'] fits no linear layer of the model",
         "mesh must be a DeviceMesh of one dimension, got",

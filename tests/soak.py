@@ -136,14 +136,14 @@ def in_threads(count: int, steps: int) -> None:
     """
     errors: list[BaseException] = []
 
-    compiled = threading.Barrier(count)
+    steps_of_all = threading.Barrier(count)
 
     def work(number: int, folder: Path) -> None:
         try:
-            train_and_export(number, steps, folder, compiled)
+            train_and_export(number, steps, folder, steps_of_all)
         except BaseException as error:
             errors.append(error)
-            compiled.abort()
+            steps_of_all.abort()
 
     with tempfile.TemporaryDirectory() as folder:
         threads = [threading.Thread(target=work, args=(number, Path(folder))) for number in range(count)]
@@ -156,7 +156,7 @@ def in_threads(count: int, steps: int) -> None:
         assert len(list(Path(folder).glob("*.onnx"))) == count
 
 
-def train_and_export(number: int, steps: int, folder: Path, compiled_by_all: threading.Barrier) -> None:
+def train_and_export(number: int, steps: int, folder: Path, of_all: threading.Barrier) -> None:
     """What one thread does with a model of its own class and width."""
 
     class Own(nn.Sequential):
@@ -168,7 +168,7 @@ def train_and_export(number: int, steps: int, folder: Path, compiled_by_all: thr
     compiled = torch.compile(model, backend="sltrain", options=OPTIONS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(number))
-    compiled_by_all.wait()  # torch.compile does nothing while any thread exports, which is torch's
+    of_all.wait()
     losses = []
     for _ in range(steps):
         loss = (compiled(x) - x).square().mean()
@@ -178,6 +178,7 @@ def train_and_export(number: int, steps: int, folder: Path, compiled_by_all: thr
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0], losses
     assert set(slcompile.factors(model)) == {"0.weight", "2.weight"}
+    of_all.wait()  # while one thread exports, torch takes the compiled calls of every other for traced ones, and raises
     slcompile.export_onnx(model, (x,), folder / f"{number}.onnx", verify=False)
 
 

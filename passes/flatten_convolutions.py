@@ -82,7 +82,8 @@ def _decide(nodes: Sequence[fx.Node], lowering: str, device: torch.device | None
         cost = _cost(compose, x, device)
         reason, detail = why_composed(_operands(first)[0], compose, cost, False, device, lowering) or ("", "")
         if not reason:
-            costs = _costs(nodes, cost, x, device)
+            is_factored_back = not why_composed(_operands(first)[0], compose, cost, True, device, lowering)
+            costs = _costs(nodes, cost, x, device, is_factored_back)
             detail = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in costs.items())
         if costs and lowering == "auto" and costs["composed"] <= costs["factored"]:
             reason, detail = "slower", f"factored is predicted to be slower: {detail}"
@@ -119,8 +120,13 @@ def _cost(compose: fx.Node, x: Tensor, device: torch.device | None) -> Costs:
     )
 
 
-def _costs(nodes: Sequence[fx.Node], cost: Costs, x: Tensor, device: torch.device | None) -> dict[str, float]:
-    """Predicts seconds of a convolution and its gradients composed, and as factored matmuls with the copies."""
+def _costs(
+    nodes: Sequence[fx.Node], cost: Costs, x: Tensor, device: torch.device | None, is_factored_back: bool
+) -> dict[str, float]:
+    """Predicts seconds of a convolution and its gradients composed, and as factored matmuls with the copies.
+
+    ``is_factored_back`` says whether the product that makes the input's gradient can be factored, too.
+    """
     at, matmul, tokens = rates(device or x.device), cost.matmul, torch_private.size_hint(cost.tokens)
     composed = factored = 0.0
     moved = 0
@@ -135,7 +141,10 @@ def _costs(nodes: Sequence[fx.Node], cost: Costs, x: Tensor, device: torch.devic
                 factored += matmul.grads_factored(tokens, rates=at, hiddens=0 if makes_input else 1)
         for transposed in phases:
             composed += cost.composed(tokens)
-            factored += matmul.factored(tokens, rates=at, transposed=transposed)
+            if transposed and not is_factored_back:
+                factored += cost.composed(tokens)
+            else:
+                factored += matmul.factored(tokens, rates=at, transposed=transposed)
         moved += tokens * (matmul.rows + matmul.columns)
     copies = 0.0 if _lies_as_rows(x) else 2 * moved * x.dtype.itemsize / at.memory
     return {"composed": composed, "factored": factored + copies}

@@ -41,8 +41,8 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     every op but higher-order ones, which take operands, and whose graphs return results, in the layout that was traced:
     attention in a checkpointed region is run by one, which saves the state of the random numbers, and would misread
     it; the branches of ``torch.cond`` must agree on it. In a graph with such an op, and in such an op's graph, it
-    stays a call: its result is contiguous. So it does in a graph with an op that is told strides, such as as_strided,
-    or demands them, such as view_as_complex. So nothing reads a transposed result but what Inductor itself compiles, or
+    stays a call: its result is contiguous. It stays one, too, in a graph with an op that is told strides (as_strided)
+    or demands them (view_as_complex). So nothing reads a transposed result but what Inductor itself compiles, or
     calls with the layout that the op asks for. On GPUs, where rows may have gaps between them, results are copied then.
 
     Args:

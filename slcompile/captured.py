@@ -31,13 +31,7 @@ from slcompile.convert.ledger import ledger
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import weight_modules, weight_uses
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes import (
-    PassReport,
-    joint_passes,
-    parameterize_weights,
-    post_passes,
-    run,
-)
+from slcompile.passes import PassReport, joint_passes, parameterize_weights, post_passes, run
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import GraphPass, Watch
 from slcompile.passes.graph_text import lines
@@ -55,6 +49,9 @@ POST_HOOK = "post_grad_custom_pre_pass"
 PARTITIONER = "custom_partitioner_fn"
 Wanted = Mapping[int, SLConfig]
 """Positions of the inputs that are to be factorized, and the options of the weight at each."""
+
+_BUDGET_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said that they are not one graph."""
 
 REQUIRED_SETTINGS = ("use_joint_graph_passes", "use_post_grad_passes")
 """Inductor's settings without which it calls neither hook; its mode "lite" turns them off."""
@@ -241,8 +238,8 @@ class CapturedGraph:
                 len(parameters) + len(others),
             )
         held = held_bytes(roots, live.optimizers, replaced)
-        kinds = {each.device.type for each in inputs if isinstance(each, torch.Tensor)}
-        device = "cpu" if "cpu" in kinds or not torch.cuda.is_available() else "cuda"
+        kinds = {each.device.type for each in parameters}
+        device = "cuda" if "cuda" in kinds or ("cpu" not in kinds and torch.cuda.is_available()) else "cpu"
         return BudgetedPartitioner(self.config, held, Plan(device), watch, warns=True)
 
     def parameterize(
@@ -354,10 +351,6 @@ class GraphPasses(CustomGraphPass):
             return None  # what was compiled before would be taken without saying whether a step fits
         ids = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
         return None if None in ids else (_sources_hash(), self.config, cost.fingerprint(), *ids)
-
-
-_BUDGET_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models of which it was said that they are not one graph."""
 
 
 @functools.cache

@@ -74,7 +74,7 @@ class SLConfig:
             again from the hidden matrices, ``rank`` wide.
         memory_budget: Bytes that a training step may take at its peak, or a string such as ``"6GB"`` or ``"512MiB"``;
             with ``save="auto"``, which then computes again in the backward pass what is needed for that, and no
-            more. Counted as in ``estimate_memory``; kept as an int.
+            more. Counted as in ``estimate_memory``, but for what the optimizer's step allocates; kept as an int.
         autotune: Whether Triton kernels time several configurations, once for each shape, instead of taking the
             device's default.
         dryrun: Whether ``backend="sltrain"`` only reports what it would replace: the model then trains dense.

@@ -131,9 +131,12 @@ def _merge_places(places: Sequence[tuple[nn.Module, str, FactorizedWeight]]) -> 
     except BaseException:
         restore(before)
         raise
+    gone = {id(weight) for _, _, weight in places}
+    owners = LiveObjects.find().owners([each for _, _, weight in places for each in weight.parameters()])
     for _, name, weight in places:
         for suffix, parameter in weight.named_parameters():
-            retire(parameter, f"{name}{SUFFIX}.{suffix} was merged into a dense weight by merge_")
+            if all(id(owner) in gone for owner, _ in owners[id(parameter)]):  # else others share it, and train on
+                retire(parameter, f"{name}{SUFFIX}.{suffix} was merged into a dense weight by merge_")
 
 
 def factors(model: nn.Module) -> dict[str, Any]:

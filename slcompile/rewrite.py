@@ -43,7 +43,7 @@ def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
     uses: dict[int, WeightUse] = {}
     weights: dict[int, nn.Parameter] = {}
     for node in gm.graph.nodes:
-        leaf = layer_use(gm.get_submodule(node.target)) if node.op == "call_module" else None
+        leaf = _leaf_use(gm.get_submodule(node.target)) if node.op == "call_module" else None
         if node.op != "get_attr" and leaf is None:
             continue
         path, _, name = f"{node.target}.weight".rpartition(".") if leaf else str(node.target).rpartition(".")
@@ -71,6 +71,15 @@ def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
             table[node.name] = (candidate.name, module)
     run([functools.partial(parameterize_weights, weights=table)], gm)
     return report
+
+
+def _leaf_use(module: nn.Module) -> WeightUse | None:
+    """As ``layer_use``; what has another forward pass than the plain layer is not inlined: its weight stays dense."""
+    use = layer_use(module)
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if use is None or not use.matmuls or any(type(module).forward is kind.forward for kind in plain):
+        return use
+    return WeightUse(others=[f"the forward pass of {type(module).__name__}"])
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node) -> fx.Node:

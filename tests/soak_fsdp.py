@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from tests.testing import LITE, example
 TENTHS = 10
 RESIDENT, IN_USE = "resident bytes", "bytes in use of malloc"
 SLACK = {RESIDENT: 8 * 2**20, IN_USE: 2 * 2**20}
-"""What may be more at the end: of 18,000 steps, 116 bytes of each; torch keeps a little of each checkpoint."""
+"""What may be more at the end, in bytes; torch keeps a little of each checkpoint."""
 
 
 class Malloc(ctypes.Structure):
@@ -131,6 +132,8 @@ def main() -> int:
         say(f"| {name} | {first[name]:,} | {last[name]:,} |")
     say(f"grew: {', '.join(more) or 'nothing'}")
     dist.barrier()  # else the first one to end with an error stops the others before they say what they found
+    if rank == 0:
+        shutil.rmtree(folders[0])
     dist.destroy_process_group()
     return 1 if more else 0
 

@@ -122,7 +122,7 @@ def gather(
     return result
 
 
-def gather_linear(root: nn.Module, config: SLConfig, live: LiveObjects) -> Candidates:
+def gather_layers(root: nn.Module, config: SLConfig, live: LiveObjects) -> Candidates:
     """Gathers the weights of a model's layers in training that are likely to be converted sooner or later."""
     uses: dict[int, tuple[nn.Parameter, WeightUse]] = {}
     for _, module, use in weight_modules(root):

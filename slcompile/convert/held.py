@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from slcompile.weight.structure import FactorizedWeight
 
@@ -28,7 +28,7 @@ def held_bytes(
     states: dict[int, int] = {}  # id of a parameter -> bytes of the state that there is
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            moments = 2 if "momentum" not in group else 1 if group["momentum"] else 0
+            moments = (1 if group["momentum"] else 0) if isinstance(optimizer, SGD) else 2
             for parameter in group["params"]:
                 copies[id(parameter)] = moments
                 kept = [each for each in optimizer.state.get(parameter, {}).values() if isinstance(each, Tensor)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from slcompile.config import SLConfig
-from slcompile.convert.candidates import Candidate, gather_linear
+from slcompile.convert.candidates import Candidate, gather_layers
 from slcompile.convert.ledger import Ledger
 from slcompile.convert.mend_optimizers import mend, positions, require_mendable
 from slcompile.names import SUFFIX
@@ -48,7 +48,7 @@ def convert(
     record = ledger.record(roots)
     # On the first conversion of a model, check its remaining linear weights as well, so that we refuse before anything
     # changed.
-    coming = [] if record.begun else [each for root in roots for each in gather_linear(root, config, live).chosen]
+    coming = [] if record.begun else [each for root in roots for each in gather_layers(root, config, live).chosen]
     checked = list({id(candidate.weight): candidate for candidate in [*coming, *candidates]}.values())
     for candidate in checked:
         _require_convertible(candidate, live)

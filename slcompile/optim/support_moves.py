@@ -47,9 +47,10 @@ class SupportMoves:
 
     Every ``every`` calls of ``step``, the closure's loss is computed once more and differentiated, in eager mode, and
     the dense gradient of one weight at a time is looked at. Neither composed weights nor dense gradients are kept, and
-    no ``grad`` is written. Then moved entries start again: value, gradient and the optimizer's moments are zero. All
-    others stay as they are. The compiled graph stays, too: positions are operands. Weights of another support do not
-    move, and neither do those that the gradient does not reach, reentrant checkpoints' among them.
+    no ``grad`` is written; what a forward pass changes, such as BatchNorm's running statistics and the state of random
+    numbers, it changes once more. Then moved entries start again: value, gradient and the optimizer's moments are
+    zero. All others stay as they are. The compiled graph stays, too: positions are operands. Weights of another
+    support do not move, and neither do those that the gradient does not reach, reentrant checkpoints' among them.
 
     Within DistributedDataParallel all processes call ``step``, and make the moves that the first one's loss asks for.
 
@@ -58,7 +59,7 @@ class SupportMoves:
         optimizer: What steps the values: any whose states are of a number for each entry and zero at the start.
         every: Calls of ``step`` from one move to the next.
         fraction: Share of a weight's non-zeros, in (0, 1], that move at most.
-        until: The last step that moves; the fraction falls to zero until then, as a cosine does. None: it stays.
+        until: The step from which none moves; the fraction falls to zero until then, as a cosine does. None: it stays.
 
     Attributes:
         moved: Non-zeros that moved so far.
@@ -114,7 +115,7 @@ class SupportMoves:
                 that reaches a weight. Nothing has moved then.
         """
         self._steps += 1
-        if self._steps % self.every or (self.until is not None and self._steps > self.until):
+        if self._steps % self.every or (self.until is not None and self._steps >= self.until):
             return 0
         weights = self._require_movable()
         states = {name: self._moments(name, weight) for name, weight in weights.items()}
@@ -275,7 +276,8 @@ class _Looking:
             if not in_backward():  # there, a checkpoint is computed again
                 self._reads[held[0]] += 1
         elif name == "_to_copy" and (whole := self._composed.get(memory_of(args[0]))):
-            if result.numel() == math.prod(whole[0].shape):  # a cast of all of it, in the same order
+            is_in_order = result.stride() == args[0].stride()  # not so of a copy in another memory format
+            if is_in_order and result.numel() == math.prod(whole[0].shape):
                 self._composed[memory_of(result)] = whole[0], result.dtype
         elif name == "compose_backward" and (held := self._weights.get(args[3].data_ptr())):
             self._arrived(*held, args[0])

@@ -128,10 +128,23 @@ def _divided_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
         return property(read)
 
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        make, args, *rest = cast(tuple[Any, ...], base.__reduce_ex__(self, max(protocol, 2)))
+        args = tuple(base if each is type(self) else each for each in args)
+        return (_remake, (base, names, make, args), *rest)
+
     members = {
+        "__reduce_ex__": reduce,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "forward": forward,
         **{name: part_property(name) for name in names},
     }
     return types.new_class(f"Parallel{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(members))
+
+
+def _remake(base: Any, names: tuple[str, ...], make: Any, args: tuple[Any, ...]) -> nn.Module:
+    """Makes a copy of a module whose experts are divided; copies and pickles hold what it is called with."""
+    module: Any = make(*args)
+    module.__class__ = _divided_class(base, names)
+    return cast(nn.Module, module)

@@ -5,7 +5,7 @@ import torch
 from torch import fx, nn
 
 import slcompile
-from slcompile.convert.candidates import gather, gather_linear
+from slcompile.convert.candidates import gather, gather_layers
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
 from tests.testing import CONFIG
@@ -102,6 +102,6 @@ def test_a_graph_modules_own_weight_is_converted_only_when_the_graph_is_rewritte
 @pytest.mark.parametrize("training", [True, False])
 def test_the_linear_weights_that_will_come_are_those_in_training(training):
     model = Tied().train(training)
-    found = gather_linear(model, CONFIG, LiveObjects.find())
+    found = gather_layers(model, CONFIG, LiveObjects.find())
     expected = [("first.weight", ""), ("frozen.weight", "frozen"), ("small.weight", "too_small")]
     assert decisions(found) == (expected if training else [])

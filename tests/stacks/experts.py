@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,21 @@ def experts(folder: Path) -> dict[str, Any]:
         "mixtral grouped_mm": compared("mixtral", CONFIG, "grouped_mm", lowering="composed"),
         "gpt_oss batched_mm": compared("gpt_oss", STRATIFIED, "batched_mm"),
         "refused": refused(),
+        "copies": [copied(CONFIG), copied(None)],
     }
+
+
+def copied(config: slcompile.SLConfig | None) -> float:
+    """How far the logits of a copy are from those of the model, whose experts are divided."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model = slcompile.parallelize(mixture("gpt_oss", config, "batched_mm"), mesh["tp"], EXPERTS)
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # which the copy's are not
+    expected = mixture("gpt_oss", config, "batched_mm")
+    ids = shared.batch(0, 0)
+    return apart(again(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
 def more(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def test_two_processes_train_as_one(found, name):
     assert len(found[name]["composed"]) == 4 + 2
 
 
+def test_copies_are_divided_too(found):
+    assert len(found["copies"]) == 2
+    assert max(found["copies"]) < 1e-12
+
+
 def test_half_of_the_experts_are_here(found):
     assert found["gpt_oss batched_mm"]["local"] == {
         "gate_up_proj_bias": [2, 72],

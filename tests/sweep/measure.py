@@ -183,7 +183,7 @@ class Reference:
 
 
 class MatmulReads(TorchDispatchMode):
-    """Which storages matmuls, and weights of convolutions without groups, have while a model runs in eager mode."""
+    """Which storages hold what matmuls multiply, or weights of convolutions without groups, in an eager run."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -188,3 +188,19 @@ def test_an_optimizer_that_was_made_before_says_so():
     slcompile.share_factors(model)
     with pytest.raises(RuntimeError, match=r"square\.1\.weight shares the factors of square\.0\.weight .*again"):
         early.step()
+
+
+def test_merging_a_part_leaves_the_rest_in_training() -> None:
+    torch.manual_seed(0)
+    model = slcompile.share_factors(slcompile.factorize_(Layers(), SLConfig(**OPTIONS)))
+    slcompile.merge_(model.square[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.square[1].weight_sl.B.detach().clone()
+    for _ in range(2):  # B or C is zero at first
+        model(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.square[1].weight_sl.B, before) or not torch.equal(model.square[1].weight_sl.A, before)
+    slcompile.merge_(model)
+    with pytest.raises(RuntimeError, match="was merged"):
+        optimizer.step()

@@ -232,9 +232,9 @@ class SLWeight(FactorizedWeight):
 
     def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
-        # FSDP2's mixed precision casts parameters alone, and the values of no sparse part are none.
-        values = self.values if self.values.dtype == self.B.dtype else self.values.to(self.B.dtype)
-        operands = [self.B, self.A, values, self.index if self.has_index else self.seed]
+        operands = [self.B, self.A, self.values, self.index if self.has_index else self.seed]
+        if not self.density:  # FSDP2's mixed precision casts parameters, and these values are none
+            operands[2] = operands[2].to(operands[0].dtype)
         if self.base is not None:
             operands.append(self.base)
         return op(*self.arguments(operands))

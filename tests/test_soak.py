@@ -24,6 +24,7 @@ def test_threads_train_models_of_their_own(aten_kernels):
     soak.in_threads(count=2, steps=3)
 
 
+@pytest.mark.long
 def test_nothing_grows_under_fsdp():
     printed = torchrun("-m", "tests.soak_fsdp", "--steps", 60, "--after", 6, "--lite")
     for rank in range(2):

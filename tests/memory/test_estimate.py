@@ -60,6 +60,7 @@ class TestAgainstReality:
         estimate, real = table.compared(llama(), sl, batch=2, factorized=lowering is not None)
         assert abs(estimate / real - 1) < 0.02, (estimate, real)  # 2e-7 when it was written
 
+    @pytest.mark.long
     def test_peak_of_a_real_step_within_a_budget(self, table):
         ids = torch.empty(2, 256, dtype=torch.int64, device="meta")
         common = {"kwargs": {"input_ids": ids, "labels": ids}, "device": "cpu"}

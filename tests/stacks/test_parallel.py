@@ -43,6 +43,7 @@ def test_half_of_the_rows_are_here(found):
     assert found["stratified"]["local"] == [[32], [32, 8], [8, 64], [32, 4]]
 
 
+@pytest.mark.long
 def test_two_dimensions_train_as_one_process(tmp_path):
     torchrun(SCRIPT, "shared", tmp_path, processes=4)
     for rank in range(4):

@@ -59,6 +59,7 @@ print(sorted(model.state_dict()))
     assert "factorized 2 weights of Sequential" in done.stderr
 
 
+@pytest.mark.slow
 def test_first_run_converts_with_one_additional_compile_and_frees_the_dense_weights(block, batch, counting):
     dense = [weakref.ref(block.get_parameter(name)) for name in WEIGHTS]
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2)
@@ -87,6 +88,7 @@ def test_the_first_step_saves_no_more_for_backward_than_later_ones(block, batch)
     assert sizes[0] <= sizes[1] == sizes[2]
 
 
+@pytest.mark.slow
 @without_code
 def test_a_second_instance_converts_through_the_same_compiled_graph(block_class, batch, counting):
     first, second = block_class(), block_class()
@@ -106,6 +108,7 @@ def test_nothing_is_converted_without_gradients(block, batch, mode):
     assert not is_converted(block)
 
 
+@pytest.mark.slow
 @without_code
 def test_eval_mode_and_frozen_weights_stay_dense_and_training_converts_later(block, batch, counting):
     block.down.weight.requires_grad_(False)
@@ -281,6 +284,7 @@ def test_a_weight_that_no_module_owns_is_left_dense(batch):
     assert weights[0].grad is not None
 
 
+@pytest.mark.slow
 @without_code
 def test_graph_breaks_convert_each_fragment(batch):
     class Broken(nn.Module):
@@ -317,6 +321,7 @@ def test_an_explicitly_factorized_model_is_left_as_it_is(block, batch):
     assert slcompile.factors(block)["up.weight"].B.shape == (96, 4)
 
 
+@pytest.mark.slow
 @without_code
 def test_patterns_are_matched_with_the_names_of_dense_weights_also_after_conversion(block, batch, counting):
     compiled = torch.compile(block, backend=counting, options={**OPTIONS, "include": ("up.weight",)})
@@ -328,6 +333,7 @@ def test_patterns_are_matched_with_the_names_of_dense_weights_also_after_convers
     assert reasons == {"down.weight": "excluded", "mix": "excluded", "head.weight": "too_small"}
 
 
+@pytest.mark.slow
 def test_the_users_own_joint_pass_runs_too(block, batch):
     graphs: list[torch.fx.Graph] = []
     inductor = {"joint_custom_pre_pass": GraphCollector(graphs), "fx_graph_cache": False}
@@ -335,6 +341,7 @@ def test_the_users_own_joint_pass_runs_too(block, batch):
     assert any(node.target in WEIGHT_OPS for node in graphs[0].nodes)
 
 
+@pytest.mark.slow
 def test_modes_and_inductor_settings_reach_inductor(block, block_class, batch):
     # "max-autotune-no-cudagraphs" is accepted on the CPU; a bad name must not be.
     torch.compile(block, backend="sltrain", mode="max-autotune-no-cudagraphs")(batch[0]).sum().backward()
@@ -355,6 +362,7 @@ def test_modes_and_inductor_settings_reach_inductor(block, block_class, batch):
         assert not is_converted(model)
 
 
+@pytest.mark.slow
 def test_our_passes_run_in_inductors_lite_mode_too(block, batch):
     compiled = torch.compile(block, backend="sltrain", mode="lite")
     compiled(batch[0]).sum().backward()
@@ -422,6 +430,7 @@ def test_who_owns_the_weights_is_looked_up_once_not_once_for_each(batch, monkeyp
     assert len(calls) <= 4
 
 
+@pytest.mark.slow
 def test_the_converted_model_finds_what_was_compiled_for_its_conversion(block, batch, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     counters = torch._dynamo.utils.counters  # read anew each time: torch may clear it when it first compiles

@@ -86,6 +86,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(model):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 def test_weights_that_become_factors_are_chosen_among(model):
     optimizer = BlockAdamW(model.parameters(), lr=1e-2, share=0.3, update_every=5)

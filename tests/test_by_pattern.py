@@ -139,6 +139,7 @@ def test_options_come_back_from_json_and_from_the_command_line():
     assert sl_config([f"rank={json.dumps(RANK)}", 'density={"*": 0.1}']) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["rank", "density", "alpha"])
 def test_a_pattern_that_matches_nothing_is_refused(field):
     config = SLConfig(**{field: {"layres.*": 1, "*": 1}})

@@ -56,6 +56,7 @@ def test_a_conv1d_style_weight_starts_as_the_transposed_linear():
     assert 0.95 * bound < weight.values.abs().max() <= bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merge_restores_a_plain_model_with_the_same_outputs(block, block_class, batch, support, dtype):
@@ -123,6 +124,7 @@ def test_torch_export_keeps_the_factors_as_parameters(block, batch):
     assert torch.equal(program.module()(batch[0]), block(batch[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_training_resumes_bit_equal_from_a_checkpoint(block_class, batch, support):
     config = slcompile.SLConfig(rank=8, density=0.05, support=support)
@@ -240,6 +242,7 @@ def test_an_explicit_init_holds_whatever_the_model_was_given_before():
         assert (model[index].weight - dense[index]).norm() < 0.8 * dense[index].norm()
 
 
+@pytest.mark.slow
 def test_seeds_are_drawn_like_any_initialiser_or_fixed_by_name(block_class):
     def seeds(seed):
         model = slcompile.factorize_(block_class(), slcompile.SLConfig(rank=8, seed=seed))

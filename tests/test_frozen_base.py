@@ -102,6 +102,7 @@ def test_parameters_alone_may_be_of_lower_precision(lowering, x):
         assert torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("options", [FROZEN, LORA, STRATIFIED, {**FROZEN, "support": "uniform"}])
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
@@ -191,6 +192,7 @@ def test_the_factored_backward_pass_makes_no_dense_gradient(options):
     assert dense.isdisjoint(found["factored"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 def test_a_model_that_was_frozen_gets_factors_and_nothing_else_is_trained(x):
     model = Spellings().requires_grad_(False)
@@ -231,6 +233,7 @@ def test_what_is_told_and_that_memory_is_shared(x, caplog):
     assert f"-> {size:,} parameters in them, which begin at zero and are added to the weights" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FROZEN, LORA])
 def test_state_dicts_copies_and_pickles(options, x):
     model, other = adapted(Spellings(), x, **options), Spellings()
@@ -300,6 +303,7 @@ def test_a_graph_of_torch_fx_is_rewritten_and_merged(x):
     assert "weight_sl" not in text_of(gm)
 
 
+@pytest.mark.slow
 def test_explain_counts_the_base_and_trains_the_factors_alone():
     model, x = Wide(), torch.randn(64, 256)
     found = slcompile.explain(model, (x,), config=SLConfig(**LORA, lowering="factored"))

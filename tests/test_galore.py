@@ -85,6 +85,7 @@ def test_moments_are_as_small_as_the_rank(model):
     assert all(each.grad is not None for each in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(model):
     other = copy.deepcopy(model)
     stepped(GaLoreAdamW(model.parameters(), **OPTIONS, energy=0.99), model, range(25))
@@ -117,6 +118,7 @@ def test_the_rank_follows_the_gradient_and_moments_are_carried():
     assert state["projection"].shape == (32, 1)
 
 
+@pytest.mark.slow
 def test_per_layer_updates_are_the_same(model):
     other, ids = copy.deepcopy(model), torch.arange(40).view(2, 20)
     plain = GaLoreAdamW(model.parameters(), **OPTIONS)

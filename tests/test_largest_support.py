@@ -46,6 +46,7 @@ def test_the_largest_of_each_group_is_found_and_its_offset_says_where(rows, colu
     assert offset_dtype(1 << 17, 1) == torch.int32
 
 
+@pytest.mark.slow
 def test_the_non_zeros_are_the_largest_residuals_of_the_low_rank_part():
     dense = torch.randn(48, 64) @ torch.diag(0.9 ** torch.arange(64.0))
     model = nn.Sequential(nn.Linear(64, 48))
@@ -199,6 +200,7 @@ def test_merging_and_onnx(block, batch, compact, tmp_path):
     torch.testing.assert_close(block(x), before)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused_before_anything_changes(block, batch):
     before = copy.deepcopy(block.state_dict())
     for options in ({"init": "kaiming"}, {"init": "auto", "base": "frozen"}):
@@ -214,6 +216,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(block, batch):
         assert all(torch.equal(each, before[name]) for name, each in block.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_states_of_other_supports_and_broken_offsets_are_refused(block_class, strict):
     model, uniform = factorized(block_class()), factorized(block_class(), support="stratified")
@@ -239,6 +242,7 @@ def test_overwritten_offsets_are_found_and_a_reset_mends_them(block):
     weight.merged()
 
 
+@pytest.mark.slow
 def test_the_estimator_knows_what_is_kept_of_a_support(block, batch):
     report = slcompile.estimate_memory(
         block, (batch[0],), config=slcompile.SLConfig(**CONFIG, lowering="composed"), device="cpu"

@@ -87,6 +87,7 @@ def test_the_trajectory_is_bit_equal_to_the_plain_optimizers(block_class, batch,
     torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_first_gradients_of_adopted_factors_are_applied(block, batch, aten_kernels):
     optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
     dense = [p for p in block.parameters() if p.shape in {(96, 64), (64, 96), (64, 64)}]
@@ -103,6 +104,7 @@ def test_the_first_gradients_of_adopted_factors_are_applied(block, batch, aten_k
     assert not any(p._post_accumulate_grad_hooks for p in dense), "the dense weights keep their hooks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours_first", [True, False], ids=["per layer to plain", "plain to per layer"])
 def test_state_dicts_go_to_and_from_the_plain_class(block_class, batch, ours_first):
     def start(ours: bool):
@@ -153,6 +155,7 @@ def test_layers_that_are_adopted_one_after_another(batch):
     assert_same_state(done[0][1], done[1][1])
 
 
+@pytest.mark.slow
 def test_gradients_are_never_all_there_at_once(batch):
     """In eager mode, and compiled layer by layer, each layer's gradients are gone before the next one's come."""
     alive: list[int] = []
@@ -174,6 +177,7 @@ def test_gradients_are_never_all_there_at_once(batch):
         assert alive == [1] * len(parameters)
 
 
+@pytest.mark.slow
 def test_peak_memory_has_one_layers_gradients_instead_of_all(batch):
     layers_count, width = 8, 256
     peaks, gradients = {}, 0
@@ -338,6 +342,7 @@ def test_a_disabled_grad_scaler_changes_nothing(block, batch):
     assert not any(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_group_of_one_process_updates_as_plain(block_class, batch, tmp_path):
     """DDP made before and after the optimizer; ``tests/stacks/test_updates.py`` has two processes."""
     with process_group(tmp_path):
@@ -355,6 +360,7 @@ def test_a_group_of_one_process_updates_as_plain(block_class, batch, tmp_path):
             assert_same_state(model, done[0][1])
 
 
+@pytest.mark.slow
 def test_wrappers_that_do_not_tell_are_refused(block, batch):
     wrapped = nn.DataParallel(block)
     with pytest.raises(ValueError, match=r"cannot update \w+ of \w+ inside DataParallel: it does not say when"):
@@ -419,6 +425,7 @@ def test_bad_arguments_are_refused_and_leave_no_hook(block, batch):
         copy.deepcopy(optimizer)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_gone_updates_nothing(block, batch):
     optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
     del optimizer

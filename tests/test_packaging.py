@@ -119,6 +119,7 @@ def package_files() -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
 def test_every_file_of_the_package_is_in(built, kind):
     needed = package_files()

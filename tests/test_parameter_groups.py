@@ -46,6 +46,7 @@ def test_a_step_moves_the_values_by_so_much_more():
     torch.testing.assert_close(moved["0.weight_sl.B"], torch.tensor(1e-3), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_what_has_no_values_and_a_rate_that_is_none_are_refused():
     with pytest.raises(ValueError, match="must be of a factorized model"):
         parameter_groups(nn.Linear(4, 4).parameters(), lr=1e-3)

@@ -107,6 +107,7 @@ def test_generated_code_trains_and_infers_the_same(options, x, assert_eager):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 def test_no_unpacked_weight_is_kept_for_the_backward_pass():
     x = torch.randn(8, 256, requires_grad=True)

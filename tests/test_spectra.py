@@ -32,6 +32,7 @@ def random_factors(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 def test_they_are_those_of_the_dense_matrices(support):
     model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 40))
@@ -93,6 +94,7 @@ def test_a_dense_model_and_other_structures_are_refused():
         slcompile.spectra(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_drawing_has_a_panel_for_each_part_and_replaces_an_older_one(suffix, tmp_path):
     pytest.importorskip("matplotlib")

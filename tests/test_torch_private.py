@@ -352,6 +352,7 @@ def test_what_the_user_gets_is_known():
     assert count > 1
 
 
+@pytest.mark.slow
 def test_a_scatter_of_transposed_tiles_goes_where_it_should():
     """Inductor's own tiled kernel writes beyond the result, see _mend_inductor."""
 

@@ -83,6 +83,7 @@ def test_training_and_inference_are_as_exact_as_eager(assert_eager, block, batch
             assert float((found - expected).norm()) <= 2**-20 * float(expected.norm())
 
 
+@pytest.mark.slow
 def test_the_estimator_knows_what_is_kept_of_a_support(block, batch):
     options = {**CONFIG, "support": "vector", "lowering": "factored"}
     report = slcompile.estimate_memory(block, (batch[0],), config=slcompile.SLConfig(**options), device="cpu")

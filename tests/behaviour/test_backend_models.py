@@ -94,6 +94,7 @@ class Routed(nn.Module):
         return router(x)
 
 
+@pytest.mark.slow
 def test_what_a_graph_leaves_is_reported_of_every_module_that_runs_it(caplog):
     model = Routed()
     with caplog.at_level(logging.WARNING, "slcompile"):
@@ -118,6 +119,7 @@ def test_layers_that_torch_compile_wrapped_one_by_one_keep_their_names():
     assert set(slcompile.merged_state_dict(model)) == set(Layers().state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helper_first", [True, False])
 def test_names_do_not_depend_on_other_containers_of_the_same_layers(helper_first):
     layers = [Layer() for _ in range(4)]
@@ -132,6 +134,7 @@ def test_names_do_not_depend_on_other_containers_of_the_same_layers(helper_first
     del helper  # alive until here, as another container of the layers
 
 
+@pytest.mark.slow
 def test_a_rank_that_fits_some_weights_is_no_error_in_a_graph_that_holds_only_others(batch, counting):
     model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 512), nn.Linear(512, 64))
     compiled = torch.compile(model, backend=counting, options={"rank": 128})
@@ -217,6 +220,7 @@ def test_two_threads_that_take_the_first_step_at_once_convert_once(block, batch)
     assert all(p.grad is not None for p in block.parameters())
 
 
+@pytest.mark.slow
 def test_merging_and_training_on_is_announced_as_a_conversion(block, batch, caplog):
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
     compiled(batch[0]).sum().backward()

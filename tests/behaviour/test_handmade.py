@@ -123,6 +123,7 @@ class Apart(nn.Module):
         return x * self.layer.weight.sum()
 
 
+@pytest.mark.slow
 def test_a_weight_that_an_earlier_graph_reads_otherwise_stays_dense(assert_eager):
     model = Apart()
     compiled = compiled_with("sltrain", model)
@@ -220,6 +221,7 @@ def test_activation_checkpointing(where, reentrant, assert_eager):
     assert len(converted(model)) == (3 if where == "inside" else 2)
 
 
+@pytest.mark.slow
 def test_an_eager_checkpoint_around_a_first_run_that_reads_a_weight_twice_is_refused(assert_eager):
     model, x = Model(lambda m, x: torch.tanh(x @ m.w.T) @ m.w, {"w": (96, 64)}), torch.randn(8, 64)
     compiled = compiled_with("sltrain", model)

@@ -25,6 +25,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_are_the_papers(size):
     width, intermediate, layers, heads, rank, expected = SIZES[size]

@@ -71,6 +71,7 @@ INVALID = {
 wrong = st.sampled_from(sorted(INVALID)).flatmap(lambda name: st.tuples(st.just(name), INVALID[name]))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, **few)
 @given(st.fixed_dictionaries({}, optional=VALID))
 def test_valid_options_train(block_class, aten_kernels, options):
@@ -87,6 +88,7 @@ def test_valid_options_train(block_class, aten_kernels, options):
         assert (gradients[name] - each.grad).norm() <= 2**-16 * each.grad.norm(), name
 
 
+@pytest.mark.slow
 @settings(max_examples=300, **few)
 @given(wrong, st.fixed_dictionaries({}, optional=VALID))
 def test_an_invalid_option_among_valid_ones_is_named(wrong, options):
@@ -103,6 +105,7 @@ def test_an_unknown_option_is_named(name, options):
         slcompile.SLConfig.from_options({**options, name: 1})
 
 
+@pytest.mark.slow
 def test_two_threads_that_compile_at_once_disturb_nothing(block_class, batch, aten_kernels, assert_eager):
     """Each thread with a model of its own: while one traces, the other converts."""
     models = [block_class() for _ in range(4)]

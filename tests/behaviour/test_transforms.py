@@ -17,6 +17,7 @@ from tests.testing import SPECTRAL, Plain, compiled_with, converted
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 
 
+@pytest.mark.slow
 def test_double_backward_works_in_eager_mode_and_is_refused_by_compiled_code():
     model, x = Plain(), torch.randn(8, 64, requires_grad=True)
     compiled = compiled_with("sltrain", model)

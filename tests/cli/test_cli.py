@@ -147,6 +147,7 @@ def test_example_inputs_fit_the_model(kind):
     assert dynamic_shapes == {name: expected.get(name, text) for name in inputs}
 
 
+@pytest.mark.slow
 def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLCOMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cli.rates, "measure_rates", functools.partial(measure_rates, seconds=0.001))
@@ -235,6 +236,7 @@ def test_memory_of_another_structure(structure, count, tmp_path, capsys, monkeyp
     assert "--structure: invalid choice: 'cpp'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_of_a_factorys_model(tmp_path, capsys, monkeypatch):
     (tmp_path / "my_models.py").write_text(
         "import torch\n"

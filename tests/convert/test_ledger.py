@@ -110,6 +110,7 @@ def test_reset_forgets_everything(caplog):
     assert new == old  # whatever is kept, `reset` makes
 
 
+@pytest.mark.slow
 def test_nothing_that_is_known_keeps_a_model_alive():
     known, model = Ledger(), nn.Linear(4, 4)
     noted(known, model, report("a"))

@@ -81,6 +81,7 @@ def test_param_groups_and_names_are_edited_in_place(block):
     assert (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["lr"]) == (0.1, 1e-3)
 
 
+@pytest.mark.slow
 def test_schedulers_made_before_go_on(block, batch):
     optimizer = torch.optim.AdamW(block.parameters(), lr=1.0)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
@@ -111,6 +112,7 @@ def test_grad_scaler_unscales_the_factors(block, batch):
     del compiled  # alive until here: it holds the graph whose backward pass was run
 
 
+@pytest.mark.slow
 def test_accumulation_and_clipping_reach_the_factors(block, batch):
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     compiled, loss = compiled_step(block, batch)
@@ -204,6 +206,7 @@ def test_an_optimizer_of_stale_parameters_refuses_to_step(block):
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_compiled_optimizer_step_still_traces(block, batch):
     slcompile.factorize_(block, CONFIG)
     optimizer = torch.optim.AdamW(block.parameters(), lr=torch.tensor(1e-2))
@@ -236,6 +239,7 @@ def test_a_matrix_only_optimizer_of_a_converted_model_refuses_values(block, batc
     torch.optim.Muon([block.up.weight_sl.B, block.up.weight_sl.A]).step()
 
 
+@pytest.mark.slow
 def test_a_closure_that_converts(block, batch):
     compiled = torch.compile(block, backend="sltrain", options=OPTIONS)
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, fused=True)

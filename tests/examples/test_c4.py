@@ -126,6 +126,7 @@ def test_the_hub_is_streamed_by_datasets(place, monkeypatch):
         next(c4.documents(["hub"], "train"))
 
 
+@pytest.mark.slow
 def test_sizes_have_the_papers_parameters():
     for size, millions in (("60m", 43.5), ("130m", 96.5), ("350m", 194.3), ("1b", 645.5)):
         args = c4.parse_args(["--size", size, "--data", "hub", "--support", "uniform", "--alpha", "paper"])

@@ -34,6 +34,7 @@ def factorized(model: nn.Module, **options: Any) -> nn.Module:
     return randomize(slcompile.factorize_(model, config)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip(name, support, tmp_path):
@@ -250,6 +251,7 @@ def test_an_unknown_architecture_is_named(checkpoint):
         load_factorized(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

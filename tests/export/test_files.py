@@ -215,6 +215,7 @@ def test_without_a_fault_the_new_files_are_there(faults):
     assert len(new_names) == len(set(new_names) - set(old_names)) + 1  # only model.onnx has an old name
 
 
+@pytest.mark.slow
 def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")

@@ -27,6 +27,7 @@ def test_dynamic_axes_run_at_other_shapes(tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), layer(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_caches_have_the_names_of_hugging_face(tmp_path, name):
     class Cached(nn.Module):
@@ -104,6 +105,7 @@ def test_bfloat16_is_exported_in_float32(tmp_path):
     assert layer[0].bias.dtype is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_difference_beyond_tolerance_is_an_error_and_leaves_the_old_file(tmp_path):
     class Drifting(nn.Module):
         """Gives another result each time that it runs: what the file holds cannot be what the model computes."""

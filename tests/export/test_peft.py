@@ -99,6 +99,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_of_peft_computes_the_same_here_and_there_again(case, tmp_path):
     make, settings = CASES[case]
@@ -114,6 +115,7 @@ def test_an_adapter_of_peft_computes_the_same_here_and_there_again(case, tmp_pat
     torch.testing.assert_close(output(merged), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Net, gpt2, Convolutions])
 @pytest.mark.parametrize("config", [{"rank": 0.1}, {"rank": 5, "alpha": 10}])
 def test_what_is_trained_here_peft_reads(make, config, tmp_path):
@@ -164,6 +166,7 @@ def test_a_name_that_ends_another_ones_is_the_only_one_adapted(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_loaded_adapter_trains_on_and_the_rest_stays(tmp_path):
     model = Net()
     adapter(model, tmp_path, **CASES["linear"][1])
@@ -184,6 +187,7 @@ def test_a_loaded_adapter_trains_on_and_the_rest_stays(tmp_path):
         assert torch.equal(state.get(name, state.get(f"{name}_sl.base")), each), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_it_trains_as_peft_does_from_the_same_start(lowering, tmp_path):

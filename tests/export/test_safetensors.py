@@ -99,6 +99,7 @@ def test_shards_and_their_index(tmp_path):
     assert all(torch.equal(value, merged[name]) for name, value in loaded.state_dict().items())
 
 
+@pytest.mark.slow
 def test_saving_over_removes_stale_weights_and_nothing_else(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for seed, sizes in enumerate(({"shard_size": 50_000}, {"shard_size": 100_000}, {}, {"shard_size": 100_000})):

@@ -71,6 +71,7 @@ def test_explanation_json_and_page(tmp_path):
     assert "alert(1)" in page
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path):
     torch.manual_seed(0)
     model = slcompile.factorize_(Named([name for name in ODD if name not in UNWRITABLE]), CONFIG)

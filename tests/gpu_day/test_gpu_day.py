@@ -71,6 +71,7 @@ def quick_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
+@pytest.mark.slow
 def test_a_whole_day(rehearsal, quick_steps) -> None:
     code, began, written, text = rehearsal()
     assert code == 0

@@ -94,6 +94,7 @@ class Branches(nn.Module):
         return self.much(x) + 0.01 * self.little(x)
 
 
+@pytest.mark.slow
 def test_rank_goes_where_the_outputs_need_it():
     found = slcompile.compress(Branches(), inputs(1), budget=0.4, density=0.06)
     assert found.by_outputs
@@ -110,6 +111,7 @@ def test_rank_goes_where_the_outputs_need_it():
     assert "no gradient of the outputs came to some weights" in str(found)
 
 
+@pytest.mark.slow
 def test_a_distillation_brings_the_outputs_nearer():
     dense, model, other = Net(), Net(), Net()
     slcompile.compress(other, inputs(1, 16), rank=4)
@@ -122,6 +124,7 @@ def test_a_distillation_brings_the_outputs_nearer():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_distillation_that_diverges_leaves_the_factors_from_before_it():
     model, other = Net(), Net()
     torch.manual_seed(1)
@@ -141,6 +144,7 @@ def test_the_random_state_stays():
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -225,6 +229,7 @@ def test_the_command_writes_factors_and_dense_weights(tmp_path, monkeypatch, cap
     assert "calibration batches are given as PACKAGE.MODULE:FUNCTION, got 'batches'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_page_s_example_runs_as_it_stands(capsys):
     page = (Path(slcompile.__file__).parents[1] / "docs" / "compress.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"run by tests/inspect/test_compress.py -->\n```python\n(.*?)```", page, flags=re.DOTALL)

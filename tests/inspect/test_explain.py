@@ -126,6 +126,7 @@ class Broken(nn.Module):
         return self.second(x)
 
 
+@pytest.mark.slow
 def test_every_part_of_a_broken_model_is_shown_with_the_reason(batch):
     model = Broken()
     found = explain(model, (batch[0],), config=CONFIG)
@@ -231,6 +232,7 @@ def test_a_model_that_dynamo_skips_as_a_whole_says_why(batch):
     assert "Graph breaks (0 graphs)\n  Call to" in str(found)
 
 
+@pytest.mark.slow
 def test_a_failing_model_is_left_as_it_is(batch):
     class Failing(Broken):
         def forward(self, x: Tensor) -> Tensor:
@@ -255,6 +257,7 @@ def test_models_that_would_not_convert_are_explained_with_reasons(block, batch):
     assert [each.name for each in frozen.graphs] == ["graph 0, captured", "graph 0, forward"]
 
 
+@pytest.mark.slow
 def test_checkpointed_regions_and_symbolic_sizes(checkpointed_block, batch):
     torch._dynamo.mark_dynamic(batch[0], 0)
     found = explain(checkpointed_block, (batch[0],), config=CONFIG)
@@ -386,6 +389,7 @@ def test_page_and_notebook(block, batch, tmp_path):
     assert found._repr_html_().startswith("<iframe")
 
 
+@pytest.mark.slow
 def test_nothing_is_said_about_a_model_that_was_only_explained(block, batch, caplog):
     with caplog.at_level(logging.WARNING, "slcompile"):
         explain(block, (batch[0],), config=CONFIG)

@@ -132,6 +132,7 @@ def chain(length: int) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
+@pytest.mark.slow
 def test_time_is_linear_in_nodes():
     def seconds(length: int) -> float:
         first, second = chain(length), chain(length)

@@ -146,6 +146,7 @@ def test_a_base_and_no_sparse_part_need_no_kernel_of_ours(shape: str, experts: i
     assert [each.shape for each in grads] == [B.shape, A.shape, values.shape]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 @pytest.mark.parametrize("experts", [0, 2])
 @pytest.mark.parametrize("support", SUPPORTS)

@@ -197,6 +197,7 @@ def launched(target: str, shapes: Any, tokens: int, dtype: torch.dtype, siblings
     return launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.bfloat16), (64, torch.bfloat16), (64, torch.float32)])
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_at_the_papers_shapes_without_spills(target: str, tokens: int, dtype: torch.dtype) -> None:
@@ -265,6 +266,7 @@ class TestTracing:
         )
         assert found == projects * batches + completes * batches * 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("siblings", [1, 2, 4])
     @pytest.mark.usefixtures("target")
     def test_only_results_are_written_to(self, siblings: int) -> None:

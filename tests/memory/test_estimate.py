@@ -198,6 +198,7 @@ class TestLiveness:
                 assert min(now.values()) >= 0
             assert sum(now.values()) - now["indices"] == 0
 
+    @pytest.mark.slow
     def test_composed_weights_are_not_kept_for_the_backward_pass(self):
         for keep in (False, True):
             config = slcompile.SLConfig(rank=4, lowering="composed", keep_weights=keep)
@@ -327,6 +328,7 @@ class TestReport:
         assert f"{report.peak / 1e6:,.2f}" in text
         assert f"the peak of sltrain is in: {data['variants']['sltrain']['place']}" in text
 
+    @pytest.mark.slow
     def test_a_module_is_left_as_it_is_and_found_by_its_graph(self, block, batch):
         before = {name: each.clone() for name, each in block.state_dict().items()}
         report = estimate_memory(block, (batch[0],), config=slcompile.SLConfig(rank=4), device="cpu")

@@ -163,6 +163,7 @@ class TestShares:
         # A [16, 128] of q, k, v, gate and up; B [128, 16] of o and down.
         assert half.sltrain.sent == {TENSOR: half.dense.sent[TENSOR], FACTORS: 7 * 16 * 128 * 4}
 
+    @pytest.mark.slow
     def test_layers_of_a_sequential_some_without_parameters(self):
         model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
         (report,) = estimate_many(model, (torch.zeros(2, 64),), layouts=[Layout(2)], config=CONFIG, device="cpu")

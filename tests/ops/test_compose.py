@@ -74,6 +74,7 @@ def test_the_package_knows_compose_as_a_weight_op() -> None:
 
 
 class TestOpcheck:
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
     @pytest.mark.parametrize("support", SUPPORTS)
@@ -287,6 +288,7 @@ class TestAutocast:
 class TestVector:
     """Blocks of rows that share their columns: the same as the uniform support whose index has their positions."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
     def test_opcheck(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -348,6 +350,7 @@ class TestBase:
         for dtype in (torch.float64, *LOW_PRECISION):
             assert torch.equal(compose(*zeros.to(dtype), SCALE, base=base.to(dtype)), base.to(dtype))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("has_values", [False, True])
     @pytest.mark.parametrize("shape", [(7, 5, 3), STACK])
     def test_gradcheck_and_gradgradcheck(self, shape: tuple[int, ...], has_values: bool) -> None:

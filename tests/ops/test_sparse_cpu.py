@@ -57,6 +57,7 @@ def addmm_operands(
 
 
 class TestOps:
+    @pytest.mark.slow
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("tokens", [5, TOKENS])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

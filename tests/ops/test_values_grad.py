@@ -40,6 +40,7 @@ def reference(left: Tensor, right: Tensor, values: Tensor, where: Tensor, vector
     return trained.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("support", SUPPORTS)

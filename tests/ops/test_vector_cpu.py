@@ -102,6 +102,7 @@ def test_addmm_is_its_formula(vector: int, dtype: torch.dtype, transposed: bool)
                 assert_close(found, exact, eager, magnitude)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vector", VECTORS)
 def test_dots_are_the_products_entries(vector: int, dtype: torch.dtype) -> None:
@@ -212,6 +213,7 @@ def test_tiles_and_vectors_agree(
     assert all(tiles <= vectors for tiles, vectors in zip(errors[True], errors[False], strict=True)), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_opcheck(tokens: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

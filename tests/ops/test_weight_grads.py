@@ -61,6 +61,7 @@ def doubled(operands: Operands) -> Operands:
     return Operands(*(each.double() for each in operands[:5]), *operands[5:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("support", SUPPORTS)

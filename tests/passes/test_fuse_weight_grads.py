@@ -33,6 +33,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
 def test_same_numbers_and_twice_changes_nothing(joint, name, cast):

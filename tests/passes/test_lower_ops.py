@@ -76,6 +76,7 @@ def test_composed_ops_on_cpu(stratified_joint):
     stratified_joint.assert_close(gm(*inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_same_numbers_and_twice_changes_nothing(joint, dtype):
     joint = type(joint)(joint.support, dtype)

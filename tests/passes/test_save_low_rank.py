@@ -85,6 +85,7 @@ def test_the_same_numbers(make, support):
         assert float((ours - theirs).norm()) <= 2**-21 * float(theirs.norm())
 
 
+@pytest.mark.slow
 def test_of_a_gated_mlp_the_hidden_matrices_and_nothing_wide_are_saved(monkeypatch):
     x = torch.randn(37, 48)
     everything, _ = compiled_reports(Net(), x, "all", monkeypatch)

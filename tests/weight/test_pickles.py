@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -39,6 +40,7 @@ def test_both_names_are_importable_from_where_they_were():
     assert slcompile.weight._remake is _remake
 
 
+@pytest.mark.slow
 def test_a_pickle_that_names_them_there_loads(tmp_path):
     model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)), slcompile.SLConfig(rank=8))
     pickled = old_pickle(model)

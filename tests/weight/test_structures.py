@@ -242,6 +242,7 @@ def test_what_the_factored_lowering_computes(structure):
     assert not any("compose" in node.target for node in graph.after)
 
 
+@pytest.mark.slow
 def test_generated_code_computes_the_same(assert_eager):
     model = nn.Sequential(
         *(slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), SLConfig(**options(name))) for name in SHAPES)

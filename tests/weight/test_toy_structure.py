@@ -289,6 +289,7 @@ def test_a_graph_of_torch_fx_is_rewritten_and_merged():
     torch.testing.assert_close(gm(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", [False, True])
 def test_onnx(compact, tmp_path):
     model = factorized(Net())
@@ -319,6 +320,7 @@ def test_checkpoints_of_transformers_models(tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_explain():
     config = SLConfig(**OPTIONS)
     found = slcompile.explain(Net(), (torch.randn(16, 64),), config=config)
@@ -338,6 +340,7 @@ def test_explain():
     assert again.summary.parameters == found.summary.parameters
 
 
+@pytest.mark.slow
 def test_memory():
     model = Net()
     config = SLConfig(**OPTIONS)

@@ -126,6 +126,7 @@ def test_nothing_dense_is_allocated_from_the_meta_device_to_the_shards(tmp_path)
     assert all(0.01 < std < 2 for std in first["drawn"])
 
 
+@pytest.mark.long
 def test_the_example_trains_resumes_on_one_process_and_writes_a_dense_model(tmp_path):
     script = RANKS.parents[2] / "examples" / "pretrain_distributed.py"
     small = ["--width", 64, "--layers", 2, "--context", 32, "--out", tmp_path]

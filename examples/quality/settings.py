@@ -29,6 +29,9 @@ CORPORA = ("prose", "code")
 KINDS = ("dense", "sl", "low rank")
 
 
+BITS = (32, 8, 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that decides the numbers of a run but the code and the corpus' text.
@@ -43,6 +46,7 @@ class Settings:
         values_start: The values' start is multiplied by it.
         restart: Steps between restarts of the factors; 0: none.
         precondition: Damping of preconditioned gradients of the factors, relative; 0: none are.
+        bits: Of a number in AdamW's states: 32, or 8 or 4 with torchao's.
     """
 
     kind: str
@@ -65,9 +69,10 @@ class Settings:
     values_start: float = 1.0
     restart: int = 0
     precondition: float = 0.0
+    bits: int = 32
 
     def __post_init__(self) -> None:
-        for name, allowed in (("kind", KINDS), ("width", tuple(RUNGS))):
+        for name, allowed in (("kind", KINDS), ("width", tuple(RUNGS)), ("bits", BITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("lr", "embed_lr", "init_std", "b_rate", "a_rate", "values_rate", "values_start"):
@@ -105,4 +110,6 @@ class Settings:
         if self.kind == "dense":
             for name in (*factors, "restart", "precondition"):
                 del values[name]
+        if self.bits == BITS[0]:
+            del values["bits"]  # which runs of before do not say
         return values

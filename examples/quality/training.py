@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import slcompile
 from examples.quality import recipes
 from examples.quality.corpora import Corpus
-from examples.quality.settings import BATCH, BETAS, CLIP, RUNGS, SEQ_LEN, VOCAB, WARMUP, Settings
+from examples.quality.settings import BATCH, BETAS, BITS, CLIP, RUNGS, SEQ_LEN, VOCAB, WARMUP, Settings
 
 CURVE_POINTS = 20
 EVAL_BATCHES = 64
@@ -91,6 +91,18 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW without decay; with fewer than 32 bits a state, torchao's."""
+    groups = parameter_groups(model, settings)
+    if settings.bits == BITS[0]:
+        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+    try:
+        from torchao import optim
+    except ImportError as error:
+        raise ValueError(f"bits={settings.bits} needs torchao: pip install torchao") from error
+    return {8: optim.AdamW8bit, 4: optim.AdamW4bit}[settings.bits](groups, betas=BETAS, weight_decay=0.0)
+
+
 def relative_lr(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
     warmup = round(WARMUP * steps)
@@ -133,7 +145,7 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
     """
     corpus.require(settings.tokens)
     model = make_model(settings, device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=BETAS, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, settings.steps))
     state: dict[str, Any] = {"step": 0, "curve": [], "recent": [], "seconds": 0.0}
     identity = {**settings.deciding(), "text": corpus.digest}

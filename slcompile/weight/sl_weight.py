@@ -233,7 +233,7 @@ class SLWeight(FactorizedWeight):
     def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         operands = [self.B, self.A, self.values, self.index if self.has_index else self.seed]
-        if not self.density:  # FSDP2's mixed precision casts parameters, and these values are none
+        if operands[2].dtype != operands[0].dtype:  # FSDP2's mixed precision casts no values that are no parameter
             operands[2] = operands[2].to(operands[0].dtype)
         if self.base is not None:
             operands.append(self.base)

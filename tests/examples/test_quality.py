@@ -142,6 +142,17 @@ class TestRecipes:
         torch.testing.assert_close(*moves, rtol=1e-3, atol=1e-7)
 
 
+def test_states_of_few_bits_are_torchaos_and_another_run():
+    torchao = pytest.importorskip("torchao.optim")
+    plain = Settings(kind="sl", corpus="a", width=128, steps=10, lr=1e-3, embed_lr=1e-3)
+    assert "bits" not in plain.deciding()  # as in the runs that were recorded before there was a choice
+    few = replace(plain, bits=4)
+    assert few.deciding() == {**plain.deciding(), "bits": 4}
+    model = make_model(few)
+    assert type(training.make_optimizer(model, few)) is torchao.AdamW4bit
+    assert type(training.make_optimizer(model, plain)) is torch.optim.AdamW
+
+
 class TestRun:
     @pytest.mark.slow
     def test_a_record_holds_what_a_run_was_and_came_to(self, corpus, tmp_path):
@@ -248,6 +259,10 @@ class TestCommands:
         ("flags", "message"),
         [
             (["one", "kind=dens", "corpus=a", "width=128", "steps=10", "lr=1", "embed_lr=1"], "kind must be one of"),
+            (
+                ["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=1", "embed_lr=1", "bits=5"],
+                "bits must be one",
+            ),
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=0", "embed_lr=1"], "lr must be a finite"),
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=1"], "embed_lr"),
             (["one", "rate=3"], "settings must be NAME=VALUE with one of"),

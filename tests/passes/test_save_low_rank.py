@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -44,16 +45,18 @@ class Chain(nn.Module):
         return x
 
 
-def compiled_reports(model: nn.Module, x: Tensor, save: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list, list]:
-    """Shapes of what the forward graph makes for the backward one, and the pass's reports."""
+def compiled_reports(
+    model: nn.Module, x: Tensor, save: str, monkeypatch: pytest.MonkeyPatch, of: Callable = save_low_rank
+) -> tuple[list, list]:
+    """Shapes of what the forward graph makes for the backward one, and the reports of a pass."""
     reports = []
 
-    @functools.wraps(save_low_rank)
+    @functools.wraps(of)
     def watched(gm: fx.GraphModule, **kwargs: object) -> object:
-        reports.append(save_low_rank(gm, **kwargs))
+        reports.append(of(gm, **kwargs))
         return reports[-1]
 
-    monkeypatch.setattr(sys.modules["slcompile.passes"], "save_low_rank", watched)
+    monkeypatch.setattr(sys.modules["slcompile.passes"], of.__name__, watched)
     config = slcompile.SLConfig(**OPTIONS, save=save)
     slcompile.factorize_(model, config)
     found = graphs.capture(model, ((x,), {}), None, "cpu", config)
@@ -135,16 +138,7 @@ class Relu(nn.Module):
 
 
 def test_an_input_is_left_where_something_as_large_would_be_saved_in_its_place(monkeypatch):
-    reports = []
-
-    @functools.wraps(recompute_inputs)
-    def watched(gm: fx.GraphModule, **kwargs: object) -> object:
-        reports.append(recompute_inputs(gm, **kwargs))
-        return reports[-1]
-
-    monkeypatch.setattr(sys.modules["slcompile.passes"], "recompute_inputs", watched)
-    shapes, _ = compiled_reports(Relu(), torch.randn(37, 48), "auto", monkeypatch)
-    (report,) = reports
+    shapes, (report,) = compiled_reports(Relu(), torch.randn(37, 48), "auto", monkeypatch, of=recompute_inputs)
     assert report.replaced == []  # relu's gradient reads what it returns
     assert [each.reason for each in report.left] == ["not_by_the_way"]
     assert shapes.count((37, 96)) == 1

@@ -23,7 +23,7 @@ TORCHES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 FEW = ("onnx", "onnxruntime", "onnxscript", "safetensors", "transformers>=5", "hypothesis", "pytest", "numpy")
 """What the tests of a cell import beside torch."""
 CELL = (
-    "tests/test_torch_private.py",
+    "tests/torch_private",
     "tests/test_factorize.py",
     "tests/passes",
     "tests/behaviour/test_backend_lowerings.py",

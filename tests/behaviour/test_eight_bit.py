@@ -61,10 +61,8 @@ def is_low_bit(state: dict, bits: int = 8) -> bool:
     return all(type(state[name]).__name__ == f"OptimState{bits}bit" for name in ("exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize(
-    ("library", "bits"),
-    [("bitsandbytes", 8), *(pytest.param("torchao", bits, marks=pytest.mark.long) for bits in (8, 4))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("library", "bits"), [("bitsandbytes", 8), ("torchao", 8), ("torchao", 4)])
 def test_states_of_few_bits_learn_as_float32_adamw_does(library, bits):
     """Plain and per layer; per layer gives the plain library's weights, bit for bit."""
     cls = low_bit(library, bits)

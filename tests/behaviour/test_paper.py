@@ -161,7 +161,7 @@ def test_the_memory_table_is_the_formula_and_the_papers(memory_table):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_7b_is_estimated_in_little_memory_and_takes_what_it_should(tmp_path):
     """At most 15 GB, and 77 % below the 67.4 GB that the paper measured of Adam."""
     script = """

@@ -145,7 +145,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
 def test_a_thousand_steps_grow_nothing(block, batch, counting):
     compiled = torch.compile(block, backend=counting, options={"rank": 8, "density": 0.05})
@@ -200,7 +200,7 @@ for lowering, support in (("composed", "stratified"), ("factored", "uniform")):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_deterministic_algorithms_train_bit_equal_in_every_process(tmp_path, monkeypatch):
     runs = []
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

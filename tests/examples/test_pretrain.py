@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.testing import example
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
@@ -46,6 +48,7 @@ def test_both_models_are_trained_compared_exported_and_reused(tmp_path):
     assert again.count("finished before, reusing the result") == 2
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
     more = ("--only", "sltrain", "--steps", "400", "--eval-every", "50")
     process = subprocess.Popen(
@@ -67,7 +70,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
         assert torch.equal(value, cut["model"][name]), name
 
 
-def test_bad_flags_are_refused_before_any_work(tmp_path):
+def test_bad_flags_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    pretrain = example("pretrain")
     for flags, message in (
         (("--rank", "0"), "rank must be"),
         (("--density", "2"), "density must be"),
@@ -75,7 +79,9 @@ def test_bad_flags_are_refused_before_any_work(tmp_path):
         (("--device", "tpu"), "--device must be"),
         (("--plot", "spectra.pdf"), "--plot must be a .png or .svg file"),
     ):
-        done = subprocess.run(command(tmp_path / "run", *flags), capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert message in done.stderr
+        monkeypatch.setattr(sys, "argv", command(tmp_path / "run", *flags)[1:])
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()

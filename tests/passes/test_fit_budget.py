@@ -22,7 +22,7 @@ from slcompile.passes.fit_budget import _tags
 from slcompile.passes.liveness import Plan
 from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.passes.recomputable import find_recomputable
-from tests.passes.test_save_low_rank import Net
+from tests.passes.saved import Net
 
 OPTIONS = {"rank": 4, "density": 0.1, "min_dim": 8, "lowering": "factored", "seed": 0, "init": "kaiming"}
 HELD = 1000

@@ -32,7 +32,7 @@ QUICK = {
 }
 COMPARED = ["llama", "vit", "nn.GRUCell", "mixtral", "t5"]
 COMPILED = ["resnet"]
-LONG = {"mixtral", "t5", "resnet", "albert", "convnext", "whisper"}
+LONG = {"qwen3", "mixtral", "t5", "resnet", "albert", "convnext", "whisper"}
 
 
 def marked(names):

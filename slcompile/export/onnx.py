@@ -27,6 +27,7 @@ from slcompile.export.twin import (
     reference,
     require_finite,
     state_hash,
+    untouched_on_cpu,
 )
 from slcompile.export.verify import Comparison, compare_calls, require_close, require_same_weights, worst
 from slcompile.factorize import factors
@@ -160,6 +161,9 @@ def export_onnx(
     twin = meta_twin(model, dtype)
     tensors = dense_tensors(model, twin)
     graph = _dense_graph(twin, call, opset)
+    if _without_value(graph, tensors):
+        untouched_on_cpu(twin)
+        graph = _dense_graph(twin, call, opset)
     names = tuple(factors(model))
     stored = _stored(twin, names, graph.graph.initializers)
     _fill(graph, tensors)
@@ -255,8 +259,14 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
     return program.model
 
 
+def _without_value(graph: Any, tensors: Mapping[str, MakeTensor]) -> list[str]:
+    """Returns the initializers that are no tensors of the model, and were traced on the meta device."""
+    values = ((name, each.const_value) for name, each in graph.graph.initializers.items() if name not in tensors)
+    return [name for name, value in values if getattr(value.raw, "is_meta", False)]
+
+
 def _fill(graph: Any, tensors: Mapping[str, MakeTensor]) -> None:
-    """Gives the initializers, which are on the meta device, values that are made when they are written."""
+    """Gives the initializers, which have none, values that are made when they are written."""
     import onnx_ir as ir
 
     def lazy(name: str, like: Any) -> Any:
@@ -265,11 +275,11 @@ def _fill(graph: Any, tensors: Mapping[str, MakeTensor]) -> None:
             lambda: ir.tensor_adapters.TorchTensor(make(), name), dtype=like.dtype, shape=like.shape, name=name
         )
 
+    if missing := _without_value(graph, tensors):
+        raise ValueError(f"the constant {missing[0]} of the graph is no parameter or buffer; register it as a buffer")
     for name, value in graph.graph.initializers.items():
         if name in tensors:
             value.const_value = lazy(name, value.const_value)
-        elif getattr(value.const_value.raw, "is_meta", False):
-            raise ValueError(f"the constant {name} of the graph is no parameter or buffer; register it as a buffer")
 
 
 def _save(

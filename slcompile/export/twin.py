@@ -65,6 +65,24 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
+def untouched_on_cpu(twin: nn.Module) -> None:
+    """Moves a twin from the meta device to the CPU, without values.
+
+    Its memory is asked for and neither written nor read, so that no page of it is ever there. What a model makes
+    beside its tensors while it is traced, ``torch.tensor(1.0, device=x.device)``, has its value then.
+    """
+    made: dict[int, Tensor] = {}  # tied ones stay tied
+    for module in twin.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+                if tensor is not None:
+                    tensors[name] = made[id(tensor)]
+
+
 def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
     """Returns name of every parameter and buffer of the twin -> what makes its values, on the CPU, in the twin's dtype.
 

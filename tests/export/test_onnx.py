@@ -53,6 +53,25 @@ def test_caches_have_the_names_of_hugging_face(tmp_path, name):
 
 
 @pytest.mark.slow
+def test_a_constant_that_the_model_makes_has_its_value(tmp_path):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.tied = nn.Linear(64, 64)
+
+        def forward(self, x):
+            least = torch.tensor(-0.25, device=x.device, dtype=x.dtype)  # without a value where x is on the meta device
+            return torch.where(self.first(x) > 0, self.tied(x), least)
+
+    model = slcompile.factorize_(Shifted(), CONFIG)
+    nn.init.normal_(model.first.weight_sl.B)
+    report = slcompile.export_onnx(model, torch.randn(3, 64), tmp_path / "model.onnx")
+    assert report.max_abs < 1e-5
+    stored = [each.name for each in onnx.load(report.path).graph.initializer]
+    assert len([name for name in stored if name.endswith(".weight")]) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False], ids=["layers wrapped", "compiled in place"])
 def test_a_compiled_model_is_exported_under_its_names_and_really_compared(tmp_path, wrapped, aten_kernels):
     class Two(nn.Module):

@@ -135,7 +135,7 @@ def changed(value: Any, random: Random) -> Any:
     if not isinstance(value, Tensor):
         return value
     if random.random() < 0.15:
-        return random.choice((*ODD, [value], value.numpy()))
+        return random.choice((*ODD, [value], *([] if value.is_meta else [value.numpy()])))
     kinds: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda each: each.t() if each.dim() == 2 else each[:-1],
         lambda each: each[None],

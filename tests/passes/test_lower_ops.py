@@ -252,7 +252,7 @@ def test_aten_runs_where_kernels_do_not(stratified_joint, monkeypatch, lowering,
     assert gm.graph.find_nodes(op="call_function", target=LAUNCH) == []
 
 
-@pytest.mark.usefixtures("gpu")
+@pytest.mark.usefixtures("target", "gpu")
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 def test_float64_runs_in_aten_on_a_gpu(stratified_joint, lowering):
     joint = type(stratified_joint)("stratified", torch.float64)

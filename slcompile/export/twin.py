@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ def untouched_on_cpu(twin: nn.Module) -> None:
     """
     made: dict[int, Tensor] = {}  # tied ones stay tied
     for module in twin.modules():
-        for tensors in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in holders:
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in made:
                     empty = torch.empty_like(tensor, device="cpu")

@@ -161,7 +161,7 @@ class SLConfig:
         is_allowed, allowed = {
             "rank": (_is_rank, "an int >= 1, or a fraction of min(rows, columns) in (0, 1)"),
             "density": (self._is_density, "a number in (0, 1], or 0 with base='frozen'"),
-            "alpha": (_is_alpha, "a finite number > 0, or 'auto'"),
+            "alpha": (_is_alpha, "a number > 0 and at most 1e9, or 'auto'"),
         }[name]
         given = getattr(self, name)
         if not isinstance(given, Mapping):
@@ -319,8 +319,12 @@ def _is_rank(value: Any) -> bool:
     return value >= 1 if _is_int(value) else _is_number(value) and 0 < value < 1
 
 
+MOST_ALPHA = 1e9
+"""More, and a scale is soon beyond float32, in which kernels take it."""
+
+
 def _is_alpha(value: Any) -> bool:
-    return value == AUTO if isinstance(value, str) else _is_number(value) and value > 0
+    return value == AUTO if isinstance(value, str) else _is_number(value) and 0 < value <= MOST_ALPHA
 
 
 _UNITS = {"B": 1} | {

@@ -161,7 +161,7 @@ def test_a_pattern_that_matches_nothing_is_refused(field):
         ({"rank": {1: 4}}, "^rank pattern must be a non-empty string, got 1"),
         ({"density": {"*": 2}}, r"^density\['\*'\] must be a number in \(0, 1\]"),
         ({"density": {"*": 0}}, r"^density\['\*'\] must be a number in \(0, 1\]"),
-        ({"alpha": {"*": "Auto"}}, r"^alpha\['\*'\] must be a finite number > 0, or 'auto', got 'Auto'"),
+        ({"alpha": {"*": "Auto"}}, r"^alpha\['\*'\] must be a number > 0 and at most 1e9, or 'auto', got 'Auto'"),
     ],
 )
 def test_values_are_checked_as_plain_ones_are(options, message):

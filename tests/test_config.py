@@ -37,7 +37,7 @@ def test_defaults() -> None:
 BAD: dict[str, list[Any]] = {
     "rank": [0, -1, 1.0, 1.5, 0.0, -0.25, math.nan, math.inf, True, False, "8", None],
     "density": [0, 0.0, 1.5, -1, math.nan, math.inf, True, "0.03", None],
-    "alpha": [0, -16, math.nan, math.inf, True, "16", None],
+    "alpha": [0, -16, 2e9, 1e300, math.nan, math.inf, True, "16", None],
     "support": ["", "Stratified", "random", None, 1],
     "vector": [0, 3, -16, 256, 16.0, True, None, "16"],
     "init": ["", "svd", "Kaiming", None, 1],

@@ -72,7 +72,7 @@ wrong = st.sampled_from(sorted(INVALID)).flatmap(lambda name: st.tuples(st.just(
 
 
 @pytest.mark.slow
-@settings(max_examples=12, **few)
+@settings(max_examples=6, **few)
 @given(st.fixed_dictionaries({}, optional=VALID))
 def test_valid_options_train(block_class, aten_kernels, options):
     torch._dynamo.reset()

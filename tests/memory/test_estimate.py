@@ -78,6 +78,7 @@ class TestAgainstReality:
         assert estimate == report.peak
         assert abs(estimate / real - 1) < 0.02, (estimate, real)
 
+    @pytest.mark.long
     def test_peak_of_a_real_step_with_per_layer_updates_and_each_layer_compiled_by_itself(self, table):
         settings = {"config": CONFIG, "device": "cpu", "per_layer": True}
         ids = torch.randint(1000, (2, 64))

@@ -128,22 +128,24 @@ def test_kept_inputs_are_those_that_the_code_around_the_graph_loads_again():
     class Keeping(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c, self.d = (nn.Parameter(torch.randn(3, 3)) for _ in range(4))
+            self.a, self.b, self.c, self.d, self.e = (nn.Parameter(torch.randn(3, 3)) for _ in range(5))
 
         def forward(self, x):
             a, c = self.a, self.c
-            y = x @ a @ self.b @ c @ self.d
+            y = x @ a @ self.b @ c @ self.d @ self.e
             self.stored = [self.d]
-            return {"y": y, "c": (c.T,)}
+            return {"y": y, "c": (c,), "e": self.e.T}
 
-    kept = []
+    kept, views = [], []
 
     def within(gm, inputs):
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         kept.extend(names[index] for index in torch_private.kept_inputs(gm))
+        views.extend(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.numpy_T))
 
     capture(Keeping(), torch.randn(2, 3), within=within)
-    assert sorted(kept) == ["l_self_parameters_c_", "l_self_parameters_d_"]
+    again = "cd" if views else "cde"  # torch 2.14 has the view in the graph
+    assert sorted(kept) == [f"l_self_parameters_{name}_" for name in again]
 
 
 def test_looking_for_kept_inputs_leaves_the_graph_as_it_is():

@@ -1,6 +1,6 @@
 """The parts of torch that are not public and that we cannot do without, each behind one function.
 
-Tried with torch 2.11.0 and 2.13.0; tests/torch_private exercises each.
+Tried with torch 2.11.0, 2.12.1, 2.13.0 and 2.14.1; tests/torch_private exercises each.
 """
 
 from slcompile.torch_private.aot import (

@@ -48,7 +48,8 @@ class SLConfig:
         rank: Columns of ``B`` and rows of ``A``: an int, or a fraction of ``min(rows, columns)`` in (0, 1).
         density: Share of the entries of ``W`` that ``S`` holds, in (0, 1]; 0 for no sparse part, with a frozen base.
         alpha: Of the scale. ``"auto"`` derives it from rank and inputs, so that a dense model's learning rate serves
-            (``scale_for``). With a number it is ``alpha / rank``; the paper has 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
+            (``scale_for``), and with a base LoRA's does. With a number it is ``alpha / rank``; the paper has 32 (60M),
+            16 (130M, 350M), 8 (1B, 7B).
         support: Where the non-zeros of ``S`` are. ``"vector"`` has one in each of ``density * columns`` groups of a
             row, the same for blocks of ``vector`` rows, which vector units multiply fast; no index is stored.
             ``"stratified"`` draws them for each row; ``"uniform"`` is the paper's random subset, stored as int32.
@@ -269,11 +270,15 @@ class SLConfig:
         ``scale * B @ A``, where B = 0, by ``scale * lr * sqrt(outputs * rank) * norm(A)``. A starts with entries
         U(+-1/sqrt(inputs)), whose norm is ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``. The result is a multiple
         of 1/4096, so that ``alpha = scale * rank`` is exact, and a checkpoint that holds it brings it back to the bit.
-        The same holds with a frozen base, to which ``scale * B @ A`` is added.
+
+        With a base, ``"auto"`` is 2, LoRA's usual ``lora_alpha = 2 * r``, for whose learning rates there is experience:
+        those are ten times a dense model's and more, and ``A`` is to learn, too.
         """
         assert not isinstance(self.alpha, Mapping), "the options of one weight are those that `at` returns"
         if not isinstance(self.alpha, str):
             return self.alpha / rank
+        if self.base is not None:
+            return 2.0
         norm = (math.sqrt(inputs) + math.sqrt(rank)) / math.sqrt(3 * inputs)
         return max(1, round(4096 * math.sqrt(inputs / rank) / norm)) / 4096
 

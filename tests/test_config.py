@@ -299,3 +299,8 @@ def test_the_scale_of_alpha_auto_depends_on_rank_relative_to_inputs_alone() -> N
     auto = SLConfig(alpha="auto")
     assert auto.scale_for(32, 128) == auto.scale_for(64, 256) == pytest.approx(4 / math.sqrt(3), abs=1e-3)
     assert auto.scale_for(128, 128) == pytest.approx(math.sqrt(3) / 2, abs=1e-3)
+
+
+def test_the_scale_beside_a_base_is_loras() -> None:
+    assert SLConfig(alpha="auto", base="frozen").scale_for(16, 384) == 2
+    assert SLConfig(alpha=48, base="frozen").scale_for(16, 384) == 3

@@ -25,13 +25,13 @@ from tests.sweep.cases import CASES, Case, fewer, longer_or_shorter
 from tests.sweep.running import (
     CPP,
     detach_states,
+    exact_model,
     fill_factors,
     first_line,
     gradients_of,
+    inputs_of,
     leaves,
     loss_from,
-    widened,
-    without_grouped_matmuls,
 )
 from tests.testing import aten_kernels, inductor_with_aten
 
@@ -189,15 +189,22 @@ class WithoutUs:
             self.error = first_line(error)
 
     def excuses(self, off: Off, numbers: Mapping[str, Numbers]) -> bool:
-        """Says whether torch's own result is as far off, or of a factor's gradient, the dense weight's is wrong."""
+        """Says whether torch's own result is as far off, of the dense model or of weights composed by their formula.
+
+        Or whether of a factor's gradient, the dense weight's is wrong.
+        """
         if off.name not in numbers[off.batch]:
             return False
         if (off.batch, off.name.split(SUFFIX)[0]) in self.wrong:
             return True
-        own = self.found if off.name in self.found.get(off.batch, {}) else self.by_formula
-        dtype = getattr(torch, off.run.dtype)
+        return self._is_as_far_off(off, numbers, self.found) or self._is_as_far_off(off, numbers, self.by_formula)
+
+    def _is_as_far_off(self, off: Off, numbers: Mapping[str, Numbers], own: Mapping[str, Numbers]) -> bool:
+        alone = own.get(off.batch, {}).get(off.name)
+        if alone is None:
+            return False
         found, exact = numbers[off.batch][off.name], self.exact[off.batch][off.name]
-        return off.name in own[off.batch] and share_of_budget(found, own[off.batch][off.name], exact, dtype)[1] <= 1
+        return share_of_budget(found, alone, exact, getattr(torch, off.run.dtype))[1] <= 1
 
     @functools.cached_property
     def by_formula(self) -> dict[str, Numbers]:
@@ -211,7 +218,7 @@ class Yardstick:
     def __init__(self, model: nn.Module, case: Case, inputs: Mapping[str, Any]) -> None:
         self.model, self.case = model, case
         self.batches = {"many": inputs, "other": longer_or_shorter(case, inputs), "few": fewer(case, inputs)}
-        self.wide = without_grouped_matmuls(composed_by_formula(copy.deepcopy(model).double()))
+        self.exact_model = exact_model(model, inputs)
         self._known: dict[tuple[str, ...], dict[str, Numbers]] = {}
 
     def merged(self) -> Yardstick:
@@ -272,12 +279,12 @@ class Yardstick:
 
     def exact(self, run: Run) -> dict[str, Numbers]:
         """What float64 gives."""
-        return self._once(("exact", run.mode, *self._batches(run)), run, self.wide)
+        return self._once(("exact", run.mode, *self._batches(run)), run, self.exact_model)
 
     def _once(self, key: tuple[str, ...], run: Run, model: nn.Module) -> dict[str, Numbers]:
         if key not in self._known:
             model = copy.deepcopy(model)
-            self._known[key] = self._measure(run, model, model)
+            self._known[key] = self._measure(run, model, model, exact=key[0] == "exact")
         return self._known[key]
 
     def _batches(self, run: Run) -> dict[str, Mapping[str, Any]]:
@@ -286,16 +293,17 @@ class Yardstick:
         batches = {name: self.batches[name] for name in names.get(run.mode, ("many",)) if self.batches[name]}
         return batches or {"many": self.batches["many"]}
 
-    def _measure(self, run: Run, model: nn.Module, function: Callable[..., Any]) -> dict[str, Numbers]:
-        """What a model gives of each batch; float64 models get float64."""
+    def _measure(
+        self, run: Run, model: nn.Module, function: Callable[..., Any], exact: bool = False
+    ) -> dict[str, Numbers]:
+        """What a model gives of each batch, under the run's autocast where it is not the exact one."""
         measure = {"generate": generated, "training": trained}.get(run.mode, inferred)
         model.train(run.mode == "training")
-        is_wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
         found = {}
         for name, inputs in self._batches(run).items():
             torch.manual_seed(7)
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.dtype == "bfloat16" and not is_wide):
-                found[name] = measure(model, function, widened(inputs) if is_wide else inputs)
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.dtype == "bfloat16" and not exact):
+                found[name] = measure(model, function, inputs_of(model, inputs))
         return found
 
 

@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slcompile
+from slcompile import torch_private
 from slcompile.config import LOWERINGS
-from slcompile.health import ULPS, composed_by_formula, share_of_budget
+from slcompile.health import ULPS, share_of_budget
 from tests.sweep.cases import CASES
 from tests.sweep.compare import Run, WithoutUs, Yardstick
 from tests.sweep.running import (
     CPP,
     detach_states,
+    exact_model,
     fill_factors,
     first_line,
     gradients_of,
+    inputs_of,
     leaves,
     loss_of,
-    widened,
-    without_grouped_matmuls,
 )
 from tests.testing import aten_kernels
 
@@ -91,7 +92,7 @@ def measure(name: str, code: bool = False, lowerings: Sequence[str] = LOWERINGS,
         export: Whether to write ONNX.
     """
     began = time.perf_counter()
-    with contextlib.nullcontext() if code else aten_kernels():
+    with contextlib.nullcontext() if code else aten_kernels(), torch_private.unlimited_recompiles():
         row = _measure(name, code, lowerings, export)
     row.seconds = time.perf_counter() - began
     return row
@@ -128,8 +129,8 @@ def _measure(name: str, code: bool, lowerings: Sequence[str], export: bool) -> R
     fill_factors(model)
     trained = {lowering: model if lowering == lowerings[0] else copy.deepcopy(model) for lowering in lowerings}
     reference = copy.deepcopy(model)
-    exact = without_grouped_matmuls(composed_by_formula(copy.deepcopy(model).double()))
-    eager, wide = Reference(reference, inputs), Reference(exact, widened(inputs))
+    exact = exact_model(model, inputs)
+    eager, wide = Reference(reference, inputs), Reference(exact, inputs_of(exact, inputs))
     for lowering, each in trained.items():
         run = (
             compiled
@@ -149,7 +150,7 @@ def _measure(name: str, code: bool, lowerings: Sequence[str], export: bool) -> R
     losses = [
         train(compiled, optimizer, inputs),
         train(reference, torch.optim.AdamW(reference.parameters(), lr=1e-3), inputs),
-        train(exact, torch.optim.AdamW(exact.parameters(), lr=1e-3), widened(inputs)),
+        train(exact, torch.optim.AdamW(exact.parameters(), lr=1e-3), inputs_of(exact, inputs)),
     ]
     ours, eagers, truth = (torch.tensor(each, dtype=torch.float64) for each in losses)
     row.loss = share_of_budget(ours, eagers, truth, torch.float32)[1]

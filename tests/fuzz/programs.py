@@ -126,7 +126,7 @@ class Program(nn.Module):
         return h.transpose(0, 1).contiguous() if variant % 2 and h.dim() == 3 else h.transpose(0, -2)
 
     def inplace(self, h: Tensor, variant: int) -> Tensor:
-        h = h.clone()
+        h = h.clone(memory_format=torch.contiguous_format)  # which can be viewed as a vector
         if variant % 3 == 0:
             h[..., ::2].mul_(0.5)
         elif variant % 3 == 1:

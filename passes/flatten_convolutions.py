@@ -154,6 +154,14 @@ def _lies_as_rows(x: Tensor) -> bool:
     return bool(x.movedim(1, -1).is_contiguous())
 
 
+def _is_to_lie_as_rows(traced: Tensor) -> bool:
+    return _lies_as_rows(traced) and not (_is_one_position(traced) and traced.stride(-1) == 1)
+
+
+def _is_one_position(x: Tensor) -> bool:
+    return all(isinstance(size, int) and size == 1 for size in x.shape[2:])
+
+
 def _rows(x: Tensor) -> Tensor:
     """Shows [N, I, *P] as [N * P, I]; copies it where it lies otherwise."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
@@ -161,6 +169,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _positions(rows: Tensor, like: Tensor, as_rows: bool) -> Tensor:
     """Shows [N * P, O] as [N, O, *P], the sizes of ``like``; a copy where it is not to lie as rows."""
+    if not as_rows and _is_one_position(like):  # lies either way, whose strides tell convolutions apart
+        return rows.reshape(like.shape[0], rows.shape[1], *like.shape[2:])
     shown = rows.reshape(like.shape[0], *like.shape[2:], rows.shape[1]).movedim(-1, 1)
     return shown if as_rows else shown.contiguous()
 
@@ -187,7 +197,7 @@ def _flatten(insert: Inserter, node: fx.Node) -> None:
         product = insert.call(node, torch.ops.aten.mm.default, rows, matrix)
     else:
         product = insert.call(node, torch.ops.aten.addmm.default, bias, rows, matrix)
-    shown = insert.inline(node, _positions, product, x, _lies_as_rows(node.meta["val"]))
+    shown = insert.inline(node, _positions, product, x, _is_to_lie_as_rows(node.meta["val"]))
     node.replace_all_uses_with(shown, propagate_meta=False)
 
 
@@ -199,7 +209,7 @@ def _flatten_backward(insert: Inserter, node: fx.Node) -> None:
         made: Any
         if which == 0:
             product = insert.call(node, torch.ops.aten.mm.default, rows, _matrix(insert, node))
-            made = insert.inline(node, _positions, product, gradient, _lies_as_rows(user.meta["val"]))
+            made = insert.inline(node, _positions, product, gradient, _is_to_lie_as_rows(user.meta["val"]))
         elif which == 1:
             turned = insert.transpose(node, rows)
             product = insert.call(node, torch.ops.aten.mm.default, turned, insert.inline(node, _rows, x))

@@ -24,6 +24,10 @@ FLATTENED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
     "channels last": (
         lambda x, w: F.conv2d(x.contiguous(memory_format=torch.channels_last), w.view(N, K, 1, 1)), (2, K, 3, 5)
     ),
+    "one position": (lambda x, w: F.conv2d(x, w.view(N, K, 1, 1)), (2, K, 1, 1)),
+    "one position, channels last": (
+        lambda x, w: F.conv2d(x.contiguous(memory_format=torch.channels_last), w.view(N, K, 1, 1)), (2, K, 1, 1)
+    ),
     "1d": (lambda x, w: F.conv1d(x, w.view(N, K, 1)), (2, K, 7)),
     "3d": (lambda x, w: F.conv3d(x, w.view(N, K, 1, 1, 1)), (2, K, 3, 1, 2)),
     "viewed afterwards": (lambda x, w: F.conv2d(x, w.view(N, K, 1, 1)).flatten(1).view(2, -1), (2, K, 3, 5)),
@@ -50,7 +54,10 @@ def test_the_products_and_all_gradients_are_matmuls_with_the_same_numbers(name: 
     ]
     gm.graph.lint()
     assert not {"convolution", "convolution_backward"} & set(calls(gm))
-    joint.assert_close(gm(*inputs), expected)
+    found = gm(*inputs)
+    joint.assert_close(found, expected)
+    # Convolutions after it choose their layouts by these strides, also of one position, and were traced with them.
+    assert [each.stride() for each in found] == [each.stride() for each in expected]
     # Nothing is left to do, and the later passes know the products: each is factored.
     assert not flatten_convolutions(gm, "factored").replaced
     assert len(fuse_weight_grads(gm).replaced) == 1

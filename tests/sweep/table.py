@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,21 @@ def line_of(parts: Iterable[Part]) -> str:
     shares = " ".join("    -" if each is None else f"{each:5.2f}" for each in numbers)
     seconds = sum(each.seconds for each in parts)
     text = f"{parts[0].name:30} {parts[0].family:15} {found}  {shares} {merged:>7}  {onnx:7} {seconds:4.0f}  {left}"
-    notes = [detail for each in parts for detail in each.details]
+    notes = [detail for each in parts for detail in shortened(each.details)]
     notes += [row.onnx] if row is not None and ":" in row.onnx else []
     notes += [f"FAILED: {failure}" for each in parts for failure in each.failures]
     return "\n".join([text.rstrip(), *(f"    {each}" for each in notes)])
+
+
+SHOWN = 3
+"""Of notes of one kind, how many are in the table; the file of results has all."""
+
+
+def shortened(details: Sequence[str]) -> list[str]:
+    """The notes, of those that say the same of many gradients the first ones."""
+    same = [each for each in details if "torch alone is as far off" in each]
+    more = [f"... and {len(same) - SHOWN} more gradients"] if len(same) > SHOWN else []
+    return [each for each in details if each not in same[SHOWN:]] + more
 
 
 def totals(parts: Iterable[Part]) -> list[str]:

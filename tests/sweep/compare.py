@@ -128,6 +128,7 @@ def compare(name: str, code: bool = True, support: str = "") -> Comparison:
     detach_states(model)
     fill_factors(model)
     yardstick = Yardstick(model, case, inputs)
+    found.details += [yardstick.narrowed] if yardstick.narrowed else []
     for run in runs_of(turn // len(SUPPORTS)):
         if (run.mode == "generate" and not yardstick.generates(found)) or (run.code and not code):
             continue
@@ -218,7 +219,7 @@ class Yardstick:
     def __init__(self, model: nn.Module, case: Case, inputs: Mapping[str, Any]) -> None:
         self.model, self.case = model, case
         self.batches = {"many": inputs, "other": longer_or_shorter(case, inputs), "few": fewer(case, inputs)}
-        self.exact_model = exact_model(model, inputs)
+        self.exact_model, self.narrowed = exact_model(model, inputs)
         self._known: dict[tuple[str, ...], dict[str, Numbers]] = {}
 
     def merged(self) -> Yardstick:

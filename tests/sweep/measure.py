@@ -129,7 +129,8 @@ def _measure(name: str, code: bool, lowerings: Sequence[str], export: bool) -> R
     fill_factors(model)
     trained = {lowering: model if lowering == lowerings[0] else copy.deepcopy(model) for lowering in lowerings}
     reference = copy.deepcopy(model)
-    exact = exact_model(model, inputs)
+    exact, narrowed = exact_model(model, inputs)
+    row.details += [narrowed] if narrowed else []
     eager, wide = Reference(reference, inputs), Reference(exact, inputs_of(exact, inputs))
     for lowering, each in trained.items():
         run = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import slcompile
 from slcompile.health import composed_by_formula
 from slcompile.torch_private import map_leaves
 
@@ -61,22 +62,34 @@ def inputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return map_leaves(widen, dict(inputs))
 
 
-def exact_model(model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
+def exact_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Module, str]:
     """A copy that says what is right: in float64, weights composed by their formula, without the op that torch has not.
 
-    In float32 where float64 gives NaN or an error: ProphetNet adds two masks, each the least number, and XGLM fills a
-    mask in float32 with it.
+    In float32, and then with a note that says why, where float64 gives NaN or an error of the dense model as well:
+    ProphetNet adds two masks, each the least number, and XGLM fills a mask in float32 with it.
     """
-    wide = composed_by_formula(copy.deepcopy(model).double())
-    if hasattr(wide, "set_experts_implementation"):
-        wide.set_experts_implementation("eager")
+    dense = slcompile.merge_(copy.deepcopy(model)) if slcompile.factors(model) else model
+    trouble = trouble_in_float64(dense, inputs)
+    exact = composed_by_formula(copy.deepcopy(model))
+    return (exact, f"compared with float32, not float64: {trouble}") if trouble else (_widened(exact), "")
+
+
+def trouble_in_float64(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """What a model gives in float64 instead of numbers; empty where it gives numbers."""
+    wide = _widened(copy.deepcopy(model))
     try:
         with torch.no_grad():
-            outputs = leaves(copy.deepcopy(wide)(**inputs_of(wide, inputs)))
-        is_number = not any(bool(each.isnan().any()) for each in outputs.values())
-    except RuntimeError:
-        is_number = False
-    return wide if is_number else composed_by_formula(copy.deepcopy(model))
+            outputs = leaves(wide(**inputs_of(wide, inputs)))
+    except RuntimeError as error:
+        return first_line(error)
+    return ", ".join(f"{name} has NaN" for name, each in outputs.items() if bool(each.isnan().any()))
+
+
+def _widened(model: nn.Module) -> nn.Module:
+    wide = model.double()
+    if hasattr(wide, "set_experts_implementation"):
+        wide.set_experts_implementation("eager")
+    return wide
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from tests.sweep.architectures import ARCHITECTURES, CONFIG, Architecture
 from tests.sweep.cases import CASES
 from tests.sweep.compare import Comparison, Run, Yardstick, compare, compare_run, runs_of, same_steps
 from tests.sweep.measure import Row, check_report, compare_gradients, measure
+from tests.sweep.running import exact_model
 from tests.sweep.table import HEADER
 
 pytestmark = pytest.mark.slow
@@ -179,6 +180,29 @@ def test_what_is_wrong_of_the_dense_model_too_is_told_apart(monkeypatch):
     assert found.failures == []
     assert "output logits is off by" in found.details[0]
     assert "torch alone is as far off" in found.details[0]
+
+
+class MaskedTwice(nn.Module):
+    """In one dtype, adds the least number to itself: minus infinity in a whole row, and NaN after the softmax."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self.dtype = nn.Linear(64, 64), dtype
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores = self.linear(x)
+        mask = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        return {"logits": (mask + mask if scores.dtype == self.dtype else scores).softmax(-1)}
+
+
+def test_where_float64_gives_no_number_a_row_says_so_and_float32_is_the_yardstick():
+    x = {"x": torch.randn(4, 64)}
+    exact, note = exact_model(MaskedTwice(torch.float64), x)
+    assert exact.linear.weight.dtype == torch.float32
+    assert note == "compared with float32, not float64: logits has NaN"
+    exact, note = exact_model(MaskedTwice(torch.float32), x)
+    assert exact.linear.weight.dtype == torch.float64
+    assert note == ""
 
 
 def test_texts_that_went_apart_are_compared_up_to_there():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -95,6 +96,15 @@ def torchrun(*command: object, processes: int = 2) -> str:
     done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def on_processes(script: Path, folder: Path, *functions: str, processes: int = 2) -> dict[str, list[Any]]:
+    """What functions of a script return on each process, started once (``tests/stacks/ranks.py`` has what it runs)."""
+    torchrun(script, folder, *functions, processes=processes)
+    return {
+        name: [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(processes)]
+        for name in functions
+    }
 
 
 def randomize(model: nn.Module, std: float = 0.05) -> nn.Module:

@@ -26,7 +26,7 @@ from slcompile.memory.sharding import (
     sharded_events,
 )
 from slcompile.passes.liveness import Event
-from tests.testing import torchrun
+from tests.testing import on_processes
 from tests.zoo import tiny_config
 
 MEASURED = Path(__file__).parents[1] / "stacks" / "measured.py"
@@ -55,9 +55,7 @@ def reports():
 
 @pytest.mark.long
 def test_two_processes_take_and_send_what_is_estimated(tmp_path):
-    torchrun(MEASURED, "measured", tmp_path)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"measured{rank}.json").read_text())
+    for found in on_processes(MEASURED, tmp_path, "measured")["measured"]:
         assert list(found) == ["ddp sltrain", "fsdp dense", "fsdp sltrain"]
         for way, sizes in found.items():
             for name, (estimated, real) in sizes.items():

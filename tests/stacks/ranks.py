@@ -1,4 +1,4 @@
-"""What torchrun starts on each process: ``ranks.py NAME FOLDER`` runs a function below and writes what it returns."""
+"""What torchrun starts on each process: ``ranks.py FOLDER NAME...`` runs functions below, writes what they return."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 import slcompile
 from slcompile.backend import sltrain
 from slcompile.captured import REQUIRED_SETTINGS
+from slcompile.convert.ledger import ledger
 from slcompile.optim import SupportMoves
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -232,10 +233,15 @@ def meta(folder: Path) -> dict[str, Any]:
 
 
 def main(functions: dict[str, Any]) -> None:
-    """Runs one of some functions, named on the command line, in a process group."""
+    """Runs some functions, named on the command line after the folder, in one process group, one after the other."""
     dist.init_process_group("gloo")
-    result = functions[sys.argv[1]](Path(sys.argv[2]))
-    Path(sys.argv[2], f"{sys.argv[1]}{dist.get_rank()}.json").write_text(json.dumps(result))
+    folder, *names = sys.argv[1:]
+    for name in names:
+        result = functions[name](Path(folder))
+        Path(folder, f"{name}{dist.get_rank()}.json").write_text(json.dumps(result))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        ledger.reset()
     dist.destroy_process_group()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,18 @@ import ranks
 import torch
 
 import slcompile
-from tests.testing import torchrun
+from tests.testing import on_processes, torchrun
 
 pytestmark = pytest.mark.slow
 
 RANKS = Path(ranks.__file__)
 
 
-def on_two(name: str, folder: Path) -> list[dict[str, Any]]:
-    torchrun(RANKS, name, folder)
-    return [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(2)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """Where both processes wrote, and what they found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, on_processes(RANKS, folder, "ddp", "fsdp", "moving", "meta")
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +35,22 @@ def alone() -> tuple[torch.nn.Module, torch.optim.Optimizer, list[float]]:
     return model, optimizer, ranks.train(compiled, optimizer, range(ranks.STEPS))
 
 
-def test_ddp_trains_as_one_process_does(tmp_path, alone):
+def test_ddp_trains_as_one_process_does(found, alone):
     model, _, losses = alone
-    first, second = on_two("ddp", tmp_path)
+    folder, results = found
+    first, second = results["ddp"]
     assert first == second
     assert first["graphs"] > 1  # Dynamo splits at DDP's buckets
     assert first["losses"] == pytest.approx(losses, rel=1e-9)
-    saved = torch.load(tmp_path / "ddp.pt")  # by the process whose own start was replaced
+    saved = torch.load(folder / "ddp.pt")  # by the process whose own start was replaced
     for name, value in model.state_dict().items():
         torch.testing.assert_close(saved[name], value, rtol=1e-7, atol=1e-9)
 
 
-def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(tmp_path, alone):
+def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(found, alone):
     model, _, losses = alone
-    first, second = on_two("fsdp", tmp_path)
+    folder, results = found
+    first, second = results["fsdp"]
     assert first["losses"] == second["losses"] == pytest.approx(losses, rel=1e-9)
     assert first["graphs"] == 1  # both layers run the graph of the first
     # B [256, 8], A [8, 64] and values [256, 3]: half of the rows each
@@ -61,7 +64,7 @@ def test_fsdp2_trains_as_one_process_does_and_one_process_reads_its_checkpoint(t
     torch.manual_seed(1)
     restored = slcompile.factorize_(ranks.transformer(), slcompile.SLConfig(rank=8, density=0.05))
     optimizer = torch.optim.AdamW(restored.parameters(), lr=3e-3)
-    assert ranks.example.load(restored, optimizer, tmp_path / "checkpoint") == ranks.STEPS
+    assert ranks.example.load(restored, optimizer, folder / "checkpoint") == ranks.STEPS
     for name, value in model.state_dict().items():
         torch.testing.assert_close(restored.state_dict()[name], value, rtol=1e-7, atol=1e-9)
     assert slcompile.factors(restored)["layers.0.up.weight"].seed == slcompile.factors(model)["layers.0.up.weight"].seed
@@ -76,7 +79,7 @@ def test_a_frozen_base_trains_under_ddp_and_sharded_as_in_one_process(tmp_path):
     model = slcompile.factorize_(ranks.transformer().requires_grad_(False), config)
     trained = [each for each in model.parameters() if each.requires_grad]
     losses = ranks.train(model, torch.optim.AdamW(trained, lr=3e-3), range(ranks.STEPS))
-    first, second = on_two("frozen", tmp_path)
+    first, second = on_processes(RANKS, tmp_path, "frozen")["frozen"]
     for found in (first["ddp"], first["fsdp"], second["ddp"], second["fsdp"]):
         assert found["losses"] == pytest.approx(losses, rel=1e-9)
         assert found["trained"] == len(trained)
@@ -85,7 +88,7 @@ def test_a_frozen_base_trains_under_ddp_and_sharded_as_in_one_process(tmp_path):
 
 @pytest.mark.long
 def test_a_packed_base_trains_sharded_as_in_one_process_which_reads_its_checkpoint_and_merges_it(tmp_path):
-    first, second = on_two("packed", tmp_path)
+    first, second = on_processes(RANKS, tmp_path, "packed")["packed"]
     for base, columns in {"int8": 68, "nf4": 36}.items():  # a scale of 4 bytes for each 64 numbers
         config = ranks.PACKED[base]
         torch.manual_seed(0)
@@ -103,8 +106,8 @@ def test_a_packed_base_trains_sharded_as_in_one_process_which_reads_its_checkpoi
             torch.testing.assert_close(slcompile.merged_state_dict(restored)[name], value, rtol=1e-7, atol=1e-9)
 
 
-def test_non_zeros_move_alike_under_ddp_and_not_without_or_sharded(tmp_path):
-    first, second = on_two("moving", tmp_path)
+def test_non_zeros_move_alike_under_ddp_and_not_without_or_sharded(found):
+    first, second = found[1]["moving"]
     assert first["losses"] == second["losses"]
     assert first["losses"][-1] < first["losses"][0]
     assert (first["own"], first["apart"], second["apart"]) == (1, 0, 0)  # the first process's moves
@@ -114,8 +117,8 @@ def test_non_zeros_move_alike_under_ddp_and_not_without_or_sharded(tmp_path):
         assert "weight_sl.values is a DTensor: a shard of the values" in said[1]
 
 
-def test_nothing_dense_is_allocated_from_the_meta_device_to_the_shards(tmp_path):
-    first, second = on_two("meta", tmp_path)
+def test_nothing_dense_is_allocated_from_the_meta_device_to_the_shards(found):
+    first, second = found[1]["meta"]
     for process in (first, second):
         assert process["devices"] == ["cpu"]
         assert not set(process["dense"]) & set(process["allocated"])

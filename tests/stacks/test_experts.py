@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import experts
 import pytest
 
-from tests.testing import torchrun
+from tests.testing import on_processes
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +16,7 @@ SCRIPT = Path(experts.__file__)
 
 def on(processes: int, folder: Path, function: str = "experts") -> dict:
     """What the first process found, which is what all of them did of losses, gradients and errors."""
-    torchrun(SCRIPT, function, folder, processes=processes)
-    results = [json.loads((folder / f"{function}{rank}.json").read_text()) for rank in range(processes)]
+    results = on_processes(SCRIPT, folder, function, processes=processes)[function]
     assert all(result == results[0] for result in results)
     return results[0]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import shared
 
-from tests.testing import torchrun
+from tests.testing import on_processes
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +17,7 @@ SCRIPT = Path(shared.__file__)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("shared")
-    torchrun(SCRIPT, "shared", folder)
-    first, second = (json.loads((folder / f"shared{rank}.json").read_text()) for rank in range(2))
+    first, second = on_processes(SCRIPT, folder, "shared")["shared"]
     for name in ("refused", "again"):
         assert first[name] == second[name]
     return first
@@ -45,9 +43,8 @@ def test_half_of_the_rows_are_here(found):
 
 @pytest.mark.long
 def test_two_dimensions_train_as_one_process(tmp_path):
-    torchrun(SCRIPT, "shared", tmp_path, processes=4)
-    for rank in range(4):
-        result = json.loads((tmp_path / f"shared{rank}.json").read_text())["two dimensions"]
+    for found in on_processes(SCRIPT, tmp_path, "shared", processes=4)["shared"]:
+        result = found["two dimensions"]
         assert_as_one_process(result)
         assert result["local"] == [[16], [16, 8], [4, 64], [16, 4]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import updates
 from torch.distributed.checkpoint.api import CheckpointException
 
 from slcompile.optim import per_layer
-from tests.testing import torchrun
+from tests.testing import on_processes
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +23,7 @@ pytestmark = pytest.mark.slow
 def found(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """What both processes found, in one process group; and where their checkpoints are."""
     folder = tmp_path_factory.mktemp("updates")
-    torchrun(Path(updates.__file__), "updates", folder)
-    first, second = (json.loads((folder / f"updates{rank}.json").read_text()) for rank in range(2))
+    first, second = on_processes(Path(updates.__file__), folder, "updates")["updates"]
     for name in ("orders", "clipped"):
         assert first[name].keys() == second[name].keys()
     for name, result in second["equal"].items():  # each process has shards of its own

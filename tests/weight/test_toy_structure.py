@@ -377,13 +377,12 @@ def trained(model: nn.Module, called: Callable[..., Tensor], rank: int = 0, worl
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_processes_train_as_one_does(kind, tmp_path):
-    from tests.testing import torchrun  # of which the processes know nothing
+    from tests.testing import on_processes  # of which the processes know nothing
 
     torch.manual_seed(0)
     model = slcompile.factorize_(Net().double(), SLConfig(**OPTIONS))
     expected = trained(model, torch.compile(model, backend="sltrain", options=LITE))
-    torchrun(__file__, kind, tmp_path)
-    first, second = (json.loads((tmp_path / f"{kind}{rank}.json").read_text()) for rank in range(2))
+    first, second = on_processes(Path(__file__), tmp_path, kind)[kind]
     assert first["losses"] == second["losses"] == pytest.approx(expected, rel=1e-9)
     shards = {"d": [64, 32], "B": [96, 48], "A": [4, 2]} if kind == "fsdp" else {}  # half of the rows each
     assert first["shards"] == shards
@@ -413,6 +412,6 @@ def on_each_process(kind: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    result = on_each_process(sys.argv[1])
-    Path(sys.argv[2], f"{sys.argv[1]}{dist.get_rank()}.json").write_text(json.dumps(result))
+    _, folder, kind = sys.argv
+    Path(folder, f"{kind}{dist.get_rank()}.json").write_text(json.dumps(on_each_process(kind)))
     dist.destroy_process_group()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -48,12 +51,20 @@ def _elements(node: fx.Node) -> int:
 
 
 def kept_on_cpu(node: fx.Node) -> tuple[str, str, int] | None:
-    """Returns, for a sparse product on CPU, its support's name, what is kept of it, and bytes."""
+    """Returns, for an op that reads S on CPU, its support's name, what is kept of it, and bytes."""
     ops = torch.ops.slcompile
-    if node.target in (ops.vector_addmm.default, ops.vector_dots.default):
-        _, _, values, support, *_, vector = arguments(node)
-        rows, groups = values.meta["val"].shape
-        return support.name, "columns of blocks", 4 * -(-rows // vector) * groups
+    places: dict[Any, tuple[int, int]] = {  # where values and the support are, and where vector is
+        ops.vector_addmm.default: (2, 7),
+        ops.vector_dots.default: (2, 4),
+        ops.compose.default: (2, 6),
+        ops.compose_backward.default: (3, 6),
+    }
+    first, last = places.get(node.target, (0, 0))
+    if vector := arguments(node)[last : last + 1] if last else ():
+        values, support = arguments(node)[first : first + 2]
+        *rows, groups = values.meta["val"].shape
+        blocks = -(-math.prod(rows) // vector[0])
+        return (support.name, "columns of blocks", 4 * blocks * groups) if vector[0] > 1 else None
     if node.target not in (ops.sparse_addmm.default, ops.sparse_dots.default):
         return None
     _, _, values, support, *rest = arguments(node)

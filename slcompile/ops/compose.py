@@ -25,6 +25,7 @@ from torch import Tensor
 
 from slcompile.ops.quantized import as_base, dequantize_reference
 from slcompile.ops.support import flat_positions
+from slcompile.ops.vector_cpu import kept_columns
 
 
 def compose_reference(
@@ -73,8 +74,12 @@ def compose(
             if base is None
             else _added_product(as_base(base, A.shape[-1], B.dtype), B, A, scale)
         )
-        # The support has no repetition, so this is exact and deterministic.
-        weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[-1], vector), values.flatten())
+        # The support has no repetition, so both are exact and deterministic.
+        if _has_kept_columns(values, vector):
+            entries = values.flatten(0, -2)
+            weight.flatten(0, -2).scatter_add_(1, _columns_of_rows(entries, support, A.shape[-1], vector), entries)
+        else:
+            weight.view(-1).index_add_(0, flat_positions(values, support, A.shape[-1], vector), values.flatten())
         return weight if dtype is None else weight.to(dtype)
 
 
@@ -93,6 +98,17 @@ def _added_product(base: Tensor, first: Tensor, second: Tensor, scale: float) ->
     return (torch.addmm if first.dim() == 2 else torch.baddbmm)(base, first, second, alpha=scale)
 
 
+def _has_kept_columns(values: Tensor, vector: int) -> bool:
+    """Whether columns are kept from call to call: on CPUs, where the factored lowering keeps the same ones."""
+    return vector > 1 and values.is_cpu and values.numel() > 0
+
+
+def _columns_of_rows(entries: Tensor, support: Tensor, columns: int, vector: int) -> Tensor:
+    """Returns int64 columns of entries [rows, groups], from those of blocks."""
+    blocks = kept_columns(entries, support, columns, vector).long()
+    return blocks.repeat_interleave(vector, 0)[: len(entries)]
+
+
 @torch.library.custom_op("slcompile::compose_backward", mutates_args=())
 def compose_backward(
     grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
@@ -102,8 +118,12 @@ def compose_backward(
         grad = grad.to(B.dtype)
         grad_B = _scaled_product(grad, A.mT, scale)
         grad_A = _scaled_product(B.mT, grad, scale)
-        positions = flat_positions(values, support, A.shape[-1], vector)
-        grad_values = grad.reshape(-1).index_select(0, positions).view(values.shape)
+        if _has_kept_columns(values, vector):
+            columns = _columns_of_rows(values.flatten(0, -2), support, A.shape[-1], vector)
+            grad_values = grad.flatten(0, -2).gather(1, columns).view(values.shape)
+        else:
+            positions = flat_positions(values, support, A.shape[-1], vector)
+            grad_values = grad.reshape(-1).index_select(0, positions).view(values.shape)
     return grad_B, grad_A, grad_values
 
 

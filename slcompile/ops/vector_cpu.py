@@ -83,7 +83,7 @@ def vector_addmm(
             torch.addmm(bias, hidden, writing, out=result)
     if x.numel() == 0:
         return result
-    blocks = _columns(values, support, columns, vector)
+    blocks = kept_columns(values, support, columns, vector)
     of_factor: tuple[int | None, ...] = ()
     if has_tiles:
         hidden, factor, bias = _with_rows(hidden), _with_rows(factor), bias if bias is None else bias.contiguous()
@@ -122,7 +122,7 @@ def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, ve
     left, right = _with_rows(left), _with_rows(right)
     result = left.new_empty(values.shape, dtype=torch.promote_types(left.dtype, torch.float32))
     (tokens, rows), (_, columns) = left.shape, right.shape
-    blocks = _columns(values, support, columns, vector)
+    blocks = kept_columns(values, support, columns, vector)
     function, _ = _function("dots", left, vector)
     function(
         left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), blocks.data_ptr(), result.data_ptr(),
@@ -141,7 +141,8 @@ def _with_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _columns(values: Tensor, support: Tensor, columns: int, vector: int) -> Tensor:
+def kept_columns(values: Tensor, support: Tensor, columns: int, vector: int) -> Tensor:
+    """Returns ``block_columns`` of a weight whose values are [rows, groups], as int32, made once for a support."""
     return kept(_making(vector), values, support, values.shape[0], columns)[0]
 
 

@@ -57,8 +57,11 @@ def assert_same_state(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "factorized", "adopted"])
-@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(
+    ("maker", "kind"),
+    [(maker, kind) for maker in MAKERS for kind in ("dense", "factorized")]
+    + [pytest.param(each, "adopted", marks=() if each == "adamw" else pytest.mark.long) for each in MAKERS],
+)
 def test_the_trajectory_is_bit_equal_to_the_plain_optimizers(block_class, batch, maker, kind, aten_kernels):
     """With two groups, a schedule of the rate, and weights that the first step turns into factors ("adopted")."""
     cls, kwargs = MAKERS[maker]

@@ -243,7 +243,7 @@ def owner_of(name: str) -> ModuleType | type:
 # One of each kind of run; the others are run with the long tests.
 SOME = {
     "parameterize_weights: scale",
-    "compose: product",
+    "weight_grads",
     "merged_wide",
 }
 

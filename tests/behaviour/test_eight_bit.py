@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.optim import per_layer
+from tests.testing import LITE
 from tests.zoo import tiny
 
 pytestmark = pytest.mark.slow
@@ -97,7 +98,7 @@ def test_eight_bit_states_of_factors_that_the_first_step_makes(library, tmp_path
     """Adoption, and a state dict that goes through a file into the plain class of the library."""
     cls = low_bit(library)
     model = llama()
-    model.compile(backend="sltrain", options={"rank": 32, "density": 0.1})
+    model.compile(backend="sltrain", options={"rank": 32, "density": 0.1, **LITE})
     optimizer = per_layer(cls, model.parameters(), lr=3e-3)
     batches = sentences()[:4]
     losses = curve(model, optimizer, batches[:2])

@@ -142,9 +142,7 @@ CASES = {
 
 
 # Composed products are ordinary ones; what differs is how the gradients of several uses come together.
-BOTH = [
-    name for name in CASES if name.startswith(("two", "slices", "W @ W", "a product", "fused", "Transformer", "no"))
-]
+BOTH = [name for name in CASES if name.startswith(("slices", "W @ W", "a product", "fused QKV, split", "no"))]
 
 
 @pytest.mark.parametrize(

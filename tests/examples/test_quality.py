@@ -153,6 +153,7 @@ def test_states_of_few_bits_are_torchaos_and_another_run():
     assert type(training.make_optimizer(model, plain)) is torch.optim.AdamW
 
 
+@pytest.mark.usefixtures("aten_kernels")
 class TestRun:
     @pytest.mark.slow
     def test_a_record_holds_what_a_run_was_and_came_to(self, corpus, tmp_path):

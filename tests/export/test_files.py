@@ -172,7 +172,10 @@ NEXT = {  # what is exported over network(0) in two shards: the seed of the new 
 }
 
 
-@pytest.fixture(scope="module", params=NEXT)
+@pytest.fixture(
+    scope="module",
+    params=[each if each == "new weights" else pytest.param(each, marks=pytest.mark.long) for each in NEXT],
+)
 def faults(request, tmp_path_factory):
     """What is left after each fault, the status of each process, and what the old and the new model compute."""
     root = tmp_path_factory.mktemp("faults")

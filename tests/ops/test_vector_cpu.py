@@ -15,7 +15,9 @@ from slcompile.ops.support import groups_per_row
 from slcompile.ops.vector_cpu import vector_addmm, vector_dots
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-VECTORS = (2, 4, 8, 16, 32, 64, 128)
+VECTORS = [  # below, at and above the lanes of a register; each is a library that a compiler makes
+    *(2, 16, 128), *(pytest.param(each, marks=pytest.mark.long) for each in (4, 8, 32, 64)),
+]  # fmt: skip
 # rows, columns: blocks that are whole and not, nothing divides anything, and the smallest there is.
 SHAPES = [(128, 64), (131, 150), (33, 65), (1, 9), (9, 1)]
 # Of few tokens values are read as they lie; tiles have 8 or 16.

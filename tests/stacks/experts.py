@@ -110,7 +110,7 @@ def experts(folder: Path) -> dict[str, Any]:
         "mixtral grouped_mm": compared("mixtral", CONFIG, "grouped_mm", lowering="composed"),
         "gpt_oss batched_mm": compared("gpt_oss", STRATIFIED, "batched_mm"),
         "refused": refused(),
-        "copies": [copied(CONFIG), copied(None)],
+        "copy": copied(CONFIG),
     }
 
 

@@ -28,8 +28,8 @@ from tests.sweep.table import HEADER
 pytestmark = pytest.mark.slow
 
 QUICK = {
-    **dict.fromkeys("qwen3 gpt2 mixtral mamba bert albert vit convnext".split(), LOWERINGS),
-    **dict.fromkeys("t5 whisper clip dit".split(), ("auto",)),
+    **dict.fromkeys("qwen3 gpt2 mixtral bert albert convnext".split(), LOWERINGS),
+    **dict.fromkeys("t5 whisper clip dit mamba vit".split(), ("auto",)),
 }
 COMPARED = ["llama", "vit", "nn.GRUCell", "mixtral", "t5"]
 COMPILED = ["resnet"]

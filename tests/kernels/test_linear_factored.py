@@ -265,7 +265,7 @@ class TestTracing:
         completes = (
             ["linear_factored_transposed_kernel", projects[1]] if case.transposed else ["linear_factored_kernel"]
         )
-        assert found == projects * batches + completes * batches * 2
+        assert found == projects * batches + completes * batches
 
     @pytest.mark.slow
     @pytest.mark.parametrize("siblings", [1, 2, 4])

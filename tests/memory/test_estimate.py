@@ -18,7 +18,7 @@ from slcompile.memory.optimizer_bytes import OPTIMIZERS
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.optim import per_layer
 from slcompile.passes.liveness import PARTS, Event, Plan, repeated, step_events
-from slcompile.passes.workspace import workspace
+from slcompile.passes.workspace import kept_on_cpu, workspace
 from tests.testing import example
 from tests.zoo import tiny_config
 
@@ -241,6 +241,25 @@ class TestLiveness:
         dense = 2 * rows * columns
         assert [workspace(node, "cuda") for node in nodes] == ([x_T, z, x_T + sums] if is_many else [0, 0, dense])
         assert [workspace(node, "cpu") for node in nodes] == [0, 0, 0]
+
+    @pytest.mark.parametrize("vector", [16, 1])
+    @pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "stack"])
+    def test_columns_that_composing_keeps_on_a_cpu(self, lead, vector):
+        ops, rows, columns, groups = torch.ops.slcompile, 40, 48, 5
+
+        def step(B, A, values, seed, grad):
+            weight = ops.compose(B, A, values, seed, 2.0, None, vector)
+            return weight, *ops.compose_backward(grad, B, A, values, seed, 2.0, vector)
+
+        shapes = ((rows, 8), (8, columns), (rows, groups))
+        B, A, values = (torch.randn(*lead, *shape) for shape in shapes)
+        inputs = (B, A, values, torch.tensor([7]), torch.randn(*lead, rows, columns))
+        graph = make_fx(step, tracing_mode="fake")(*inputs).graph
+        estimated = {kept_on_cpu(node) for node in graph.nodes} - {None}
+        before = kept_bytes()
+        step(*inputs)
+        assert sum(size for *_, size in estimated) == kept_bytes() - before
+        assert bool(estimated) == (vector > 1)
 
     @pytest.mark.slow
     def test_a_parameter_with_two_names_is_counted_once(self, report):

@@ -11,7 +11,7 @@ share their columns: 1 but for the vector support. A stack of E matrices (the ex
 has B [E, N, R], A [E, R, K] and values [E, N, groups]; its support is that of one matrix of E * N rows. Without a
 sparse part there are no groups.
 
-The ops are opaque (``custom_op``, not ``triton_op``) so that they reach the joint graph whole: passes find them
+The ops are opaque (no ``triton_op``) so that they reach the joint graph whole: passes find them
 there, and AOTAutograd decomposes a triton_op before any custom pass runs.
 """
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from slcompile.ops.quantized import as_base, dequantize_reference
+from slcompile.ops.register_op import register_op
 from slcompile.ops.support import flat_positions
 from slcompile.ops.vector_cpu import kept_columns
 
@@ -41,7 +42,7 @@ def compose_reference(
     return added + (base if base.is_floating_point() else dequantize_reference(base, A.shape[-1], B.dtype))
 
 
-@torch.library.custom_op("slcompile::compose", mutates_args=())
+@register_op()
 def compose(
     B: Tensor,
     A: Tensor,
@@ -83,7 +84,7 @@ def compose(
         return weight if dtype is None else weight.to(dtype)
 
 
-@compose.register_fake
+@torch.library.register_fake("slcompile::compose")
 def _(B, A, values, support, scale, dtype=None, vector=1, base=None):
     return B.new_empty((*B.shape[:-1], A.shape[-1]), dtype=dtype)
 
@@ -109,7 +110,7 @@ def _columns_of_rows(entries: Tensor, support: Tensor, columns: int, vector: int
     return blocks.repeat_interleave(vector, 0)[: len(entries)]
 
 
-@torch.library.custom_op("slcompile::compose_backward", mutates_args=())
+@register_op()
 def compose_backward(
     grad: Tensor, B: Tensor, A: Tensor, values: Tensor, support: Tensor, scale: float, vector: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +128,7 @@ def compose_backward(
     return grad_B, grad_A, grad_values
 
 
-@compose_backward.register_fake
+@torch.library.register_fake("slcompile::compose_backward")
 def _(grad, B, A, values, support, scale, vector=1):
     return torch.empty_like(B).contiguous(), torch.empty_like(A).contiguous(), torch.empty_like(values).contiguous()
 
@@ -159,5 +160,5 @@ def _backward_vjp(ctx: Any, u: Tensor, v: Tensor, w: Tensor) -> tuple[Any, ...]:
         return grad_grad, ctx.scale * (cast @ v.mT), ctx.scale * (u.mT @ cast), None, None, None, None
 
 
-compose.register_autograd(_compose_vjp, setup_context=_setup_compose)
-compose_backward.register_autograd(_backward_vjp, setup_context=_setup_backward)
+torch.library.register_autograd("slcompile::compose", _compose_vjp, setup_context=_setup_compose)
+torch.library.register_autograd("slcompile::compose_backward", _backward_vjp, setup_context=_setup_backward)

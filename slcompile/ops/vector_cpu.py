@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from slcompile import torch_private
+from slcompile.ops.register_op import register_op
 from slcompile.ops.sparse_cpu import kept
 from slcompile.ops.support import block_columns
 
@@ -32,15 +33,7 @@ FEW_TOKENS = 4
 _STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
-def _op(function: Callable[..., Tensor]) -> Any:
-    """Registers an op of CPUs, without autograd; returns it."""
-    name = f"slcompile::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
-    torch.library.impl(name, "CPU", function)
-    return getattr(torch.ops.slcompile, function.__name__).default
-
-
-@_op
+@register_op("CPU", _TAGS)
 def vector_addmm(
     factor: Tensor,
     hidden: Tensor,
@@ -103,7 +96,7 @@ def _(factor, hidden, values, support, x, bias, transposed, vector):
     return x.new_empty((x.shape[0], factor.shape[1 if transposed else 0]))
 
 
-@_op
+@register_op("CPU", _TAGS)
 def vector_dots(left: Tensor, right: Tensor, values: Tensor, support: Tensor, vector: int) -> Tensor:
     """Computes ``left^T @ right`` at the support.
 

@@ -34,9 +34,10 @@
    merge_weights           compose(...) becomes the dense parameter, in graphs that read attributes
 
 A pass is a function ``verb_noun(gm, ...) -> PassReport`` in a file of its name. ``run`` times it and names its report.
-To add one to the joint graph, write the function and put it into ``joint_passes``. The option ``skip_passes`` leaves
-those of ``joint_passes`` and ``post_passes`` out by name. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike;
-they know lowerings for ``compose`` and for those in ``slcompile.ops.FACTORED``.
+To add one to the joint graph, write the function, put it into ``joint_passes`` and its name into
+``slcompile.config.SKIPPABLE``: the option ``skip_passes`` leaves those of ``joint_passes`` and ``post_passes`` out by
+name. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike; they know lowerings for ``compose`` and for those in
+``slcompile.ops.FACTORED``.
 """
 
 from __future__ import annotations

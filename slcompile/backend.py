@@ -35,13 +35,14 @@ def sltrain(
     Args:
         gm, example_inputs: From Dynamo; parameters are among the inputs.
         mode: One of torch.compile's modes, passed to Inductor.
-        options: Fields of ``SLConfig``, and ``"inductor"`` for Inductor's settings.
+        options: Fields of ``SLConfig``, and ``"inductor"`` for Inductor's settings. Where a model was factorized by
+            ``factorize_``, its config says what these leave open of how to compile.
         name: Of the compiled region; torch 2.15 passes it.
 
     Raises:
         ValueError: Unknown or bad options.
     """
-    config, settings = SLConfig.from_options(options)
+    config, settings = SLConfig.from_options({**ledger.explicit_options(example_inputs), **(options or {})})
     settings = _inductor_settings(mode, settings)
     if config.budget is not None and settings.get(PARTITIONER) is not None:
         raise ValueError(f"memory_budget needs Inductor's {PARTITIONER}, which option 'inductor' sets")

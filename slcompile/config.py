@@ -17,6 +17,8 @@ VECTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 INITS = ("auto", "kaiming", "spectral")
 LOWERINGS = ("auto", "composed", "factored")
 SAVES = ("auto", "all", "low_rank")
+COMPILED = ("lowering", "keep_weights", "save", "memory_budget", "autotune", "skip_passes")
+"""The fields that say how graphs are compiled, and not what a weight becomes."""
 SKIPPABLE = (
     "flatten_convolutions",
     "fuse_weight_grads",

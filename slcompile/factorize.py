@@ -42,7 +42,8 @@ def factorize_(
 
     Args:
         model: Changed in place, in any mode. Live optimizers that hold its dense weights are mended.
-        config: Defaults to ``SLConfig()``.
+        config: Defaults to ``SLConfig()``. What it says of compilation (``lowering``, ``save``, ...) holds where the
+            options of ``torch.compile`` say nothing else.
         example_args, example_kwargs: What ``model`` is called with to capture its graph.
 
     Returns:
@@ -80,7 +81,7 @@ def factorize_model(
             reasons = sorted({each.reason for each in report.left})
             raise ValueError(f"model has no eligible weight; its {len(uses)} weights stay dense: {', '.join(reasons)}")
         convert(found.chosen, config, live, report, ledger, made)
-        object.__setattr__(model, EXPLICIT, config)
+        ledger.note_explicit(model, config)
     return model
 
 

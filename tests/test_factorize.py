@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import slcompile
+from slcompile import captured, passes
 from tests.testing import CONFIG, process_group, randomize
 
 
@@ -32,6 +33,32 @@ def test_factorize_by_module_type_takes_linears(block, batch):
     assert isinstance(block.up, nn.Linear)
     F.cross_entropy(block(batch[0]), batch[1]).backward()
     assert all(p.grad is not None for p in block.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+def test_what_its_config_says_of_compilation_holds_where_the_options_say_nothing_else(
+    again, block, batch, aten_kernels, monkeypatch
+):
+    seen = []
+
+    def watched(config, *args):
+        seen.append(config)
+        return passes.joint_passes(config, *args)
+
+    monkeypatch.setattr(captured, "joint_passes", watched)
+    plain = copy.deepcopy(block)
+    config = slcompile.SLConfig(rank=8, lowering="composed", save="all", skip_passes=["group_projections"])
+    model = again(slcompile.factorize_(block, config))
+    torch.compile(model, backend="sltrain")(batch[0])
+    torch.compile(model.up, backend="sltrain", options={"lowering": "factored"})(batch[0])
+    with torch.no_grad():
+        torch.compile(model.eval(), backend="sltrain")(batch[0])
+    torch.compile(slcompile.factorize_(plain, CONFIG), backend="sltrain")(batch[0])
+    whole, layer, inference, other = ((each.lowering, each.save, each.skip_passes) for each in seen)
+    assert whole == inference == ("composed", "all", ("group_projections",))
+    assert layer == ("factored", "all", ("group_projections",))
+    assert other == ("auto", "auto", ())
 
 
 def test_factorize_by_graph_takes_every_matmul_and_leaves_no_trace_of_the_run(block, batch):

@@ -8,10 +8,12 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slcompile.config import COMPILED, SLConfig
 from slcompile.ops.quantized import BITS
 from slcompile.passes import Decision, PassReport
 from slcompile.weight.owners import LiveObjects
@@ -67,6 +69,7 @@ class Ledger:
         self._dry_runs: weakref.WeakKeyDictionary[nn.Module, PassReport] = weakref.WeakKeyDictionary()
         self._converted: list[weakref.ref[nn.Parameter]] = []
         self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._says_how_to_compile = False  # the options of some model that was factorized explicitly
 
     def record(self, roots: Sequence[nn.Module]) -> ModelRecord:
         """Returns the record of the model with these roots; a new one, which is not kept, where there is none."""
@@ -164,6 +167,23 @@ class Ledger:
                 len(held),
                 f"{sum(parameter.nbytes for parameter in held):,}",
             )
+
+    def note_explicit(self, model: nn.Module, config: SLConfig) -> None:
+        """Keeps, on a model that was factorized explicitly, the options of that."""
+        object.__setattr__(model, EXPLICIT, config)
+        default = SLConfig()
+        self._says_how_to_compile |= any(getattr(config, name) != getattr(default, name) for name in COMPILED)
+
+    def explicit_options(self, inputs: Iterable[Any]) -> dict[str, Any]:
+        """Returns what ``factorize_`` was told of how to compile the model whose parameters are among these inputs."""
+        if not self._says_how_to_compile:
+            return {}
+        live = LiveObjects.find()
+        pairs = live.owners(each for each in inputs if isinstance(each, nn.Parameter)).values()
+        owners = {id(module): module for owners in pairs for module, _ in owners}
+        above = (each for module in owners.values() for each in live.ancestors(module))
+        config = next((vars(each)[EXPLICIT] for each in above if EXPLICIT in vars(each)), None)
+        return {} if config is None else {name: getattr(config, name) for name in COMPILED}
 
     def remember_owners(self, parameter: Tensor, owners: Iterable[tuple[nn.Module, str]]) -> None:
         """Keeps who owns a parameter for ``in_training``, which would otherwise walk over all objects each time."""

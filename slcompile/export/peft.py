@@ -55,12 +55,13 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     parameters (a head, biases) are not in these files.
 
     Args:
-        model: Factorized with ``base="frozen"`` and ``density=0``; left as it is.
+        model: Factorized with a base and ``density=0``; left as it is. Of a packed base, the adapter is one for the
+            weights as they are packed.
         directory: Made if it does not exist.
 
     Raises:
-        ValueError: The model has no factorized weight, or one that these files cannot hold: with another base or
-            density, a stack of matrices, of several layers, or not of ``nn.Linear``, transformers' ``Conv1D`` or a
+        ValueError: The model has no factorized weight, or one that these files cannot hold: without a base, with a
+            sparse part, a stack of matrices, of several layers, or not of ``nn.Linear``, transformers' ``Conv1D`` or a
             convolution layer.
         RuntimeError: The factors are sharded.
         ImportError: safetensors is missing.

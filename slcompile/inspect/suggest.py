@@ -98,7 +98,7 @@ def suggest(
         budget: Share of the parameters of these weights that factors and values may take, in (0, 1).
         config: Gives density, ``include``, ``exclude`` and ``min_dim``; its rank does not count.
         example_args, example_kwargs: What the model is called with, to find its weights on its graph, as for
-            ``factorize_``; without them, the weights are those of linear layers.
+            ``factorize_``; without them, the weights are those of linear layers, ``Conv1D`` and convolutions.
 
     Raises:
         ValueError: The budget is not in (0, 1), or less than rank 1 and the density take; the weights are on the meta

@@ -92,7 +92,7 @@ class FactorizeCallback(TrainerCallback):
     Args:
         config: Defaults to ``SLConfig()``.
         compile: Whether to compile the model with ``backend="sltrain"``.
-        options: Of that backend, beside what ``config`` says: ``{"inductor": {...}}``.
+        options: Of that backend, beside and above what ``config`` says: ``{"inductor": {...}}``.
 
     Trainer raises what ``factorize_`` raises. A model that is factorized already is taken as it is.
     """

@@ -149,6 +149,8 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
                 use.reads.append(_read(user, node))
         elif name in CONVOLUTIONS:
             _note_convolution(weight, user, node, name, use)
+        elif name == "as_strided" and not _lies_row_by_row(weight):
+            use.others.append(name)  # a composed weight has other strides
         elif name in VIEWS and user.args[:1] == (node,) and (user.all_input_nodes == [node] or name == "type_as"):
             # In-place and out= variants have other names; another tensor that it reads must be for its dtype alone.
             _follow(weight, user, swapped ^ _swaps(user, name), use, seen)
@@ -156,6 +158,11 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
             _follow(weight, user, swapped, use, seen)
         elif name not in _METADATA and not (name == "type_as" and user.args[0] is not node):
             use.others.append(name)
+
+
+def _lies_row_by_row(weight: fx.Node) -> bool:
+    stored = weight.meta.get("val")
+    return isinstance(stored, Tensor) and stored.is_contiguous() and stored.storage_offset() == 0
 
 
 def _note_convolution(weight: fx.Node, user: fx.Node, node: fx.Node, name: str, use: WeightUse) -> None:

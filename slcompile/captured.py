@@ -37,7 +37,7 @@ from slcompile.passes.graph import GraphPass, Watch
 from slcompile.passes.graph_text import lines
 from slcompile.passes.liveness import Plan
 from slcompile.passes.partition import BudgetedPartitioner
-from slcompile.weight.marks import successor_of
+from slcompile.weight.marks import retired_for, successor_of
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
 from slcompile.weight.structure import FactorizedWeight, matrix_shape, template
@@ -93,6 +93,7 @@ class CapturedGraph:
             return
         live = LiveObjects.find()
         self.uses = weight_uses(gm, example_inputs)
+        self._require_current(example_inputs, live)
         for index in torch_private.kept_inputs(gm) & self.uses.keys():
             self.uses[index].others.append("output")
         self._others = [index for index, use in self.uses.items() if use.others and not use.without_grad]
@@ -116,6 +117,17 @@ class CapturedGraph:
             self._decisions[candidate.weight] = candidate.decision
             ledger.configs[candidate.weight] = candidate.config
         return found
+
+    def _require_current(self, args: Sequence[Any], live: LiveObjects) -> None:
+        """Raises RuntimeError where a module holds a dense weight whose place factors of another one took."""
+        retired = {id(args[index]): args[index] for index in self.uses if successor_of(args[index]) is not None}
+        for key, owners in live.owners(retired.values()).items():
+            if owners:
+                module, name = owners[0]
+                raise RuntimeError(
+                    f"{type(module).__name__} holds as {name!r} a dense weight that no longer trains: "
+                    f"{retired_for(retired[key])}. Give it a copy: weight.detach().clone()"
+                )
 
     def _use_in_all_graphs(self, index: int, parameter: nn.Parameter) -> WeightUse:
         use = self.uses[index]
@@ -292,9 +304,10 @@ class CapturedGraph:
         if torch_private.in_eager_checkpoint():
             self._require_single_reads(wanted, args)
         converted = {index: successor for index in wanted if (successor := successor_of(args[index])) is not None}
+        live = LiveObjects.find()
+        self._require_current(args, live)
         if len(converted) == len(wanted):
             return converted
-        live = LiveObjects.find()
         dense = [index for index in self.uses if index not in converted and successor_of(args[index]) is None]
         found = self._decide(dense, args, live)  # again, under the lock: owners and an explicit choice may have changed
         due = {index: each for index, each in zip(dense, found.weights, strict=True) if index in wanted}

@@ -423,3 +423,18 @@ class TestBadInput:
                 with pytest.raises(RuntimeError, match="the factors are sharded among processes: get a full state"):
                     merge(block)
             assert sorted(slcompile.factors(block)) == ["down.weight", "up.weight"]
+
+
+@pytest.mark.slow
+def test_a_dense_weight_that_is_put_back_is_refused(block_class, batch, aten_kernels):
+    first, other = block_class(), block_class()
+    dense = first.up.weight
+    torch.compile(first, backend="sltrain", options={"rank": 8})(batch[0])
+    other.up.weight = dense
+    with pytest.raises(
+        RuntimeError, match=r"Linear holds as 'weight' a dense weight that no longer trains: up\.weight"
+    ):
+        torch.compile(other, backend="sltrain", options={"rank": 8})(batch[0])
+    other.up.weight = torch.nn.Parameter(dense.detach().clone())
+    torch.compile(other, backend="sltrain", options={"rank": 8})(batch[0])
+    assert "up.weight" in slcompile.factors(other)

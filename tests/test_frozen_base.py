@@ -372,3 +372,37 @@ def test_a_rank_that_saves_nothing_is_refused_before_anything_changes(x):
         torch.compile(model, backend="sltrain", options={**config})(torch.randn(4, 256))
     assert model.state_dict().keys() == before.keys()
     slcompile.factorize_(model, SLConfig(base="frozen", rank=170, density=0))
+
+
+@pytest.mark.parametrize("options", [LORA, FROZEN, {"base": "frozen", "structure": "block_low_rank", "rank": 4}])
+@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.slow
+def test_a_weight_that_lies_column_by_column(options, lowering):
+    model = nn.Sequential(nn.Linear(64, 96, bias=False))
+    model[0].weight = nn.Parameter(torch.randn(64, 96).t() / 8)
+    x = torch.randn(8, 64)
+    expected = model(x)
+    compiled = torch.compile(model, backend="sltrain", options={**options, "lowering": lowering})
+    torch.testing.assert_close(compiled(x), expected)  # step 0, which converts
+    randomize(model)
+    assert model[0].weight.is_contiguous()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_factors_that_no_optimizer_holds_are_said(caplog):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 3))
+    model[:2].requires_grad_(False)
+    head = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+    slcompile.factorize_(copy.deepcopy(model), SLConfig(**LORA))
+    assert "they stay zero" not in caplog.text  # of that copy no optimizer holds anything
+    slcompile.factorize_(model, SLConfig(**LORA))
+    assert "AdamW trains parameters of Sequential and none of the factors that were added" in caplog.text
+    assert len(head.param_groups[0]["params"]) == 2
+
+
+def test_factors_that_some_optimizer_holds_are_not(caplog):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+    optimizers = [torch.optim.SGD(each.parameters()) for each in model]
+    slcompile.factorize_(model, SLConfig(**LORA))
+    assert "they stay zero" not in caplog.text
+    assert len(optimizers[0].param_groups[0]["params"]) == 3  # bias, B and A

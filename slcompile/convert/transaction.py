@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,6 +19,8 @@ from slcompile.weight.owners import LiveObjects, hooks_of, wrapper_of
 from slcompile.weight.placing import class_with, put_in_place, restore, sl_names, snapshot
 from slcompile.weight.start import looks_trained
 from slcompile.weight.structure import FactorizedWeight, structure_of
+
+log = logging.getLogger("slcompile")
 
 
 def convert(
@@ -81,9 +84,31 @@ def convert(
     _swap(candidates, weights, live, roots)
     for candidate, weight in zip(candidates, weights, strict=True):
         retire(candidate.weight, f"{candidate.name} was converted to factors", weight)
+    if config.base is not None:
+        _warn_if_untrained(weights, live, roots)
     pairs = [(candidate.weight, weight) for candidate, weight in zip(candidates, weights, strict=True)]
     ledger.note_conversion(record, roots, pairs, config.base or init, report)
     return weights
+
+
+def _warn_if_untrained(
+    weights: Iterable[FactorizedWeight], live: LiveObjects, roots: Sequence[torch.nn.Module]
+) -> None:
+    """Says so where optimizers train some of a model and none of what was added to its frozen weights."""
+    parts = {id(part) for weight in weights for part in weight.parameters() if part.requires_grad}
+    own = {id(parameter) for root in roots for parameter in root.parameters()}
+    held = [
+        (type(optimizer).__name__, {id(p) for group in optimizer.param_groups for p in group["params"]})
+        for optimizer in live.optimizers
+    ]
+    some = [kind for kind, each in held if each & own]
+    if some and not any(each & parts for _, each in held):
+        log.warning(
+            "slcompile: %s trains parameters of %s and none of the factors that were added to its weights, which were "
+            "frozen when it was made: they stay zero. Call slcompile.factorize_(model, config) before making it",
+            " and ".join(some),
+            type(roots[0]).__name__,
+        )
 
 
 def _init_of(checked: Sequence[Candidate]) -> str:

@@ -179,7 +179,8 @@ def _composed(B: Tensor, A: Tensor, scale: float, base: Tensor | None, unpack: C
         product = torch.diag_embed(product.movedim(0, -1), dim1=0, dim2=2).flatten(2).flatten(0, 1)
     if base is None:
         return product
-    return (base.to(B.dtype) if base.is_floating_point() else unpack(base, product.shape[-1], B.dtype)) + product
+    wide = base.to(B.dtype) if base.is_floating_point() else unpack(base, product.shape[-1], B.dtype)
+    return (wide + product).contiguous()  # whatever the strides of the base are
 
 
 def _scaled(first: Tensor, second: Tensor, scale: float) -> Tensor:

@@ -154,13 +154,16 @@ def kept(
     if values.dim() == 1 and support.is_inference():  # it does not count what is written to it
         return make(values, support, rows, columns)
     made = _memory.setdefault(support, {})
-    state = int(support) if values.dim() == 2 else (support._version, support.data_ptr())
+    # The sum, too: .data and torch.distributed write positions without counting it.
+    state = int(support) if values.dim() == 2 else (support._version, support.data_ptr(), int(support.sum()))
     key = (make, state, rows, columns, values.shape)
-    if key not in made:
-        for old in [each for each in made if each[1:] != key[1:]]:  # of a support that was overwritten
-            del made[old]
-        made[key] = make(values, support, rows, columns)
-    return cast(tuple[Tensor, ...], made[key])
+    found = made.get(key)
+    if found is None:
+        for old in list(made):  # other threads add to it
+            if old[1:] != key[1:]:  # of a support that was overwritten
+                made.pop(old, None)
+        found = made[key] = make(values, support, rows, columns)
+    return cast(tuple[Tensor, ...], found)
 
 
 def kept_bytes() -> int:

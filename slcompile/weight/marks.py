@@ -25,6 +25,11 @@ def successor_of(parameter: torch.Tensor) -> Any:
     return getattr(parameter, _SUCCESSOR, None)
 
 
+def retired_for(parameter: torch.Tensor) -> str:
+    """Returns why a parameter no longer trains; empty where it does."""
+    return getattr(parameter, _RETIRED, "")
+
+
 def mark_values(parameter: torch.Tensor) -> None:
     """Marks a weight's ``values``, which have the shape of a matrix and are none: not for matrix-only optimizers."""
     _watch()

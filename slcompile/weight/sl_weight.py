@@ -369,6 +369,9 @@ class SLWeight(FactorizedWeight):
     @override
     def misfit(self, state: Mapping[str, Any], prefix: str) -> str:
         held, values = state.get(f"{prefix}rows_of_block"), state.get(f"{prefix}values")
+        places = ["seed", *({"uniform": ["index"], "largest": ["offsets"]}.get(self.support, []))] * bool(self.density)
+        if found := [name for name in places if f"{prefix}{name}" in state] if values is None else []:
+            return f"{prefix}{found[0]} comes without {prefix}values, whose non-zeros would move"
         has_blocks = values is not None and values.dim() > 1 and not (held is not None and held.is_meta)
         vector = 1 if held is None else int(held)
         if has_blocks and self.support != "uniform" and vector != self.vector:
@@ -386,6 +389,8 @@ class SLWeight(FactorizedWeight):
             each = offsets.to(torch.int64).reshape(-1, self.groups)
             if not bool(((each >= 0) & (each < widths)).all()):
                 return f"{prefix}offsets must lie in their groups of {int(widths.max())} columns"
+        if missing := [name for name in places if values is not None and f"{prefix}{name}" not in state]:
+            return f"{prefix}values come without {prefix}{missing[0]}, which says where they are"
         index, size = state.get(f"{prefix}index"), math.prod(self.shape)
         if index is not None and not index.is_meta:
             ends = [] if not index.numel() else [int(index[0]), int(index[-1])]

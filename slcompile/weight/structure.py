@@ -236,7 +236,7 @@ class FactorizedWeight(nn.Module):
         weight = cls(dense.shape, config, name=name, input_dim=input_dim, device=dense.device, dtype=dense.dtype)
         weight.stored_as(stored)
         if config.base == "frozen":
-            weight.base = nn.Parameter(dense, requires_grad=False)
+            weight.base = nn.Parameter(dense.contiguous(), requires_grad=False)
         if dense.is_meta:
             return weight
         if config.base in BITS:

@@ -111,3 +111,21 @@ def test_a_hook_that_forgives_what_is_missing_is_heard(block, block_class):
     del state["up.bias"]
     block.load_state_dict(state)
     assert torch.equal(block.up.weight, twin.up.weight)
+
+
+@pytest.mark.parametrize(
+    ("support", "place"), [("stratified", "seed"), ("vector", "seed"), ("uniform", "index"), ("uniform", "seed")]
+)
+def test_values_and_where_they_are_come_together_or_not_at_all(block_class, support, place):
+    config = slcompile.SLConfig(rank=8, density=0.05, support=support)
+    model, other = (slcompile.factorize_(block_class(), config) for _ in range(2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prefix = "up.weight_sl."
+    sparse = {name: each for name, each in other.state_dict().items() if name.startswith(prefix)}
+    for left_out in (prefix + place, prefix + "values"):
+        given = {name: each for name, each in sparse.items() if name != left_out}
+        with pytest.raises(RuntimeError, match=r"up\.weight_sl\.(values|seed|index) comes? without up\.weight_sl\."):
+            model.load_state_dict(given, strict=False)
+        assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    model.load_state_dict(sparse, strict=False)
+    assert all(torch.equal(model.state_dict()[name], each) for name, each in sparse.items())

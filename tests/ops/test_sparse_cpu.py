@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -208,6 +212,38 @@ class TestKept:
         for density in (0.1, 0.2, 0.1):
             values, own = make_sparse("stratified", density=density)
             assert torch.equal(sparse_dots(left, right, values, seed), sparse_dots(left, right, values, own))
+
+    def test_positions_that_are_overwritten_without_being_counted_give_new_results(self) -> None:
+        operands = addmm_operands("uniform", (33, 65), False, torch.float32)
+        first = sparse_addmm(*operands)
+        index, other = operands[3], uniform_index(99, 33, 65, len(operands[3]) / (33 * 65))
+        version = index._version
+        index.data.copy_(other)  # as torch.distributed.broadcast does
+        assert index._version == version
+        expected = sparse_addmm(*operands[:3], other.clone(), *operands[4:])
+        assert torch.equal(sparse_addmm(*operands), expected)
+        assert not torch.equal(first, expected)
+
+    def test_threads_may_make_what_is_kept_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        values, seed = make_sparse("stratified", (33, 65))
+        makers = [lambda *args, n=n: (torch.full((1,), n),) for n in range(200)]
+        failed = []
+
+        def ask(own: list[Any]) -> None:
+            for number, make in own:
+                # Another shape drops what was kept.
+                found = [int(sparse_cpu.kept(make, values, seed, rows, 65)[0]) for rows in (33, 34)]
+                failed.extend(each for each in found if each != number)
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            shares = [list(enumerate(makers))[start::4] for start in range(4)]
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(ask, shares))
+        finally:
+            sys.setswitchinterval(before)
+        assert failed == []
 
     @pytest.mark.parametrize("transposed", [False, True])
     def test_a_flat_index_that_is_overwritten_gives_new_results(self, transposed: bool) -> None:

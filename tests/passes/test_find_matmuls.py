@@ -325,3 +325,13 @@ def test_uses_in_two_graphs_are_added() -> None:
 )
 def test_is_weight(value: object, expected: bool) -> None:
     assert is_weight(value) is expected
+
+
+def test_as_strided_of_a_weight_shows_it_only_where_it_lies_row_by_row() -> None:
+    def strided(x: Tensor, W: Tensor) -> Tensor:
+        return x @ torch.as_strided(W, (8, 8), (8, 1))
+
+    assert matmul_ops(use_of(strided, "aten", x_TK, W_NK)) == ["mm"]
+    for weight in (torch.ones(8, 8).t(), torch.ones(9, 8)[1:]):
+        use = find_matmuls(weight_nodes(make_fx(strided, tracing_mode="fake")(x_TK, weight)))
+        assert (use.matmuls, use.others) == ([], ["as_strided"])

@@ -19,6 +19,7 @@ from slcompile.ops import compose, compose_reference
 from slcompile.ops.quantized import as_base
 from slcompile.ops.support import (
     IMPORTED,
+    SEED_LIMIT,
     draw_seed,
     flat_positions,
     group_widths,
@@ -391,6 +392,10 @@ class SLWeight(FactorizedWeight):
                 return f"{prefix}offsets must lie in their groups of {int(widths.max())} columns"
         if missing := [name for name in places if values is not None and f"{prefix}{name}" not in state]:
             return f"{prefix}values come without {prefix}{missing[0]}, which says where they are"
+        seed = state.get(f"{prefix}seed")
+        is_number = seed is not None and not seed.is_meta and seed.numel() == 1 and not self.has_index
+        if is_number and not 0 <= int(seed) < SEED_LIMIT:
+            return f"{prefix}seed must lie in [0, {SEED_LIMIT}), got {int(seed)}"
         index, size = state.get(f"{prefix}index"), math.prod(self.shape)
         if index is not None and not index.is_meta:
             ends = [] if not index.numel() else [int(index[0]), int(index[-1])]

@@ -129,3 +129,11 @@ def test_values_and_where_they_are_come_together_or_not_at_all(block_class, supp
         assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     model.load_state_dict(sparse, strict=False)
     assert all(torch.equal(model.state_dict()[name], each) for name, each in sparse.items())
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 24, 1 << 40])
+def test_a_seed_that_kernels_would_read_otherwise_is_refused(block_class, seed):
+    model = slcompile.factorize_(block_class(), CONFIG)
+    state = model.state_dict() | {"up.weight_sl.seed": torch.tensor([seed])}
+    with pytest.raises(RuntimeError, match=rf"up\.weight_sl\.seed must lie in \[0, 16777216\), got {seed}"):
+        model.load_state_dict(state)

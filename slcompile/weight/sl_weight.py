@@ -393,9 +393,9 @@ class SLWeight(FactorizedWeight):
         if missing := [name for name in places if values is not None and f"{prefix}{name}" not in state]:
             return f"{prefix}values come without {prefix}{missing[0]}, which says where they are"
         seed = state.get(f"{prefix}seed")
-        is_number = seed is not None and not seed.is_meta and seed.numel() == 1 and not self.has_index
-        if is_number and not 0 <= int(seed) < SEED_LIMIT:
-            return f"{prefix}seed must lie in [0, {SEED_LIMIT}), got {int(seed)}"
+        if seed is not None and not seed.is_meta and seed.numel() == 1 and not self.has_index:
+            if not 0 <= int(seed) < SEED_LIMIT:
+                return f"{prefix}seed must lie in [0, {SEED_LIMIT}), got {int(seed)}"
         index, size = state.get(f"{prefix}index"), math.prod(self.shape)
         if index is not None and not index.is_meta:
             ends = [] if not index.numel() else [int(index[0]), int(index[-1])]

@@ -393,9 +393,13 @@ class SLWeight(FactorizedWeight):
         if missing := [name for name in places if values is not None and f"{prefix}{name}" not in state]:
             return f"{prefix}values come without {prefix}{missing[0]}, which says where they are"
         seed = state.get(f"{prefix}seed")
-        if seed is not None and not seed.is_meta and seed.numel() == 1 and not self.has_index:
-            if not 0 <= int(seed) < SEED_LIMIT:
-                return f"{prefix}seed must lie in [0, {SEED_LIMIT}), got {int(seed)}"
+        if (
+            seed is not None
+            and not seed.is_meta
+            and not self.has_index
+            and not bool(((seed >= 0) & (seed < SEED_LIMIT)).all())
+        ):
+            return f"{prefix}seed must lie in [0, {SEED_LIMIT}), got {seed.tolist()}"
         index, size = state.get(f"{prefix}index"), math.prod(self.shape)
         if index is not None and not index.is_meta:
             ends = [] if not index.numel() else [int(index[0]), int(index[-1])]

@@ -135,5 +135,5 @@ def test_values_and_where_they_are_come_together_or_not_at_all(block_class, supp
 def test_a_seed_that_kernels_would_read_otherwise_is_refused(block_class, seed):
     model = slcompile.factorize_(block_class(), CONFIG)
     state = model.state_dict() | {"up.weight_sl.seed": torch.tensor([seed])}
-    with pytest.raises(RuntimeError, match=rf"up\.weight_sl\.seed must lie in \[0, 16777216\), got {seed}"):
+    with pytest.raises(RuntimeError, match=rf"up\.weight_sl\.seed must lie in \[0, 16777216\), got \[{seed}\]"):
         model.load_state_dict(state)

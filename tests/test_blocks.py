@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from slcompile.optim import BlockAdamW, per_layer
+
+CLONES = {"deepcopy": copy.deepcopy, "pickle": lambda both: pickle.loads(pickle.dumps(both))}
 
 
 @pytest.fixture
@@ -83,6 +86,45 @@ def test_a_resumed_run_is_the_same_to_the_bit(model):
         for each, optimizer in ((model, whole), (other, resumed)):
             gradients(each, step % 4)
             optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_matrix_without_a_gradient_is_chosen_where_there_is_room(model):
+    idle = model[3].weight
+    for share, is_stepped in ((1.0, True), (0.75, False)):
+        optimizer, before = BlockAdamW(model.parameters(), share=share), copy.deepcopy(model)
+        gradients(model, 2)
+        idle.grad = None
+        optimizer.step()
+        gradients(model, 2)  # it is used from the second step on
+        optimizer.step()
+        assert moved(model, before) == [True, True, True, is_stepped]
+
+
+def test_the_choice_waits_for_a_gradient(model):
+    optimizer, before = BlockAdamW(model.parameters(), share=0.25), copy.deepcopy(model)
+    optimizer.step()
+    for each in model:
+        each.bias.grad = torch.ones(32)
+    optimizer.step()
+    assert not torch.equal(model[0].bias, before[0].bias)
+    assert moved(model, before) == [False] * 4
+    gradients(model, 1)
+    optimizer.step()
+    assert moved(model, before) == [False, True, False, False]
+
+
+@pytest.mark.parametrize("clone", CLONES)
+def test_a_copy_goes_on_as_the_original_does(model, clone):
+    optimizer = BlockAdamW(model.parameters(), share=0.5, update_every=2)
+    gradients(model, 0)
+    optimizer.step()
+    other, copied = CLONES[clone]((model, optimizer))
+    for step in range(1, 6):
+        for each, stepping in ((model, optimizer), (other, copied)):
+            gradients(each, step % 4)
+            stepping.step()
+    assert (copied.share, copied.update_every) == (0.5, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 

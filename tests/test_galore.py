@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import slcompile
 from slcompile.optim import GaLoreAdamW, per_layer
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 8, "update_every": 10, "eps": 1e-12}
+CLONES = {"deepcopy": copy.deepcopy, "pickle": lambda both: pickle.loads(pickle.dumps(both))}
 
 
 class Model(nn.Module):
@@ -116,6 +118,25 @@ def test_the_rank_follows_the_gradient_and_moments_are_carried():
     weight.grad = torch.outer(torch.randn(64), vectors[:, 0])
     optimizer.step()
     assert state["projection"].shape == (32, 1)
+
+
+@pytest.mark.parametrize("clone", CLONES)
+def test_a_copy_goes_on_as_the_original_does(model, clone):
+    slcompile.factorize_(model, slcompile.SLConfig(rank=16, seed=0, include=["up.weight"]))
+    optimizer = GaLoreAdamW(model.parameters(), **OPTIONS)
+    stepped(optimizer, model, range(2))
+    other, copied = CLONES[clone]((model, optimizer))
+    alone = copy.deepcopy(optimizer)  # no module owns its parameters
+    for each, stepping in ((model, optimizer), (other, copied)):
+        stepped(stepping, each, range(2, 12))
+    assert_equal(other, model, rtol=0, atol=0)
+    copied.add_param_group({"params": [nn.Parameter(torch.randn(4, 4))]})
+    assert copied.param_groups[1]["update_every"] == 10
+    for parameter in alone.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    alone.step()
+    projected = [p.shape for p in alone.param_groups[0]["params"] if "projection" in alone.state[p]]
+    assert projected == [(96, 48)]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch import nn
 
 import slcompile
 from slcompile.optim import parameter_groups
+from tests.testing import process_group
 
 
 def model_of_one() -> nn.Module:
@@ -44,6 +45,44 @@ def test_a_step_moves_the_values_by_so_much_more():
     moved = {name: (p.detach() - before[name]).abs().max() for name, p in model.named_parameters()}
     torch.testing.assert_close(moved["0.weight_sl.values"], torch.tensor(4e-3), rtol=1e-3, atol=0)
     torch.testing.assert_close(moved["0.weight_sl.B"], torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+def test_rates_that_a_scheduler_noted_are_multiplied_too():
+    model = model_of_one()
+    scheduled = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(scheduled, max_lr=1e-2, total_steps=10)
+    (noted,) = scheduled.param_groups
+    others, values = parameter_groups(scheduled.param_groups, lr=1e-3, values_rate=2)
+    for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+        assert others[name] == noted[name]
+        assert values[name] == 2 * noted[name]
+    again = torch.optim.AdamW([others, values])
+    torch.optim.lr_scheduler.LambdaLR(again, lambda step: 1.0)
+    assert again.param_groups[1]["lr"] == 2 * again.param_groups[0]["lr"]
+
+
+def test_values_are_known_after_a_start_on_the_meta_device():
+    with torch.device("meta"):
+        model = model_of_one()
+    model.to_empty(device="cpu")
+    model[0].weight_sl.reset_parameters()
+    _, values = parameter_groups(iter(model.parameters()), lr=1e-3)
+    assert [id(p) for p in values["params"]] == [id(model[0].weight_sl.values)]
+    with pytest.raises(RuntimeError, match="Muon orthogonalises matrices"):
+        torch.optim.Muon([model[0].weight_sl.values]).step()
+
+
+@pytest.mark.parametrize("groups_first", [False, True])
+def test_values_are_known_in_shards(groups_first, tmp_path):
+    with process_group(tmp_path):
+        model = model_of_one()
+        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        sharded = model[0].weight_sl.values
+        if groups_first:
+            _, values = parameter_groups([{"params": iter(model.parameters())}], lr=1e-3)
+            assert [id(p) for p in values["params"]] == [id(sharded)]
+        with pytest.raises(RuntimeError, match="Muon orthogonalises matrices"):
+            torch.optim.Muon([sharded]).step()
 
 
 @pytest.mark.slow

@@ -76,6 +76,24 @@ def test_it_may_be_set_before_the_first_step_converts_the_model():
     assert limit.limited == 1
 
 
+def test_a_step_that_raised_leaves_nothing_behind():
+    model, optimizer = make(1e-3)
+    limit = slcompile.limit_steps(model, optimizer)
+
+    def failing() -> float:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(failing)
+    A = model[0].weight_sl.A
+    with torch.no_grad():
+        A.mul_(5)
+    A.grad, before = torch.zeros_like(A), A.detach().clone()
+    optimizer.step()
+    assert torch.equal(A, before)
+    assert limit.limited == 0
+
+
 def test_what_cannot_be_limited_is_refused():
     model, optimizer = make(1e-3)
     for ratio in (0, -1, math.nan, math.inf):

@@ -4,7 +4,8 @@ The model runs in eager mode, forward and backward, and the products that ATen c
 spells, it is ``mm``, ``addmm``, ``bmm`` and a few more there. An operand is a weight's where it shares the weight's
 memory, or that of a cast, relaid or gathered copy; which entries it has, follows from its strides. The forward pass
 multiplies ``x W^T``, which contracts the inputs; the backward pass ``g W``, which contracts the outputs. The inputs of
-a convolution are its patches, each [in * kernel].
+a convolution are its patches, each [in * kernel]. Weights may share memory, as the parts of a packed one do: an operand
+is the weight's whose entries are its first and its last; one that reaches over several is no weight's.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ class _Reads:
         self.moments: dict[int, Moments] = {}
         self.backward = False
         self._weights = {id(weight): (weight.detach(), input_dim) for weight, input_dim in weights}
-        self._own = {_memory(weight): key for key, (weight, _) in self._weights.items()}
+        self._own: dict[int, list[int]] = {}  # of the weights' memory: whose it is
+        for key, (weight, _) in self._weights.items():
+            self._own.setdefault(_memory(weight), []).append(key)
         # Of copies: the weight, which of its entries the copy's memory holds, and the copy, which keeps that memory.
         self._copies: dict[int, tuple[int, Tensor, Tensor]] = {}
 
@@ -160,24 +163,31 @@ class _Reads:
 
     def _key(self, tensor: Tensor) -> int | None:
         memory = _memory(tensor)
-        return self._copies[memory][0] if memory in self._copies else self._own.get(memory)
+        if memory in self._copies:
+            return self._copies[memory][0]
+        if memory not in self._own or not tensor.numel():
+            return None
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        ends = torch.tensor([tensor.storage_offset(), tensor.storage_offset() + reach])
+        owns = (key for key in self._own[memory] if bool((_entries_at(self._weights[key][0], ends) >= 0).all()))
+        return next(owns, None)
 
-    def _entries(self, view: Tensor) -> Tensor:
-        """Returns for each entry of a view the flat position in the weight, int64."""
+    def _entries(self, key: int, view: Tensor) -> Tensor:
+        """Returns for each entry of a weight's view the flat position in the weight, int64."""
         memory = _memory(view)
         if memory in self._copies:
             held = self._copies[memory][1]
             return held.as_strided(view.shape, view.stride(), view.storage_offset())
-        first = self._weights[self._own[memory]][0].storage_offset()
-        position = torch.tensor(view.storage_offset() - first, device=view.device)
+        place = torch.tensor(view.storage_offset(), device=view.device)
         for size, stride in zip(view.shape, view.stride(), strict=True):
-            position = position.unsqueeze(-1) + torch.arange(size, device=view.device) * stride
-        return position
+            place = place.unsqueeze(-1) + torch.arange(size, device=view.device) * stride
+        return _entries_at(self._weights[key][0], place)
 
     def _copied(self, name: str, args: Sequence[Any], result: Tensor) -> None:
-        key, entries = self._key(args[0]), self._entries(args[0])
+        key = self._key(args[0])
         if _memory(result) == _memory(args[0]) or key is None:
             return  # a cast to the dtype that it has
+        entries = self._entries(key, args[0])
         if name in _GATHERS:
             gather = getattr(torch.ops.aten, name)
             entries = gather(entries, *args[1:])
@@ -189,9 +199,9 @@ class _Reads:
     def _multiplied(self, key: int, view: Tensor, x: Tensor, groups: Tensor | None) -> None:
         """Takes note of ``x @ view``: x [.., tokens, inputs], and a weight's view [.., inputs, outputs]."""
         if view.dim() == 2:
-            self._add(key, self._entries(view[:, :1])[:, 0], x)
+            self._add(key, self._entries(key, view[:, :1])[:, 0], x)
             return
-        entries = self._entries(view[:, :, :1])[:, :, 0]  # [matrices, inputs]
+        entries = self._entries(key, view[:, :, :1])[:, :, 0]  # [matrices, inputs]
         if groups is not None:  # of tokens, one for each matrix, by their ends
             for own, tokens in zip(entries, torch.tensor_split(x, groups[:-1].cpu().long()), strict=False):
                 self._add(key, own, tokens)
@@ -207,7 +217,7 @@ class _Reads:
         ``settings`` are stride, padding and dilation, where x is the input.
         """
         weight = self._weights[key][0]
-        if view.shape != weight.shape or not torch.equal(self._entries(view), self._entries(weight)):
+        if view.shape != weight.shape or not torch.equal(self._entries(key, view), self._entries(key, weight)):
             return  # it is turned, or a part
         held = self._held(key, len(weight), weight[0].numel())
         moment = held.inputs if settings else held.gradients
@@ -232,8 +242,8 @@ class _Reads:
         matrix, place = entries // (rows * columns), entries % (rows * columns)
         contracted = 1 - input_dim if self.backward else input_dim
         index, across = (place % columns, place // columns) if contracted == 1 else (place // columns, place % columns)
-        if bool((across != across[0]).any()) or bool((matrix != matrix[0]).any()):
-            return  # it contracts the other dimension
+        if bool((across != across[0]).any()) or bool((matrix != matrix[0]).any()) or bool((entries < 0).any()):
+            return  # it contracts the other dimension, or another weight's entries, too
         inputs, outputs = (weight.shape[-2:][dim] for dim in (input_dim, 1 - input_dim))
         held = self._held(key, outputs, inputs, weight.shape[:-2])
         moment = held.gradients if self.backward else held.inputs
@@ -266,6 +276,19 @@ def patches(
     count = len(kernel)
     places = range(1, count + 1)
     return x.permute(*places, 0, *range(count + 1, 2 * count + 1)).reshape(-1, len(x) * math.prod(kernel))
+
+
+def _entries_at(weight: Tensor, places: Tensor) -> Tensor:
+    """Returns flat positions in a weight of what lies at these places of its storage; -1 for what is no entry of it."""
+    rest, entries = places - int(weight.storage_offset()), torch.zeros_like(places)
+    is_entry = rest >= 0
+    steps = [math.prod(weight.shape[dim + 1 :]) for dim in range(weight.dim())]
+    for stride, size, step in sorted(zip(weight.stride(), weight.shape, steps, strict=True), reverse=True):
+        if size > 1 and stride:
+            index = rest.div(stride, rounding_mode="floor")
+            is_entry &= index < size
+            rest, entries = rest - index * stride, entries + index * step
+    return entries.where(is_entry & (rest == 0), -1)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import flat_positions, uniform_dtype
-from slcompile.weight.sl_weight import SLWeight
+from slcompile.weight.sl_weight import Factors, SLWeight
 
 
 def compose_in_graph(graph: Any, model: nn.Module, twin: nn.Module) -> None:
@@ -42,6 +43,12 @@ def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
     import onnx_ir as ir
 
     def constant(suffix: str, tensor: Tensor) -> Any:
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{suffix} of weight {name} has values beyond the range of {dtype}; nothing was written"
+                )
         value = ir.Value(name=f"{name}{SUFFIX}.{suffix}")
         value.const_value = ir.tensor_adapters.TorchTensor(tensor.cpu().contiguous(), value.name)
         value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
@@ -62,9 +69,8 @@ def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
     support = weight.seed if parts.index is None else parts.index
     positions = flat_positions(parts.values, support, weight.shape[-1], parts.vector)
     index = constant("index", positions.to(uniform_dtype(*weight.as_matrix)))
-    B = wide(constant("B", (parts.B.float() * parts.scale).to(dtype)))
-    A = wide(constant("A", parts.A.to(dtype)))
-    values = wide(constant("values", parts.values.flatten().to(dtype)))
+    B, A = (wide(constant(*each)) for each in zip("BA", _balanced(parts), strict=True))
+    values = wide(constant("values", parts.values.flatten()))
     flat = node("Reshape", [node("MatMul", [B, A]), constant("flat", torch.tensor([-1]))])
     added = node("ScatterElements", [flat, index, values], {"axis": 0, "reduction": "add"})
     output = node("Reshape", [added, constant("shape", torch.tensor(weight.stored_shape))])
@@ -75,3 +81,18 @@ def _compose(graph: Any, name: str, dense: Any, weight: SLWeight) -> list[Any]:
     dense.name = None
     output.name = name
     return nodes
+
+
+def _balanced(parts: Factors) -> tuple[Tensor, Tensor]:
+    """Returns factors whose product is ``s B A``, in at least float32, their largest entries at most 2-fold apart.
+
+    A float16 then holds them where it holds the weight, or nearly so. A is multiplied by a power of two, so that it is
+    rounded no more than it was.
+    """
+    wide = torch.promote_types(parts.B.dtype, torch.float32)
+    B, A = parts.B.to(wide) * parts.scale, parts.A.to(wide)
+    largest_B, largest_A = (float(each.abs().max()) for each in (B, A))
+    if not largest_B or not largest_A:
+        return B, A
+    power = round((math.log2(largest_B) - math.log2(largest_A)) / 2)
+    return B * 2.0**-power, A * 2.0**power

@@ -21,8 +21,10 @@ class BlockAdamW(AdamW):
     Every ``update_every`` steps it chooses anew: the matrices with the largest gradients, by their norm divided by the
     root of their size, and by how often each was chosen, until they hold ``share`` of all elements. Of sharded ones all
     processes choose the same, by the norm of the whole gradient. Vectors (biases, norms) are stepped always. Moments of
-    a matrix that is chosen no more are dropped. Choosing needs all gradients at once, so ``per_layer`` refuses it; it
-    reads their norms from the device once.
+    a matrix that is chosen no more are dropped. A matrix without a gradient at that moment, as an expert that no token
+    reached, counts as one whose gradient is zero: it is chosen where there is room after the others. Where no matrix
+    has a gradient, the choice is put off to the next step. Choosing needs all gradients at once, so ``per_layer``
+    refuses it; it reads their norms from the device once.
 
     Args:
         params: As ``torch.optim.AdamW`` takes them, factors among them.
@@ -60,12 +62,13 @@ class BlockAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         first = self.param_groups[0]
-        if first.get("block_step", 0) % self.update_every == 0:
-            self._choose()
-        first["block_step"] = first.get("block_step", 0) + 1  # in a group, so that a state dict holds it
+        block_step = first.get("block_step", 0)
+        if block_step % self.update_every or self._choose():
+            first["block_step"] = block_step + 1  # in a group, so that a state dict holds it
         resting: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
-            chosen = group["chosen"] if len(group["chosen"]) == len(group["params"]) else [True] * len(group["params"])
+            chosen = group.get("chosen", ())
+            chosen = chosen if len(chosen) == len(group["params"]) else [True] * len(group["params"])
             for parameter, is_chosen in zip(group["params"], chosen, strict=True):
                 if not is_chosen and parameter.grad is not None:
                     resting.append((parameter, parameter.grad))
@@ -77,21 +80,26 @@ class BlockAdamW(AdamW):
                 parameter.grad = gradient
         return loss
 
-    def _choose(self) -> None:
-        """Writes into each group which of its parameters step, and how often each was chosen."""
-        candidates: list[tuple[dict[str, Any], int, Tensor]] = []
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "share": self.share, "update_every": self.update_every}
+
+    def _choose(self) -> bool:
+        """Writes into each group which of its parameters step, and how often each was chosen.
+
+        Returns:
+            Whether there was something to choose by, the gradient of a matrix, or nothing to choose among.
+        """
+        every = [(group, i, each) for group in self.param_groups for i, each in enumerate(group["params"])]
+        candidates = [each for each in every if each[2].dim() >= 2]
+        if candidates and all(each[2].grad is None for each in candidates):
+            return False
         for group in self.param_groups:
             size = len(group["params"])
             if len(group.get("times_chosen", ())) != size:  # at first, or weights became factors
                 group["times_chosen"] = [0] * size
             group["chosen"] = [parameter.dim() < 2 for parameter in group["params"]]
-            candidates += [(group, i, each) for i, each in enumerate(group["params"]) if each.dim() >= 2]
-        with_gradient = [each for each in candidates if each[2].grad is not None]
-        if not with_gradient:
-            return
-        norms = torch.stack([whole_norm(each.grad).float() / math.sqrt(each.numel()) for _, _, each in with_gradient])
         by_merit = sorted(
-            zip(norms.tolist(), with_gradient, strict=True),
+            zip(_norms([each for _, _, each in candidates]), candidates, strict=True),
             key=lambda pair: -pair[0] / (1 + pair[1][0]["times_chosen"][pair[1][1]]),
         )
         room = self.share * sum(each.numel() for _, _, each in candidates)
@@ -105,3 +113,11 @@ class BlockAdamW(AdamW):
         for group, i, parameter in candidates:
             if not group["chosen"][i]:
                 self.state.pop(parameter, None)
+        return True
+
+
+def _norms(matrices: list[Tensor]) -> list[float]:
+    """Returns the norms of their gradients, divided by the roots of their sizes; 0 where there is no gradient."""
+    found = [whole_norm(each.grad).float() / math.sqrt(each.numel()) for each in matrices if each.grad is not None]
+    norms = iter(torch.stack(found).tolist() if found else ())
+    return [0.0 if each.grad is None else next(norms) for each in matrices]

@@ -100,6 +100,20 @@ class GaLoreAdamW(AdamW):
             self._update(group, parameter, gradient)
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        every = [each for group in self.param_groups for each in group["params"]]
+        own = {"_own": self._own, "are_factors": [self._is_factor(each) for each in every]}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        are_factors = state.get("are_factors")  # of a copy: its parameters are others, and modules may not own them yet
+        super().__setstate__({name: value for name, value in state.items() if name != "are_factors"})
+        if are_factors is not None:
+            every = [each for group in self.param_groups for each in group["params"]]
+            self._factors = WeakIdKeyDictionary()
+            for each, is_factor in zip(every, are_factors, strict=True):
+                self._factors[each] = is_factor
+
     def _is_projected(self, group: dict[str, Any], parameter: Tensor) -> bool:
         if group["rank"] is None or parameter.dim() != 2 or min(parameter.shape) <= group["rank"]:
             return False

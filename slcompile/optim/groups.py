@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from slcompile.weight.marks import is_values
+from slcompile.weight.marks import is_values, mark_values_among
+
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+"""What a group holds that is a learning rate: its own, and what torch's schedulers write beside it."""
 
 
 def parameter_groups(
@@ -23,7 +26,8 @@ def parameter_groups(
 
     Args:
         params_or_groups: As optimizers take them, of a model that is factorized already: parameters, or dicts with
-            "params" and what a group has. Groups keep their order; each with values is followed by one of its values.
+            "params" and what a group has. Groups keep their order; each with values is followed by one of its values,
+            in which the rates that a scheduler noted (``initial_lr`` and the like) are multiplied, too.
         lr, weight_decay: Of the groups that have none.
         values_rate: Learning rate of values relative to their group's.
 
@@ -37,13 +41,15 @@ def parameter_groups(
         raise ValueError(f"values_rate must be a finite number above 0, got {values_rate!r}")
     given = list(params_or_groups)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    parameters = [_listed(group["params"]) for group in groups]
+    mark_values_among(each for params in parameters for each in params)
     split: list[dict[str, Any]] = []
-    for group in groups:
+    for group, params in zip(groups, parameters, strict=True):
         slow: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, **group}
-        fast = {"lr": slow["lr"] * values_rate, "weight_decay": slow["weight_decay"] / values_rate}
-        parameters = [slow["params"]] if isinstance(slow["params"], Tensor) else list(slow["params"])
-        values = [each for each in parameters if is_values(each)]
-        others = [each for each in parameters if not is_values(each)]
+        fast = {name: slow[name] * values_rate for name in RATES if name in slow}
+        fast["weight_decay"] = slow["weight_decay"] / values_rate
+        values = [each for each in params if is_values(each)]
+        others = [each for each in params if not is_values(each)]
         if others:
             split.append({**slow, "params": others})
         if values:
@@ -53,3 +59,7 @@ def parameter_groups(
             "params_or_groups must be of a factorized model, got none with values: factorize the model before"
         )
     return split
+
+
+def _listed(params: Any) -> list[Tensor]:
+    return [params] if isinstance(params, Tensor) else list(params)

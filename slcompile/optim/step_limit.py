@@ -40,6 +40,7 @@ class StepLimit:
 
     @torch.no_grad()
     def _keep(self, optimizer: Optimizer, *_: Any) -> None:
+        self._before.clear()  # of a step that raised
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for path, weight in self._model.named_modules():
             if isinstance(weight, SLWeight):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from slcompile.weight.owners import LiveObjects
+from slcompile.weight.structure import FactorizedWeight
 
 _RETIRED, _SUCCESSOR, _VALUES = "_slcompile_retired", "_slcompile_successor", "_slcompile_values"
+_looked_up: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters of matrix-only optimizers -> True
 _hook: Any = None
 
 
@@ -41,6 +47,16 @@ def is_values(parameter: torch.Tensor) -> bool:
     return getattr(parameter, _VALUES, False)
 
 
+def mark_values_among(parameters: Iterable[torch.Tensor]) -> None:
+    """Marks those that are a weight's ``values``: FSDP2's ``fully_shard`` put them in the place of marked ones."""
+    parameters = list(parameters)
+    owners = LiveObjects.find().owners(parameters)
+    for each in parameters:
+        weights = [module for module, _ in owners[id(each)] if isinstance(module, FactorizedWeight)]
+        if any(each is values for weight in weights for values in weight.parts()["values"]):
+            mark_values(each)
+
+
 def is_matrix_only(optimizer: Optimizer) -> bool:
     """Returns whether an optimizer treats each parameter as a matrix (Muon, and those that are named after it)."""
     return "Muon" in type(optimizer).__name__
@@ -66,7 +82,12 @@ def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def require_steppable(optimizer: Optimizer) -> None:
     """Raises RuntimeError where an optimizer holds a parameter that it may not step."""
     kind = type(optimizer).__name__
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if is_matrix_only(optimizer) and not all(each in _looked_up for each in parameters):
+        mark_values_among(parameters)
+        for parameter in parameters:
+            _looked_up[parameter] = True
+    for parameter in parameters:
         marks = vars(parameter)
         if _RETIRED in marks:
             raise RuntimeError(

@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from slcompile.names import SUFFIX
 from slcompile.ops.support import stratified_columns, uniform_dtype
-from slcompile.weight.marks import mark_values
 from slcompile.weight.placing import sl_names
 from slcompile.weight.sl_weight import SLWeight
 
@@ -47,7 +46,6 @@ class ParallelSLWeight(SLWeight):
         for name, parameter in weight.named_parameters():
             assert name in ("B", "A", "values")
             setattr(weight, name, shared(parameter, mesh, Replicate() if name == whole else Shard(cut)))
-        mark_values(weight.values)
         weight.__class__ = cls
         assert isinstance(weight, cls)
         weight.mesh, weight.cut = mesh, cut

@@ -118,7 +118,6 @@ class SLWeight(FactorizedWeight):
         values = new(values_shape(self.shape, config))
         if self.density:
             self.values = nn.Parameter(values)
-            mark_values(self.values)
         else:
             self.register_buffer("values", values, persistent=False)
         self.register_base(config, device, dtype)
@@ -355,6 +354,8 @@ class SLWeight(FactorizedWeight):
             self.index = index
 
     def _restore_support(self) -> None:
+        if self.density:
+            mark_values(self.values)  # to_empty brings another parameter
         self.seed.fill_(self.drawn_seed)
         if self.vector > 1:
             self.rows_of_block.fill_(self.vector)

@@ -174,3 +174,48 @@ def test_patches_of_other_dimensions(dims, function):
 def test_a_kernel_that_is_turned_has_no_moments():
     model = Reads((4, 4, 1, 1), lambda w, x: F.conv2d(x, w.transpose(0, 1)))
     assert use_moments(model, [(model.w, 1)], [torch.randn(2, 4, 3, 3)]) == {}
+
+
+class Packed(nn.Module):
+    """Two layers whose weights are parts of one tensor; the second reads half of the first's outputs."""
+
+    def __init__(self, dim: int, owned: bool) -> None:
+        super().__init__()
+        packed = torch.randn(64, 16) if dim == 0 else torch.randn(32, 32)
+        packed.copy_(torch.randn(packed.shape, generator=torch.Generator().manual_seed(3)))
+        halves = (each.clone() if owned else each for each in packed.chunk(2, dim))
+        self.q, self.k = (nn.Parameter(each) for each in halves)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.q)[:, :16], self.k[:20])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("names", ["q", "k", "qk"])
+def test_weights_that_share_memory_have_each_their_own_moments(dim, names):
+    x = torch.randn(10, 16, generator=torch.Generator().manual_seed(2))
+    found = []
+    for owned in (False, True):
+        model = Packed(dim, owned)
+        torch.manual_seed(0)
+        held = use_moments(model, [(getattr(model, name), 1) for name in names], [x])
+        found.append([held[id(getattr(model, name))] for name in names])
+    for shared, own in zip(*found, strict=True):
+        assert shared.tokens == own.tokens == 10
+        torch.testing.assert_close(shared.inputs, own.inputs)
+        torch.testing.assert_close(shared.gradients, own.gradients)
+
+
+def test_a_read_of_several_weights_at_once_is_no_ones():
+    packed = torch.randn(20, 12)
+    model = Reads((10, 12), lambda w, x: F.linear(x, packed) + F.linear(x, w).sum())
+    model.w = nn.Parameter(packed[:10])
+    rows = X.flatten(0, 1)
+    torch.testing.assert_close(moments_of(model, 1, X), rows.t() @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_lies_by_columns_has_the_moment_of_its_inputs():
+    model = Reads((10, 12), lambda w, x: F.linear(x, w))
+    model.w = nn.Parameter(torch.randn(12, 10).t())
+    rows = X.flatten(0, 1)
+    torch.testing.assert_close(moments_of(model, 1, X), rows.t() @ rows, rtol=1e-4, atol=1e-4)

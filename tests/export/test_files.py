@@ -325,3 +325,38 @@ def test_compact(support, dtype, tmp_path):
     onnxruntime.InferenceSession(path, options)
     folded = Counter(each.op_type for each in onnx.load(tmp_path / "folded.onnx").graph.node)
     assert not {"ScatterElements", "GatherElements", "Reshape", "Add"} & set(folded), folded
+
+
+@pytest.mark.slow
+def test_compact_rounds_a_float64_model_to_no_less(tmp_path):
+    model = network().double()
+    report = slcompile.export_onnx(model, X.double(), tmp_path / "compact.onnx", compact=True)
+    assert report.dtype is torch.float64
+    assert report.max_rel < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("of_B", "of_A"), [(3e4, 1e-6), (1e-6, 3e4), (1e6, 1e-7)])
+def test_compact_holds_in_float16_what_the_weight_holds(of_B, of_A, tmp_path):
+    model = network(config=slcompile.SLConfig(rank=8, density=0.05, seed=0, alpha=64.0))
+    with torch.no_grad():
+        for weight in (model[0].weight_sl, model[2].weight_sl):
+            weight.B.copy_(weight.B.sign() * of_B)
+            weight.A.copy_(weight.A.sign() * of_A)
+    report = slcompile.export_onnx(model, X, tmp_path / "compact.onnx", dtype=torch.float16, compact=True)
+    assert report.max_rel < 1e-2
+
+
+@pytest.mark.slow
+def test_compact_refuses_parts_beyond_the_range_of_the_dtype(tmp_path):
+    model = network()
+    with torch.no_grad():
+        weight = model[2].weight_sl
+        weight.B.zero_()
+        weight.B[:, 0], weight.B[:, 1] = 1e6, -1e6
+        weight.A.fill_(1e6)  # the two terms cancel
+    options = {"dtype": torch.float16, "compact": True, "verify": False}
+    message = r"B of weight 2\.weight has values beyond the range of torch\.float16; nothing was written"
+    with pytest.raises(ValueError, match=message):
+        slcompile.export_onnx(model, X, tmp_path / "compact.onnx", **options)
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
+from slcompile.export.safetensors import CONFIG, stale_weights
 from slcompile.models import METHOD, hf_config, unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
@@ -53,6 +54,14 @@ def _described(weight: FactorizedWeight) -> dict[str, Any]:
 def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Writes a factorized transformers model so that ``load_factorized`` can read it; returns the directory.
 
+    Files are written beside the directory and moved into it. A kill leaves the old model, the new one, or a directory
+    that is refused, since its ``config.json`` is no JSON.
+
+    Args:
+        model: Left as it is.
+        directory: Made if it does not exist. Of an older model in it, the weights in safetensors that
+            ``from_pretrained`` would read and ``generation_config.json`` are removed; other files are left alone.
+
     Raises:
         ValueError: The model has no ``save_pretrained``, or no factorized weight.
     """
@@ -68,12 +77,12 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:
         save_pretrained(scratch)
-        config = json.loads((scratch / "config.json").read_text())
+        config = json.loads((scratch / CONFIG).read_text())
         config["quantization_config"] = {"quant_method": METHOD, "weights": described}  # read by from_pretrained
-        (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (scratch / OURS).write_text(json.dumps({"format": 1, "weights": described}, indent=1))
-        stale = {each.name for each in directory.glob("model*.safetensors*")}
-        files.move_into_place(scratch, directory, last=OURS, stale=stale)
+        stale = stale_weights(directory) | {"generation_config.json"}
+        files.move_over(scratch, directory, last=CONFIG, stale=stale)
     return directory
 
 
@@ -89,8 +98,8 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
     except ImportError as error:
         raise ImportError(f'reading checkpoints needs {error.name}: pip install "slcompile[examples]"') from error
     directory = Path(directory)
-    if not (directory / "config.json").is_file() or not any((directory / name).is_file() for name in (OURS, PAPERS)):
-        raise ValueError(f"{directory} must hold config.json and {OURS} (ours) or {PAPERS} (the paper's)")
+    if not (directory / CONFIG).is_file() or not any((directory / name).is_file() for name in (OURS, PAPERS)):
+        raise ValueError(f"{directory} must hold {CONFIG} and {OURS} (ours) or {PAPERS} (the paper's)")
     config = hf_config(directory)
     named = config.architectures or ["LlamaForCausalLM"]
     architecture = named[0] if isinstance(named, list) and isinstance(named[0], str) else str(named)

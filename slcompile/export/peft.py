@@ -57,7 +57,8 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Args:
         model: Factorized with a base and ``density=0``; left as it is. Of a packed base, the adapter is one for the
             weights as they are packed.
-        directory: Made if it does not exist.
+        directory: Made if it does not exist. A kill leaves the old adapter in it, the new one, or an
+            ``adapter_config.json`` that is no JSON, so that the directory is refused.
 
     Raises:
         ValueError: The model has no factorized weight, or one that these files cannot hold: without a base, with a
@@ -99,7 +100,7 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     with files.beside(directory) as scratch:
         save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(_config(model, settings, weights), indent=2))
-        files.move_into_place(scratch, directory, last=CONFIG, stale={"adapter_model.bin"})
+        files.move_over(scratch, directory, last=CONFIG, stale={"adapter_model.bin"})
     return directory
 
 

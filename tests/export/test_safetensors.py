@@ -116,6 +116,34 @@ def test_saving_over_removes_stale_weights_and_nothing_else(tmp_path):
     assert (tmp_path / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("save", [slcompile.save_merged, slcompile.save_factorized])
+def test_other_models_in_the_directory_are_left_alone(save, tmp_path):
+    others = [
+        "model_best.safetensors",
+        "model.fp16.safetensors",
+        "model-ema.safetensors",
+        "model_best.safetensors.index.json",
+    ]
+    stale = ["model-00001-of-00009.safetensors", "first_half.safetensors", "model.safetensors"]
+    for name in [*others, *stale, "tokenizer.json"]:
+        (tmp_path / name).write_bytes(b"of somebody")
+    index = {
+        "weight_map": {"a": "first_half.safetensors", "b": "../outside.safetensors", "c": "tokenizer.json", "d": 7}
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save(llama(), tmp_path)
+    stored = {each.name for each in tmp_path.iterdir()} - {"slcompile.json"}
+    assert stored == {*others, "tokenizer.json", "model.safetensors", "config.json", "generation_config.json"}
+    assert all((tmp_path / name).read_bytes() == b"of somebody" for name in others)
+
+
+@pytest.mark.parametrize("index", ["", "[]", '{"weight_map": []}', '{"weight_map": {"a": {}}}'])
+def test_an_old_index_that_cannot_be_read_names_nothing(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    slcompile.save_merged(factorized(nn.Sequential(nn.Linear(64, 64))), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     model = llama()

@@ -18,7 +18,8 @@ from slcompile.models import forget_factors, unwrapped
 from slcompile.weight.placing import base_class
 
 INSTALL = 'pip install "slcompile[safetensors]"'
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -42,7 +43,7 @@ def save_merged(
         directory: Made if it does not exist. Of an older model in it, the weights in safetensors that
             ``from_pretrained`` would read, ``generation_config.json`` and ``slcompile.json`` are removed; other files
             are left alone.
-        dtype: float32, float64, float16 or bfloat16; None keeps the model's own.
+        dtype: float32, float64, float16 or bfloat16; None keeps each tensor's own.
         shard_size: Most bytes in one file; a larger weight has one of its own.
 
     Returns:
@@ -65,7 +66,7 @@ def save_merged(
         raise ValueError(f"directory must be a directory, got the file {directory}")
     model = unwrapped(model)
     require_finite(model)
-    twin = meta_twin(model, export_dtype(model, dtype or floating_dtype(model)))
+    twin = meta_twin(model, None if dtype is None else export_dtype(model, dtype))
     tensors = dense_tensors(model, twin)
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(twin.state_dict(keep_vars=True).items())}
     state = dict(reversed(list(unique.values())))  # of names for one tensor, the first
@@ -81,7 +82,7 @@ def save_merged(
             (scratch / INDEX).write_text(json.dumps(index, indent=2))
         last, stale = INDEX if plan.is_sharded else WEIGHTS, stale_weights(directory) | {"slcompile.json"}
         if _save_config(model, twin, scratch):
-            last, stale = CONFIG, stale | {"generation_config.json"}
+            last, stale = CONFIG, stale | {GENERATION}
         files.move_over(scratch, directory, last=last, stale=stale)
     return directory
 

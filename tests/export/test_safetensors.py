@@ -77,6 +77,21 @@ def test_bfloat16_weights_are_composed_in_float32_and_rounded_once(tmp_path):
     assert all(torch.equal(value, wide[name].bfloat16()) for name, value in stored.items())
 
 
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    model = llama().bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "down_proj" in name:
+            parameter.data = torch.rand(parameter.shape) + 1
+    slcompile.save_merged(model, tmp_path)
+    stored, merged = load_file(tmp_path / "model.safetensors"), slcompile.merged_state_dict(model)
+    assert {each.dtype for each in stored.values()} == {torch.bfloat16, torch.float32}
+    for name, value in stored.items():
+        assert value.dtype == merged[name].dtype, name
+        assert torch.equal(value, merged[name]), name
+    slcompile.save_merged(model, tmp_path, dtype=torch.float32)
+    assert {each.dtype for each in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
 def factorized_copy_in_float32(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model)).float()
 

@@ -178,9 +178,9 @@ def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     dtypes = {id(own[name]): each.dtype for name, each in state.items() if each.is_floating_point()}
     for weight in model.modules():
         if isinstance(weight, FactorizedWeight):
-            trained = [id(each) for name, each in weight.named_parameters() if name != "base"]
-            widest = reduce(torch.promote_types, [dtypes[each] for each in trained])
-            dtypes |= dict.fromkeys(trained, widest)
+            trained = [each for name, each in weight.named_parameters() if name != "base"]
+            widest = reduce(torch.promote_types, [dtypes.get(id(each), each.dtype) for each in trained])
+            dtypes |= dict.fromkeys(map(id, trained), widest)
     for tensor in own.values():
         tensor.data = tensor.data.to(dtypes.get(id(tensor), tensor.dtype))
 

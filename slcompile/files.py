@@ -1,4 +1,4 @@
-"""Files of a model, written beside their target and moved into place, so that a kill leaves the old one whole."""
+"""Files of a model, written beside their target and moved into place, so that no kill leaves a mix of two models."""
 
 from __future__ import annotations
 
@@ -51,20 +51,66 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def move_into_place(scratch: Path, directory: Path, *, last: str, stale: Set[str] = frozenset()) -> None:
-    """Moves all files of ``scratch`` into ``directory``.
+    """Moves all files of ``scratch`` into ``directory``; the names of the others than ``last`` are new there.
 
     Args:
         last: Name of the file that refers to the others. It is moved last and in one step: before, the old one is
             valid, afterwards the new one.
         stale: Names that only the old one used; removed at the end.
     """
-    files = sorted(scratch.iterdir(), key=lambda each: each.name == last)
+    files = sorted(scratch.iterdir())
+    _synchronize(*files)
     for file in files:
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(file, directory / file.name)
-    for name in stale - {each.name for each in files}:
+        if file.name != last:
+            os.replace(file, directory / file.name)
+    _synchronize(directory)
+    os.replace(scratch / last, directory / last)
+    _synchronize(directory)
+    _remove(directory, stale - {each.name for each in files})
+
+
+UNFINISHED = (
+    "slcompile moves files into this directory. If nothing runs that does, it was cut off: save the model again."
+)
+
+
+def move_over(scratch: Path, directory: Path, *, last: str, stale: Set[str] = frozenset()) -> None:
+    """Moves all files of ``scratch`` into ``directory``, where an old model's may have the same names.
+
+    Where there are others than ``last``, it is made unreadable first, and takes its place when all else is there: a
+    kill leaves the old model, the new one, or a directory that is refused.
+
+    Args:
+        last: Name of the file that everything that reads the others reads.
+        stale: Names that only the old one used; removed.
+    """
+    files = sorted(scratch.iterdir())
+    if [each.name for each in files] == [last]:
+        move_into_place(scratch, directory, last=last, stale=stale)
+        return
+    unfinished = scratch / f"{last}.unfinished"
+    unfinished.write_text(UNFINISHED, encoding="utf-8")
+    _synchronize(*files, unfinished)  # what can fail does so while the old model is whole
+    os.replace(unfinished, directory / last)
+    _synchronize(directory)
+    _remove(directory, stale - {last})
+    move_into_place(scratch, directory, last=last)
+
+
+def _remove(directory: Path, names: Set[str]) -> None:
+    for name in sorted(names):
         (directory / name).unlink(missing_ok=True)
+    _synchronize(directory)
+
+
+def _synchronize(*paths: Path) -> None:
+    """Returns when the files, or what is in the directories, are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 CHART_FORMATS = (".png", ".svg")

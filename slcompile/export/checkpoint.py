@@ -12,6 +12,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
+from slcompile.export.safetensors import CONFIG, GENERATION, INDEX, WEIGHTS, stale_weights
 from slcompile.models import METHOD, hf_config, unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
@@ -29,6 +31,7 @@ from slcompile.weight.sharing import share_again, sharing
 from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
+_WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _STORED = "stored_shape"
 """What says that a weight is a convolution's, [out, in, *kernel], and not a stack of matrices."""
 
@@ -53,6 +56,14 @@ def _described(weight: FactorizedWeight) -> dict[str, Any]:
 def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Writes a factorized transformers model so that ``load_factorized`` can read it; returns the directory.
 
+    Files are written beside the directory and moved into it. A kill leaves the old model, the new one, or a directory
+    that is refused, since its ``config.json`` is no JSON.
+
+    Args:
+        model: Left as it is.
+        directory: Made if it does not exist. Of an older model in it, the weights in safetensors that
+            ``from_pretrained`` would read and ``generation_config.json`` are removed; other files are left alone.
+
     Raises:
         ValueError: The model has no ``save_pretrained``, or no factorized weight.
     """
@@ -68,17 +79,20 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:
         save_pretrained(scratch)
-        config = json.loads((scratch / "config.json").read_text())
+        config = json.loads((scratch / CONFIG).read_text())
         config["quantization_config"] = {"quant_method": METHOD, "weights": described}  # read by from_pretrained
-        (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (scratch / OURS).write_text(json.dumps({"format": 1, "weights": described}, indent=1))
-        stale = {each.name for each in directory.glob("model*.safetensors*")}
-        files.move_into_place(scratch, directory, last=OURS, stale=stale)
+        stale = stale_weights(directory) | {GENERATION}
+        files.move_over(scratch, directory, last=CONFIG, stale=stale)
     return directory
 
 
 def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
     """Reads a factorized transformers model that ``save_factorized`` or the paper's code wrote, on the CPU.
+
+    Of a directory it reads the weights and ``generation_config.json`` that ``from_pretrained`` would; each tensor is of
+    the dtype that it has there.
 
     Raises:
         ValueError: The directory holds no such checkpoint, or it does not fit the model of its ``config.json``.
@@ -89,8 +103,8 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
     except ImportError as error:
         raise ImportError(f'reading checkpoints needs {error.name}: pip install "slcompile[examples]"') from error
     directory = Path(directory)
-    if not (directory / "config.json").is_file() or not any((directory / name).is_file() for name in (OURS, PAPERS)):
-        raise ValueError(f"{directory} must hold config.json and {OURS} (ours) or {PAPERS} (the paper's)")
+    if not (directory / CONFIG).is_file() or not any((directory / name).is_file() for name in (OURS, PAPERS)):
+        raise ValueError(f"{directory} must hold {CONFIG} and {OURS} (ours) or {PAPERS} (the paper's)")
     config = hf_config(directory)
     named = config.architectures or ["LlamaForCausalLM"]
     architecture = named[0] if isinstance(named, list) and isinstance(named[0], str) else str(named)
@@ -109,23 +123,34 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(
             f"{directory} does not fit: config.json has {layers} layers, and the files {len(state)} tensors"
         )
-    dtype = next((each.dtype for each in state.values() if each.is_floating_point()), torch.float32)
     try:
         with torch.device("meta"):  # first: sizes in config.json may be of another model, and too large to allocate
-            _require_fit(_with_weights(model_class, config, dtype, weights), state)
-        model = _with_weights(model_class, config, dtype, weights)
+            _require_fit(_with_weights(model_class, config, weights), state)
+        model = _with_weights(model_class, config, weights)
+        _take_dtypes(model, state)
         model.load_state_dict(state, strict=False)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{directory} does not fit {architecture}: {error}") from error
     model.tie_weights()
+    if model.can_generate() and (directory / GENERATION).is_file():
+        model.generation_config = _generation_config(directory)
     vars(model)[EXPLICIT] = SLConfig()
     return model
 
 
-def _with_weights(model_class: Any, config: Any, dtype: torch.dtype, weights: Mapping[str, Any]) -> Any:
+def _generation_config(directory: Path) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # JSON, and the class's own checks
+        raise ValueError(f"{directory / GENERATION}: {type(error).__name__}: {error}"[:1000]) from error
+
+
+def _with_weights(model_class: Any, config: Any, weights: Mapping[str, Any]) -> Any:
     """Makes the model of a configuration with empty factorized weights, on the device that is the default."""
     try:
-        model: nn.Module = model_class(copy.deepcopy(config)).to(dtype)
+        model: nn.Module = model_class(copy.deepcopy(config))
     except Exception as error:  # of transformers, which config.json makes do anything
         raise ValueError(f"config.json: {type(error).__name__}: {error}"[:500]) from error
     install(model, weights)
@@ -145,6 +170,19 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if each.shape != own[name].shape or each.is_floating_point() != own[name].is_floating_point():
             wanted = f"{tuple(own[name].shape)} {own[name].dtype}"
             raise ValueError(f"{name} must be {wanted}, got {tuple(each.shape)} {each.dtype}")
+
+
+def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives a model's tensors the dtypes of a state dict; the trained parts of one weight one that holds them all."""
+    own = model.state_dict(keep_vars=True)
+    dtypes = {id(own[name]): each.dtype for name, each in state.items() if each.is_floating_point()}
+    for weight in model.modules():
+        if isinstance(weight, FactorizedWeight):
+            trained = [each for name, each in weight.named_parameters() if name != "base"]
+            widest = reduce(torch.promote_types, [dtypes.get(id(each), each.dtype) for each in trained])
+            dtypes |= dict.fromkeys(map(id, trained), widest)
+    for tensor in own.values():
+        tensor.data = tensor.data.to(dtypes.get(id(tensor), tensor.dtype))
 
 
 def read_settings(file: Path, needed: tuple[str, ...]) -> dict[str, Any]:
@@ -238,18 +276,34 @@ def _from_paper(
 
 def _read_state(directory: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    tensors = sorted(directory.glob("*.safetensors"))
-    for file in tensors or sorted(directory.glob("pytorch_model*.bin")):
+    for file in _weight_files(directory):
         found = read_tensors(file)
         if not isinstance(found, Mapping):
             raise ValueError(f"{file} must hold tensors by name, got {type(found).__name__}")
+        if twice := sorted(map(str, found.keys() & state.keys())):
+            raise ValueError(f"{file} holds {', '.join(twice):.500}, which another file of {directory} holds, too")
         state |= found
     if not state:
-        raise ValueError(f"{directory} must hold *.safetensors or pytorch_model*.bin")
+        raise ValueError(f"{directory} must hold tensors, and its files hold none")
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise ValueError(f"{directory}: {name!r:.200} must be the name of a tensor, got {type(value).__name__}")
     return state
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Returns the files of weights that ``from_pretrained`` would read: the first of ``_WEIGHTS``, or what it names."""
+    found = next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{directory} must hold {' or '.join(_WEIGHTS)}")
+    if found.suffix != ".json":
+        return [found]
+    named = read_settings(found, ("weight_map",))["weight_map"]
+    names = list(named.values()) if isinstance(named, dict) else [named]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{found}: weight_map must name files beside it, got {name!r:.200}")
+    return [directory / name for name in sorted(set(names))]
 
 
 def read_tensors(file: Path) -> Any:

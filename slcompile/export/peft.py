@@ -57,7 +57,8 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Args:
         model: Factorized with a base and ``density=0``; left as it is. Of a packed base, the adapter is one for the
             weights as they are packed.
-        directory: Made if it does not exist.
+        directory: Made if it does not exist. A kill leaves the old adapter in it, the new one, or an
+            ``adapter_config.json`` that is no JSON, so that the directory is refused.
 
     Raises:
         ValueError: The model has no factorized weight, or one that these files cannot hold: without a base, with a
@@ -99,7 +100,7 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     with files.beside(directory) as scratch:
         save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(_config(model, settings, weights), indent=2))
-        files.move_into_place(scratch, directory, last=CONFIG, stale={"adapter_model.bin"})
+        files.move_over(scratch, directory, last=CONFIG, stale={"adapter_model.bin"})
     return directory
 
 
@@ -146,8 +147,9 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: There is no such adapter, it is of another model, or of a kind that is no plain LoRA (DoRA, biases,
-            other modules saved with it): the message names it. The model is then as it was.
+        ValueError: There is no such adapter, it is of another model, it holds NaN, Inf or integers, or is of a kind
+            that is no plain LoRA (DoRA, biases, other modules saved with it): the message names it. The model is then
+            as it was.
         ImportError: safetensors is missing.
     """
     _safetensors("load_file")
@@ -194,12 +196,20 @@ def _require_plain_lora(settings: Mapping[str, Any]) -> None:
 
 
 def _pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns the name of each module -> its lora_A and lora_B."""
+    """Returns the name of each module -> its lora_A and lora_B.
+
+    Raises:
+        ValueError: A tensor is none of these, lacks the other, or has values that are no finite numbers.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         matched = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if not matched:
             raise ValueError(f"{WEIGHTS} holds {key!r}, which is no factor of a linear layer")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{WEIGHTS}: {key} must be floating-point, got {tensor.dtype}")
+        if not bool(torch.isfinite(tensor.double()).all()):  # isfinite takes no dtypes of 8 bits
+            raise ValueError(f"{WEIGHTS}: {key} contains NaN or Inf")
         found.setdefault(matched[1], {})[matched[2]] = tensor
     if not found:
         raise ValueError(f"{WEIGHTS} holds no factors")

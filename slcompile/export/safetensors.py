@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from slcompile.models import forget_factors, unwrapped
 from slcompile.weight.placing import base_class
 
 INSTALL = 'pip install "slcompile[safetensors]"'
-INDEX = "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def save_merged(
@@ -29,14 +32,18 @@ def save_merged(
 ) -> Path:
     """Writes a model's weights, merged to dense under their original names, as safetensors.
 
-    One file is in memory at a time. Files are written beside the directory and moved into it, the index last. With
-    ``config.json`` (and ``generation_config.json``) beside them, for a transformers model,
-    ``from_pretrained(directory)`` gives an ordinary dense model. A tied weight is stored once.
+    One file is in memory at a time. With ``config.json`` (and ``generation_config.json``) beside them, for a
+    transformers model, ``from_pretrained(directory)`` gives an ordinary dense model. A tied weight is stored once.
+
+    Files are written beside the directory and moved into it. A kill leaves the old model, the new one, or a directory
+    that is refused, since its ``config.json`` (of a model that is not of transformers: the index) is no JSON.
 
     Args:
         model: Left as it is.
-        directory: Made if it does not exist. Other files in it are left alone.
-        dtype: float32, float64, float16 or bfloat16; None keeps the model's own.
+        directory: Made if it does not exist. Of an older model in it, the weights in safetensors that
+            ``from_pretrained`` would read, ``generation_config.json`` and ``slcompile.json`` are removed; other files
+            are left alone.
+        dtype: float32, float64, float16 or bfloat16; None keeps each tensor's own.
         shard_size: Most bytes in one file; a larger weight has one of its own.
 
     Returns:
@@ -59,35 +66,52 @@ def save_merged(
         raise ValueError(f"directory must be a directory, got the file {directory}")
     model = unwrapped(model)
     require_finite(model)
-    twin = meta_twin(model, export_dtype(model, dtype or floating_dtype(model)))
+    twin = meta_twin(model, None if dtype is None else export_dtype(model, dtype))
     tensors = dense_tensors(model, twin)
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(twin.state_dict(keep_vars=True).items())}
     state = dict(reversed(list(unique.values())))  # of names for one tensor, the first
     plan = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
-    files.writable_file(directory.parent / "model.safetensors")
+    files.writable_file(directory.parent / WEIGHTS)
     files.require_space(directory.parent, sum(tensor.nbytes for tensor in state.values()))
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:
         for file, names in plan.filename_to_tensors.items():
             save_file({name: tensors[name]() for name in names}, scratch / file, metadata={"format": "pt"})
-        last = INDEX if plan.is_sharded else "model.safetensors"
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (scratch / INDEX).write_text(json.dumps(index, indent=2))
-        _save_config(model, twin, scratch)
-        old = {each.name for each in directory.glob("model*.safetensors")} | {INDEX, "slcompile.json"}
-        files.move_into_place(scratch, directory, last=last, stale=old)
+        last, stale = INDEX if plan.is_sharded else WEIGHTS, stale_weights(directory) | {"slcompile.json"}
+        if _save_config(model, twin, scratch):
+            last, stale = CONFIG, stale | {GENERATION}
+        files.move_over(scratch, directory, last=last, stale=stale)
     return directory
 
 
-def _save_config(model: nn.Module, twin: nn.Module, directory: Path) -> None:
-    """Writes config.json and generation_config.json, where the model is one of transformers'."""
-    config: Any = copy.deepcopy(getattr(model, "config", None))
-    if hasattr(config, "save_pretrained"):
-        forget_factors(config)
-        config.architectures = [base_class(model).__name__]
-        config.dtype = floating_dtype(twin)
-        config.save_pretrained(directory)
+def stale_weights(directory: Path) -> set[str]:
+    """Returns the names of a model's weights in a directory, as transformers writes them, and of their index."""
+    shards = {each.name for each in directory.iterdir() if _SHARD.fullmatch(each.name)}
+    return shards | _indexed(directory / INDEX) | {WEIGHTS, INDEX}
+
+
+def _indexed(index: Path) -> set[str]:
+    """Returns the files beside an index that it names; none where it cannot be read."""
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return set()
+    return {each.name for each in index.parent.glob("*.safetensors")} & named
+
+
+def _save_config(model: nn.Module, twin: nn.Module, directory: Path) -> bool:
+    """Writes config.json and generation_config.json, where the model is one of transformers'; returns whether it is."""
     generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "save_pretrained"):
         generation.save_pretrained(directory)
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    if not hasattr(config, "save_pretrained"):
+        return False
+    forget_factors(config)
+    config.architectures = [base_class(model).__name__]
+    config.dtype = floating_dtype(twin)
+    config.save_pretrained(directory)
+    return True

@@ -40,7 +40,7 @@ def export_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def meta_twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """Returns a dense copy of a model on the meta device, in eval mode; nothing of the model's size is allocated.
 
     Modules that torch.compile or torch's checkpoint_wrapper wrapped stand in it without their wrapper, so that names
@@ -48,8 +48,8 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Args:
         model: Left as it is.
-        dtype: Of the copy's floating-point parameters and persistent buffers. Other buffers are computed, not
-            trained (rotary tables), and keep their precision.
+        dtype: Of the copy's floating-point parameters and persistent buffers; None leaves each its own. Other buffers
+            are computed, not trained (rotary tables), and keep their precision.
     """
     for module in model.modules():
         if isinstance(module, FactorizedWeight):
@@ -58,7 +58,7 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in list(twin.modules()):
         for name, child in module._modules.items():
             module._modules[name] = None if child is None else without_wrappers(child)
-    for module in twin.modules():
+    for module in twin.modules() if dtype is not None else ():
         computed = module._non_persistent_buffers_set
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and tensor.is_floating_point() and name not in computed:
@@ -86,7 +86,7 @@ def untouched_on_cpu(twin: nn.Module) -> None:
 
 
 def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
-    """Returns name of every parameter and buffer of the twin -> what makes its values, on the CPU, in the twin's dtype.
+    """Returns name of every parameter and buffer of the twin -> what makes its values, on the CPU, in its dtype there.
 
     A factorized weight is composed in at least float32 and rounded once. Buffers that are not in the state dict
     (rotary tables) are among them. Nothing is kept: each call makes the tensor again. A call raises ValueError where

@@ -86,6 +86,95 @@ def test_dtype_and_shape_of_each_weight_are_kept(tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    model = factorized(tiny("llama")).bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "down_proj" in name:
+            parameter.data = torch.rand(parameter.shape) + 1
+    save_factorized(model, tmp_path)
+    loaded = load_factorized(tmp_path)
+    state = loaded.state_dict()
+    for name, value in model.state_dict().items():
+        assert state[name].dtype == value.dtype, name
+        assert torch.equal(state[name], value), name
+    assert loaded.model.rotary_emb.inv_freq.dtype is torch.float32  # which is computed, and in no file
+    merged = slcompile.merged_state_dict(loaded)
+    assert merged["model.layers.0.mlp.down_proj.weight"].dtype is torch.float32
+    assert merged["model.layers.0.mlp.up_proj.weight"].dtype is torch.bfloat16
+
+
+def test_parts_of_one_weight_are_of_the_dtype_that_holds_them_all(checkpoint):
+    key = "model.layers.0.mlp.up_proj.sparse_value"
+    rewrite(checkpoint, lambda state: state.update({key: state[key].double() / 3}))
+    weight = slcompile.factors(load_factorized(checkpoint))["model.layers.0.mlp.up_proj.weight"]
+    assert {each.dtype for each in (weight.B, weight.A, weight.values)} == {torch.float64}
+    assert torch.equal(weight.values.flatten(), load_file(checkpoint / "model.safetensors")[key])
+
+
+def test_the_settings_of_generation_are_kept(tmp_path):
+    model = factorized(tiny("llama"))
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.37
+    save_factorized(model, tmp_path)
+    assert load_factorized(tmp_path).generation_config.temperature == 0.37
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        load_factorized(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert load_factorized(tmp_path).generation_config.temperature == tiny("llama").generation_config.temperature
+
+
+def test_other_weights_in_the_directory_are_not_read(tmp_path):
+    other, model = factorized(tiny("llama"), seed=1), factorized(tiny("llama"))
+    save_factorized(other, tmp_path)
+    for name in ("a_backup.safetensors", "old_backup.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes((tmp_path / "model.safetensors").read_bytes())
+    save_factorized(model, tmp_path)
+    state = load_factorized(tmp_path).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def sharded(directory: Path, file: str) -> None:
+    """Cuts a checkpoint's weights in two files and an index, named as transformers names those of ``file``."""
+    state = load_file(directory / "model.safetensors")
+    names = sorted(state)
+    stem, _, kind = file.rpartition(".")
+    shards = {f"{stem}-{part}-of-2.{kind}": names[part - 1 :: 2] for part in (1, 2)}
+    for shard, held in shards.items():
+        part = {name: state[name] for name in held}
+        torch.save(part, directory / shard) if kind == "bin" else save_file(part, directory / shard)
+    index = {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (directory / f"{file}.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_are_those_of_the_index(file, checkpoint):
+    wanted = load_factorized(checkpoint).state_dict()
+    sharded(checkpoint, file)
+    (checkpoint / "zzz.safetensors").write_bytes(b"a file that is not read")
+    got = load_factorized(checkpoint).state_dict()
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("../model.safetensors", "weight_map must name files beside it, got '../model"),
+        (7, "weight_map must name files beside it, got 7"),
+        ("missing.safetensors", r"missing\.safetensors cannot be read"),
+        ("again.safetensors", r"holds model\.norm\.weight, which another file of .* holds, too"),
+    ],
+)
+def test_an_index_that_cannot_be_is_an_error(file, message, checkpoint):
+    sharded(checkpoint, "model.safetensors")
+    save_file({"model.norm.weight": torch.ones(64)}, checkpoint / "again.safetensors")
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight.again"] = file
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        load_factorized(checkpoint)
+
+
 def test_saving_over_an_old_one(tmp_path):
     for seed in range(2):
         torch.manual_seed(seed)
@@ -191,7 +280,7 @@ def test_a_directory_without_a_checkpoint_is_named(tmp_path):
 
 def test_missing_weights_are_named(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"must hold \*\.safetensors or pytorch_model\*\.bin"):
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors or .* or pytorch_model\.bin"):
         load_factorized(checkpoint)
 
 

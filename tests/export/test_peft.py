@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import slcompile
@@ -153,6 +154,29 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json is no JSON"):
         slcompile.load_peft(Net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda each: each.fill_(float("nan")), "contains NaN or Inf"),
+        (lambda each: each.fill_(float("inf")), "contains NaN or Inf"),
+        (lambda each: each.to(torch.int32), r"must be floating-point, got torch\.int32"),
+    ],
+)
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_factors_that_are_no_finite_numbers_are_refused(factor, change, message, tmp_path):
+    model = Net()
+    adapter(model, tmp_path, r=4, lora_alpha=8, target_modules=["up", "down"])
+    key, file = f"base_model.model.layers.1.up.lora_{factor}.weight", tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    state[key] = change(state[key])
+    save_file(state, file)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: {key} {message}"):
+        slcompile.load_peft(model, tmp_path)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_name_that_ends_another_ones_is_the_only_one_adapted(tmp_path):

@@ -77,6 +77,21 @@ def test_bfloat16_weights_are_composed_in_float32_and_rounded_once(tmp_path):
     assert all(torch.equal(value, wide[name].bfloat16()) for name, value in stored.items())
 
 
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    model = llama().bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "down_proj" in name:
+            parameter.data = torch.rand(parameter.shape) + 1
+    slcompile.save_merged(model, tmp_path)
+    stored, merged = load_file(tmp_path / "model.safetensors"), slcompile.merged_state_dict(model)
+    assert {each.dtype for each in stored.values()} == {torch.bfloat16, torch.float32}
+    for name, value in stored.items():
+        assert value.dtype == merged[name].dtype, name
+        assert torch.equal(value, merged[name]), name
+    slcompile.save_merged(model, tmp_path, dtype=torch.float32)
+    assert {each.dtype for each in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
 def factorized_copy_in_float32(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model)).float()
 
@@ -114,6 +129,34 @@ def test_saving_over_removes_stale_weights_and_nothing_else(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert {*index["weight_map"].values(), "model.safetensors.index.json"} == set(stored)
     assert (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("save", [slcompile.save_merged, slcompile.save_factorized])
+def test_other_models_in_the_directory_are_left_alone(save, tmp_path):
+    others = [
+        "model_best.safetensors",
+        "model.fp16.safetensors",
+        "model-ema.safetensors",
+        "model_best.safetensors.index.json",
+    ]
+    stale = ["model-00001-of-00009.safetensors", "first_half.safetensors", "model.safetensors"]
+    for name in [*others, *stale, "tokenizer.json"]:
+        (tmp_path / name).write_bytes(b"of somebody")
+    index = {
+        "weight_map": {"a": "first_half.safetensors", "b": "../outside.safetensors", "c": "tokenizer.json", "d": 7}
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save(llama(), tmp_path)
+    stored = {each.name for each in tmp_path.iterdir()} - {"slcompile.json"}
+    assert stored == {*others, "tokenizer.json", "model.safetensors", "config.json", "generation_config.json"}
+    assert all((tmp_path / name).read_bytes() == b"of somebody" for name in others)
+
+
+@pytest.mark.parametrize("index", ["", "[]", '{"weight_map": []}', '{"weight_map": {"a": {}}}'])
+def test_an_old_index_that_cannot_be_read_names_nothing(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    slcompile.save_merged(factorized(nn.Sequential(nn.Linear(64, 64))), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

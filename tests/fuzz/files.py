@@ -82,7 +82,7 @@ def load_a_checkpoint(corpus: Corpus, random: Random) -> None:
     with tempfile.TemporaryDirectory(dir=corpus.root) as scratch:
         directory = Path(scratch, "model")
         shutil.copytree(source, directory)
-        file = random.choice([each for each in sorted(directory.iterdir()) if each.name != "generation_config.json"])
+        file = random.choice(sorted(directory.iterdir()))
         if file.suffix == ".json":
             file.write_text(of_json(file.read_text(), random), errors="surrogateescape")
         elif file.suffix == ".safetensors":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import SimpleNamespace
@@ -20,6 +21,12 @@ def pytest_configure() -> None:
     # Of pytest-xdist's workers each has its share of the cores: threads that wait for one are slower than none.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection_finish() -> None:
+    # What the imports made stays, and is not looked through again by each collection and each conversion.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

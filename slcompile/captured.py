@@ -8,6 +8,7 @@ at every run.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -104,6 +105,7 @@ class CapturedGraph:
         self.names = {index: each.name for index, each in zip(self.uses, found.weights, strict=True)}
         self.roots = live.roots(example_inputs[index] for index in self.uses)
         self.report = found.report()
+        _warn_of_hidden(found)
         self._warn_if_dense(live)
         self.wanted = self._wanted(example_inputs)
         self.report = _without_idle(self.report, {self.names[index] for index in self.convertible - self.wanted.keys()})
@@ -332,6 +334,18 @@ class CapturedGraph:
                 f"{', '.join(several)} several times, which its recomputation would do otherwise; call "
                 "slcompile.factorize_(model) before training, or checkpoint inside the compiled function"
             )
+
+
+def _warn_of_hidden(found: Candidates) -> None:
+    """Says which weights stay dense because the garbage collector, which knows modules, shows them no more."""
+    hidden = [each.decision.detail for each in found.weights if each.decision.reason == "not_owned"]
+    if hidden and gc.get_freeze_count():
+        log.warning(
+            "slcompile: %d weights of a graph stay dense: %s. Call it after the first training step, or "
+            "slcompile.factorize_(model) before it",
+            len(hidden),
+            hidden[0],
+        )
 
 
 def _without_idle(report: PassReport, names: set[str]) -> PassReport:

@@ -59,6 +59,13 @@ print(sorted(model.state_dict()))
     assert "factorized 2 weights of Sequential" in done.stderr
 
 
+def test_modules_that_the_garbage_collector_hides_are_said(block, batch, caplog, aten_kernels):
+    gc.freeze()
+    torch.compile(block, backend="sltrain", options=OPTIONS)(batch[0])
+    assert "3 weights of a graph stay dense: no module holds it as a parameter" in caplog.text
+    assert "gc.freeze() hides modules. Call it after the first training step" in caplog.text
+
+
 @pytest.mark.slow
 def test_first_run_converts_with_one_additional_compile_and_frees_the_dense_weights(block, batch, counting):
     dense = [weakref.ref(block.get_parameter(name)) for name in WEIGHTS]

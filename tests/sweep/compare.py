@@ -231,14 +231,15 @@ class Yardstick:
         return Yardstick(composed_by_formula(copy.deepcopy(self.model)), self.case, self.batches["many"])
 
     def generates(self, found: Comparison) -> bool:
-        """Whether the model has ``generate``, and it works in eager mode."""
+        """Whether the model has ``generate``, and it works in eager mode and in float64."""
         if not (hasattr(self.model, "can_generate") and self.model.can_generate()):
             return False
-        try:
-            self.eager(Run("generate", "auto"))
-        except Exception as error:
-            found.details.append(f"generate does not work in eager mode: {first_line(error)}")
-            return False
+        for where, measured in {"eager mode": self.eager, "float64": self.exact}.items():
+            try:
+                measured(Run("generate", "auto"))
+            except Exception as error:
+                found.details.append(f"generate does not work in {where}: {first_line(error)}")
+                return False
         return True
 
     def compiled(self, run: Run, dense: bool = False) -> dict[str, Numbers]:

@@ -371,9 +371,6 @@ class SLWeight(FactorizedWeight):
     @override
     def misfit(self, state: Mapping[str, Any], prefix: str) -> str:
         held, values = state.get(f"{prefix}rows_of_block"), state.get(f"{prefix}values")
-        places = ["seed", *({"uniform": ["index"], "largest": ["offsets"]}.get(self.support, []))] * bool(self.density)
-        if found := [name for name in places if f"{prefix}{name}" in state] if values is None else []:
-            return f"{prefix}{found[0]} comes without {prefix}values, whose non-zeros would move"
         has_blocks = values is not None and values.dim() > 1 and not (held is not None and held.is_meta)
         vector = 1 if held is None else int(held)
         if has_blocks and self.support != "uniform" and vector != self.vector:
@@ -391,8 +388,11 @@ class SLWeight(FactorizedWeight):
             each = offsets.to(torch.int64).reshape(-1, self.groups)
             if not bool(((each >= 0) & (each < widths)).all()):
                 return f"{prefix}offsets must lie in their groups of {int(widths.max())} columns"
-        if missing := [name for name in places if values is not None and f"{prefix}{name}" not in state]:
-            return f"{prefix}values come without {prefix}{missing[0]}, which says where they are"
+        together = ("values", "seed", *({"uniform": ["index"], "largest": ["offsets"]}.get(self.support, [])))
+        missing = [name for name in together if f"{prefix}{name}" not in state] if self.density else []
+        if missing and len(missing) < len(together):
+            held = next(name for name in together if name not in missing)
+            return f"{prefix}{held} comes without {prefix}{missing[0]}: its non-zeros would move"
         seed = state.get(f"{prefix}seed")
         if (
             seed is not None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from slcompile import files
 from slcompile.config import SLConfig, did_you_mean
 from slcompile.convert.candidates import Candidate, gather
-from slcompile.convert.ledger import EXPLICIT, ledger
+from slcompile.convert.ledger import ledger
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import weight_modules
 from slcompile.export.checkpoint import read_settings, read_tensors
@@ -177,7 +177,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
         reading, writing = (each.flatten(1) for each in pairs[candidate.name.removesuffix(".weight")])
         B, A = (writing, reading) if candidate.input_dim == 1 else (reading.t(), writing.t())
         weight.set_factors(B, A, torch.empty_like(weight.values))
-    object.__setattr__(model, EXPLICIT, config)
+    ledger.note_explicit(model, config)
     return model
 
 

@@ -96,8 +96,8 @@ EDITED = {
     "kernel project: scale": (_KERNELS + "project.py", "b_sum * tl.cast(scale, tl.float32)", "b_sum", _PRODUCT),
     "C++ vector: few tokens": (
         _KERNELS + "vector.cpp",
-        "sums[token] += value * *(const",
-        "sums[token] = value * *(const",
+        "sums[token] += part * *(const",
+        "sums[token] = part * *(const",
         "tests/ops/test_vector_cpu.py::test_addmm_is_its_formula",
     ),
     "C++ vector: transposed": (

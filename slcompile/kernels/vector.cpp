@@ -1,5 +1,6 @@
 // S of the vector support on CPU: blocks of VECTOR rows that share their columns, times matrices with a row a token.
 //
+//   product_of_few   y_TN = hidden_TR @ factor_NR^T + x_TK @ S_NK^T + bias_N
 //   add_product      y_TN += x_TK @ S_NK^T
 //   add_transposed   y_TK += x_TN @ S_NK
 //   dots             result_NG = left_TN^T @ right_TK, at the support
@@ -234,43 +235,71 @@ static inline Tokens load_some(const Stored* from, int64_t count, int64_t room) 
   return value;
 }
 
-static inline Sum sum_of(Tokens value) {
-  Sum lanes[LANES];
-  memcpy(lanes, &value, sizeof lanes);
+constexpr int64_t AHEAD = 2048 / sizeof(Stored);  // asked for before it is read: the processor alone asks too late
+
+// sums[token] += the products of a row's `count` elements with those of a token, `with` + token * `stride`, behind which
+// are zeros up to a whole number of LANES. `room` elements of the row may be read.
+template <int TOKENS>
+static inline void add_products(
+    Tokens (&sums)[TOKENS], const Stored* row, int64_t count, int64_t room, const Sum* with, int64_t stride) {
+  int64_t at = 0;
+  auto add = [&](Tokens part) {
 #pragma GCC unroll 4
-  for (int half = LANES / 2; half; half /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
+    for (int token = 0; token < TOKENS; token++) sums[token] += part * *(const Tokens*)(with + token * stride + at);
+  };
+  for (; at + LANES <= count; at += LANES) {
+    __builtin_prefetch(row + at + AHEAD);
+    add(load<Tokens, LANES>(row + at));
+  }
+  if (at < count) add(load_some(row + at, count - at, room - at));
 }
 
-static void add_product_of_few(
-    const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y, int64_t y_stride,
-    int64_t tokens, int64_t rows, int64_t groups, int64_t threads) {
-  int64_t blocks = (rows + VECTOR - 1) / VECTOR, padded = (groups + LANES - 1) / LANES * LANES;
+// y_TN = hidden_TR @ factor_NR^T + x_TK @ S_NK^T + bias_N of at most FEW_TOKENS tokens, which takes as long as reading
+// factor and values does: once, as they lie.
+extern "C" void product_of_few(
+    const Stored* hidden, int64_t hidden_stride, const Stored* factor, int64_t factor_stride, int64_t rank,
+    const Stored* bias, const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y,
+    int64_t y_stride, int64_t tokens, int64_t rows, int64_t features, int64_t groups, int64_t threads) {
+  int64_t of_rank = steps_of(rank, LANES) * LANES, of_groups = steps_of(groups, LANES) * LANES;
+  auto widened = memory<Sum>(FEW_TOKENS * of_rank);
+  memset(widened.get(), 0, FEW_TOKENS * of_rank * sizeof(Sum));
+  for (int64_t token = 0; token < tokens; token++)
+    for (int64_t i = 0; i < rank; i++) widened[token * of_rank + i] = widen(hidden[token * hidden_stride + i]);
+  with_constant<FEW_TOKENS>(tokens, [&](auto constant) {
+    constexpr int TOKENS = decltype(constant)::value;
 #pragma omp parallel num_threads(threads)
-  {
-    auto gathered = memory<Sum>(tokens * padded);
-    memset(gathered.get(), 0, tokens * padded * sizeof(Sum));
+    {
+      auto gathered = memory<Sum>(TOKENS * of_groups);
+      memset(gathered.get(), 0, TOKENS * of_groups * sizeof(Sum));
 #pragma omp for
-    for (int64_t block = 0; block < blocks; block++) {
-      for (int64_t token = 0; token < tokens; token++)
-        for (int64_t group = 0; group < groups; group++)
-          gathered[token * padded + group] = widen(x[token * x_stride + columns[block * groups + group]]);
-      for (int64_t row = block * VECTOR; row < std::min<int64_t>((block + 1) * VECTOR, rows); row++) {
-        Tokens sums[FEW_TOKENS] = {};
-        for (int64_t group = 0; group < groups; group += LANES) {
-          Tokens value = load_some(values + row * groups + group, groups - group, (rows - row) * groups - group);
-          for (int64_t token = 0; token < tokens; token++)
-            sums[token] += value * *(const Tokens*)(gathered.get() + token * padded + group);
+      for (int64_t first = 0; first < rows; first += LANES) {
+        int64_t there = std::min<int64_t>(LANES, rows - first);
+        Tokens sums[TOKENS][LANES] = {};
+        for (int64_t i = 0; i < there; i++) {
+          int64_t row = first + i, below = rows - 1 - row;
+          const int32_t* column = columns + row / VECTOR * groups;
+          if (i == 0 || row % VECTOR == 0)
+            for (int64_t token = 0; token < tokens; token++)
+              for (int64_t group = 0; group < groups; group++)
+                gathered[token * of_groups + group] = widen(x[token * x_stride + column[group]]);
+          Tokens of_row[TOKENS] = {};
+          add_products(of_row, factor + row * factor_stride, rank, below * factor_stride + rank, widened.get(), of_rank);
+          add_products(of_row, values + row * groups, groups, (below + 1) * groups, gathered.get(), of_groups);
+#pragma GCC unroll 4
+          for (int token = 0; token < TOKENS; token++) sums[token][i] = of_row[token];
         }
         for (int64_t token = 0; token < tokens; token++) {
-          Stored& to = y[token * y_stride + row];
-          to = narrow(widen(to) + sum_of(sums[token]));
+          transpose(sums[token]);
+#pragma GCC unroll 4
+          for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 16
+            for (int i = 0; i < half; i++) sums[token][i] += sums[token][i + half];
+          for (int64_t i = 0; i < there; i++)
+            y[token * y_stride + first + i] = narrow(sums[token][0][i] + (bias ? widen(bias[first + i]) : 0));
         }
       }
     }
-  }
+  });
 }
 
 static void add_transposed_of_few(
@@ -307,8 +336,6 @@ static void add_transposed_of_few(
 extern "C" void add_product(
     const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y, int64_t y_stride,
     int64_t tokens, int64_t rows, int64_t features, int64_t groups, int64_t threads) {
-  if (tokens <= FEW_TOKENS)
-    return add_product_of_few(x, x_stride, values, columns, y, y_stride, tokens, rows, groups, threads);
   int64_t blocks = (rows + VECTOR - 1) / VECTOR, tiles = (tokens + LANES - 1) / LANES;
   auto packed = pack(values, rows, groups, groups, threads);
   int64_t shares = tiles >= 2 * threads ? 1 : std::min<int64_t>(threads, blocks);

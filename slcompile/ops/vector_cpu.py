@@ -29,7 +29,7 @@ _TAGS = (torch.Tag.needs_contiguous_strides,)
 _SOURCE = Path(__file__).parents[1] / "kernels" / "vector.cpp"
 _TILES_SOURCE = _SOURCE.with_name("vector_amx.cpp")
 FEW_TOKENS = 4
-"""Up to so many tokens, values are read as they lie, and nothing is multiplied in tiles."""
+"""Up to so many tokens, factor and values are read as they lie, in one pass, and nothing is multiplied in tiles."""
 _STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -68,8 +68,8 @@ def vector_addmm(
     columns = outputs if transposed else width
     result = x.new_empty(tokens, outputs)
     x, values = _with_rows(x), values.contiguous()
-    function, has_tiles = _function("transposed" if transposed else "product", x, vector)
-    if not has_tiles or x.numel() == 0:
+    function, takes_factor = _function("transposed" if transposed else "product", x, vector)
+    if not takes_factor or x.numel() == 0:
         if bias is None:
             torch.mm(hidden, writing, out=result)
         else:
@@ -78,7 +78,7 @@ def vector_addmm(
         return result
     blocks = kept_columns(values, support, columns, vector)
     of_factor: tuple[int | None, ...] = ()
-    if has_tiles:
+    if takes_factor:
         hidden, factor, bias = _with_rows(hidden), _with_rows(factor), bias if bias is None else bias.contiguous()
         of_bias = None if bias is None else bias.data_ptr()
         of_factor = (
@@ -149,18 +149,20 @@ def _making(vector: int) -> Callable[[Tensor, Tensor, int, int], tuple[Tensor]]:
 
 @functools.cache
 def _compiled(name: str, dtype: torch.dtype, vector: int, few: bool) -> tuple[Any, bool]:
-    """Returns a compiled function, and whether it is AMX's: of that dtype, and of more than few tokens."""
+    """Returns a compiled function, and whether it multiplies with the factor, too, and does not add to that product."""
     library, has_tiles = _library(dtype, vector)
     has_tiles &= not few
+    takes_factor = has_tiles or (few and name == "product")
     if name == "dots":
         function = library.dots_amx if has_tiles else library.dots
         function.argtypes = (c_void_p, c_int64) * 2 + (c_void_p,) * 2 + (c_int64,) * 5
     else:
-        function = getattr(library, name if has_tiles else f"add_{name}")
-        of_factor = (c_void_p, c_int64) * 2 + (c_int64, c_void_p) if has_tiles else ()
+        whole = "product_of_few" if few else name
+        function = getattr(library, whole if takes_factor else f"add_{name}")
+        of_factor = (c_void_p, c_int64) * 2 + (c_int64, c_void_p) if takes_factor else ()
         function.argtypes = of_factor + (c_void_p, c_int64) + (c_void_p,) * 3 + (c_int64,) * 6
     function.restype = None
-    return function, has_tiles
+    return function, takes_factor
 
 
 def _function(name: str, x: Tensor, vector: int) -> tuple[Any, bool]:

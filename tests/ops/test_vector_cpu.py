@@ -104,6 +104,21 @@ def test_addmm_is_its_formula(vector: int, dtype: torch.dtype, transposed: bool)
                 assert_close(found, exact, eager, magnitude)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_few_tokens_read_factors_of_any_rank_and_layout_once(tokens: int, dtype: torch.dtype) -> None:
+    """A rank below, at and above the lanes of registers; rows of a wider matrix, of which nothing else may be read."""
+    for rank in (1, 16, 17, 150):
+        factor, *rest = operands = addmm_operands((131, 150), tokens, dtype, False, bias=True, rank=rank)
+        exact, eager, magnitude = (
+            dense_addmm(*each, False, 16) for each in (wide(operands), operands, absolute(operands))
+        )
+        around = torch.full((131, rank + 5), float("nan"), dtype=dtype)
+        around[:, 2:-3] = factor
+        for each in (factor, around[:, 2:-3], factor.t().contiguous().t()):
+            assert_close(vector_addmm(each, *rest, False, 16), exact, eager, magnitude)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vector", VECTORS)

@@ -20,7 +20,7 @@ from tests.sweep import __main__ as sweep
 from tests.sweep import measure as measuring
 from tests.sweep.architectures import ARCHITECTURES, CONFIG, Architecture
 from tests.sweep.cases import CASES
-from tests.sweep.compare import Comparison, Run, Yardstick, compare, compare_run, runs_of, same_steps
+from tests.sweep.compare import Comparison, Run, WithoutUs, Yardstick, compare, compare_run, runs_of, same_steps
 from tests.sweep.measure import Row, check_report, compare_gradients, measure
 from tests.sweep.running import exact_model
 from tests.sweep.table import HEADER
@@ -180,6 +180,32 @@ def test_what_is_wrong_of_the_dense_model_too_is_told_apart(monkeypatch):
     assert found.failures == []
     assert "output logits is off by" in found.details[0]
     assert "torch alone is as far off" in found.details[0]
+
+
+class BatchNorm(Linear):
+    """Divides by the spread of the rows."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        rows = super().forward(x)["logits"]
+        return {"logits": (rows - rows.mean(0)) / rows.var(0).add(1e-12).sqrt()}
+
+
+def test_what_rounded_inputs_change_by_its_norm_is_no_failure(monkeypatch):
+    case = Made("vision", "linear", lambda model: {}, {})
+    for spread, excused in ((1e-4, True), (1.0, False)):
+        x = torch.randn(1, 64) + spread * torch.randn(4, 64)
+        found = Comparison("linear", "vision")
+        run = Run("training", "auto", "bfloat16")
+        yardstick = Yardstick(BatchNorm(), case, {"x": x})
+        numbers = {
+            batch: {name: 1e12 * each for name, each in exact.items()} for batch, exact in yardstick.exact(run).items()
+        }
+        monkeypatch.setattr(Yardstick, "compiled", lambda *args, numbers=numbers, **options: numbers)
+        monkeypatch.setattr(WithoutUs, "excuses", lambda *args: False)
+        compare_run(found, yardstick, run)
+        assert any("gradient of linear.weight is off" in each for each in found.details) == excused
+        assert any("gradient of linear.weight is off" in each for each in found.failures) != excused
+        assert all("float64's moves by 0.5 of its norm" in each for each in found.details)
 
 
 class MaskedTwice(nn.Module):

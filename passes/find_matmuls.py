@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
+from slcompile.cost.matmul import DTYPES
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.graph import arguments, op_name
 
@@ -147,6 +148,8 @@ def _follow(weight: fx.Node, node: fx.Node, swapped: bool, use: WeightUse, seen:
             use.matmuls.append(name)
             if name in _PRODUCTS and isinstance(user.meta.get("val"), Tensor) and node.meta["val"].dim() >= 2:
                 use.reads.append(_read(user, node))
+        elif isinstance(made := user.meta.get("val"), Tensor) and made.dtype not in DTYPES and name in VIEWS:
+            use.others.append(f"{name} {made.dtype}".replace("torch.", ""))
         elif name in CONVOLUTIONS:
             _note_convolution(weight, user, node, name, use)
         elif name == "as_strided" and not _lies_row_by_row(weight):

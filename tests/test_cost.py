@@ -243,6 +243,16 @@ class TestRates:
         assert 0.5 * flops < found.matmul["bfloat16"] < flops
         assert 0.5 * bandwidth < found.memory < bandwidth
 
+    def test_of_meta_tensors_they_are_this_machines_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def name_of(device: torch.device | None) -> str:
+            assert device is None or device.type == "cuda", "torch raises an error"
+            return "a card"
+
+        monkeypatch.setattr(stored, "device_class", lambda device: GPU_CLASSES[0])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", name_of)
+        assert rates(torch.device("meta")) == rates(torch.device("cuda", 0)) == GPU_CLASSES[0].rates
+
     @pytest.mark.parametrize("entries", [7.0, math.inf])
     def test_stored_ones_are_read(self, cache_dir: Path, entries: float) -> None:
         defaults, kept = rates(CPU), dataclasses.replace(measured(), entries=entries)

@@ -65,8 +65,11 @@ def errors_of(doing: str) -> Iterator[None]:
     except Exception as error:
         log.debug("%s failed", doing, exc_info=True)
         # What is raised while Dynamo traces comes wrapped in errors of Dynamo's that say less.
-        cause: BaseException = getattr(error, "inner_exception", error)
-        while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause: BaseException = error
+        while type(cause).__module__.startswith("torch._"):
+            inner = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
+            if inner is None:
+                break
             cause = inner
         message = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
         raise ValueError(f"{doing} failed with {message} (TORCH_LOGS=+slcompile shows the traceback)") from error

@@ -58,7 +58,11 @@ def _key(device: torch.device) -> tuple[str, ...]:
     found = device_class(device)
     if found.per_thread:
         return found.name, platform.machine(), str(torch.get_num_threads())
-    return found.name, torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
+    if not torch.cuda.is_available():
+        return found.name, "none"
+    return found.name, torch.cuda.get_device_name(
+        device if device.type == "cuda" else None
+    )  # meta: that of this machine
 
 
 def _path(key: tuple[str, ...]) -> Path:

@@ -31,6 +31,8 @@ from slcompile.weight.sharing import share_again, sharing
 from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
+FORMAT = 1
+"""Of ``slcompile.json``."""
 _WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _STORED = "stored_shape"
 """What says that a weight is a convolution's, [out, in, *kernel], and not a stack of matrices."""
@@ -82,7 +84,7 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
         config = json.loads((scratch / CONFIG).read_text())
         config["quantization_config"] = {"quant_method": METHOD, "weights": described}  # read by from_pretrained
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (scratch / OURS).write_text(json.dumps({"format": 1, "weights": described}, indent=1))
+        (scratch / OURS).write_text(json.dumps({"format": FORMAT, "weights": described}, indent=1))
         stale = stale_weights(directory) | {GENERATION}
         files.move_over(scratch, directory, last=CONFIG, stale=stale)
     return directory
@@ -113,7 +115,10 @@ def load_factorized(directory: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"config.json names the architecture {architecture!r:.100}, which transformers does not have")
     state = _read_state(directory)
     if (directory / OURS).is_file():
-        weights = read_settings(directory / OURS, ("weights",))["weights"]
+        settings = read_settings(directory / OURS, ("weights", "format"))
+        if settings["format"] != FORMAT:
+            raise ValueError(f"{directory / OURS}: format must be {FORMAT}, got {settings['format']!r:.100}")
+        weights = settings["weights"]
     else:
         state, weights = _from_paper(state, read_settings(directory / PAPERS, ("r", "lora_alpha", "sp_ratio")))
     if not isinstance(weights, dict):

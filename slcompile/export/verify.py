@@ -55,9 +55,10 @@ def compare(against: str, output: str, got: Tensor, want: Tensor) -> Comparison:
     shape = tuple(want.shape)
     if tuple(got.shape) != shape:
         raise ValueError(f"output {output} has shape {tuple(got.shape)}, the trained model's {shape}")
-    difference = (got.double() - want.double()).abs()
+    # Infinities of the same places, as of masked logits, do not differ.
+    difference = (got.double() - want.double()).abs().masked_fill(got == want, 0)
     largest = difference.max().item() if want.numel() else 0.0
-    scale = want.double().abs().max().item() if want.numel() else 0.0
+    scale = want.double().masked_fill(want.isinf(), 0).abs().max().item() if want.numel() else 0.0
     exponents, counts = difference[difference > 0].log10().floor().unique(return_counts=True)
     histogram: dict[int | None, int] = {None: int((difference == 0).sum())}
     histogram |= {int(each): int(count) for each, count in zip(exponents, counts, strict=True) if math.isfinite(each)}

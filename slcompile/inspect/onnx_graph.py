@@ -102,11 +102,8 @@ def _type(onnx: Any, value: Any) -> tuple[str, str]:
 
 
 def _dtype(onnx: Any, data_type: int) -> str:
-    return (
-        str(onnx.TensorProto.DataType.Name(data_type))
-        .lower()
-        .replace("float", "float32" if data_type == 1 else "float")
-    )
+    name = str(onnx.TensorProto.DataType.Name(data_type)).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _value(onnx: Any, attribute: Any) -> str:

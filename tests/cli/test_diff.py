@@ -17,6 +17,12 @@ def model():
 def failing():
     raise RuntimeError("no data here")
 
+def explained():
+    try:
+        {}["DATA_DIR"]
+    except KeyError as error:
+        raise ValueError("set DATA_DIR") from error
+
 def wrong():
     return 3
 
@@ -50,6 +56,7 @@ def test_errors_are_one_line_and_leave_no_file(factories, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     for command, message in (
         ([f"{factories}:failing"], f"the factory {factories}:failing failed with RuntimeError: no data here"),
+        ([f"{factories}:explained"], f"the factory {factories}:explained failed with ValueError: set DATA_DIR"),
         ([f"{factories}:wrong"], f"the factory {factories}:wrong must return (model, args)"),
         ([f"{factories}:mismatched"], f"tracing {factories}:mismatched failed with RuntimeError"),
         ([f"{factories}:modle"], "has no function 'modle', did you mean 'model'?"),

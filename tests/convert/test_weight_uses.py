@@ -129,6 +129,11 @@ CASES = {
         {"w": lambda: nn.Parameter(torch.randn(64, 64, dtype=torch.complex64) / 8)},
         {"w": "dtype"},
     ),
+    "cast to complex": Case(
+        lambda m, x: (x.to(torch.complex64) @ m.w.to(torch.complex64)).abs(),
+        {"w": lambda: nn.Parameter(torch.randn(64, 64) / 8)},
+        {"w": "no_matmul"},
+    ),
     "integers": Case(
         lambda m, x: x + (x > 0).long() @ m.w,
         {"w": lambda: nn.Parameter(torch.randint(-3, 3, (64, 64)), requires_grad=False)},

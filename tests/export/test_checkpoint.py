@@ -350,6 +350,7 @@ def test_an_unknown_architecture_is_named(checkpoint):
         ("config.json", {"architectures": [7]}, "architecture "),
         ("config.json", {"model_type": "?"}, "holds no configuration that transformers can read"),
         ("config.json", {"num_attention_heads": 0}, "config"),
+        ("slcompile.json", {"format": 2}, r"slcompile\.json: format must be 1, got 2"),
         ("slcompile.json", {"weights": []}, r"slcompile\.json: weights must be an object"),
         ("slcompile.json", {"weights": {"lm_head.weight": {"rank": 8}}}, r"holds lm_head\.weight as \{'rank': 8\}"),
         ("slcompile.json", {"weights": {"model.norm.weight": {"input_dim": 1}}}, r"its shape is \(64,\)"),

@@ -124,6 +124,19 @@ def test_bfloat16_is_exported_in_float32(tmp_path):
     assert layer[0].bias.dtype is torch.bfloat16
 
 
+def test_infinities_of_the_same_places_do_not_differ(tmp_path):
+    class Masked(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y.masked_fill(torch.ones_like(y, dtype=torch.bool).triu(40), float("-inf"))
+
+    model = slcompile.factorize_(nn.Sequential(Masked(64, 64)), CONFIG)
+    for each in slcompile.export_onnx(model, torch.randn(64, 64), tmp_path / "model.onnx").comparisons:
+        assert each.max_abs < 1e-5
+        assert 0 < each.max_rel < 1e-5 or each.max_abs == 0
+        assert sum(each.histogram.values()) == 64 * 64
+
+
 @pytest.mark.slow
 def test_a_difference_beyond_tolerance_is_an_error_and_leaves_the_old_file(tmp_path):
     class Drifting(nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from slcompile.cli import main
 from slcompile.inspect.onnx_graph import onnx_diff, onnx_snapshot
@@ -11,10 +12,8 @@ helper = onnx.helper
 
 def write(path, activation: str, dtype: int = onnx.TensorProto.FLOAT, prefix: str = "") -> str:
     """``activation(x W1) W2`` with another name for each inner value, as an exporter may give."""
-    weights = [
-        helper.make_tensor(f"layers.{i}.weight", dtype, (4, 4), b"\0" * 4 * 4 * (4 if dtype == 1 else 2), raw=True)
-        for i in (0, 1)
-    ]
+    size = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.DOUBLE: 8}.get(dtype, 2)
+    weights = [helper.make_tensor(f"layers.{i}.weight", dtype, (4, 4), b"\0" * 4 * 4 * size, raw=True) for i in (0, 1)]
     nodes = [
         helper.make_node("MatMul", ["x", "layers.0.weight"], [f"{prefix}h"]),
         helper.make_node(activation, [f"{prefix}h"], [f"{prefix}a"]),
@@ -43,11 +42,14 @@ def test_two_files(tmp_path):
     ]
 
 
-def test_another_dtype_is_a_rewriting(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_another_dtype_is_a_rewriting_under_torchs_name(dtype, tmp_path):
+    name = str(dtype).removeprefix("torch.")
+    stored = getattr(onnx.TensorProto, {"float64": "DOUBLE"}.get(name, name.upper()))
     first = write(tmp_path / "a.onnx", "Relu")
-    second = write(tmp_path / "b.onnx", "Relu", dtype=onnx.TensorProto.FLOAT16)
+    second = write(tmp_path / "b.onnx", "Relu", dtype=stored)
     changed = {node.id: node.dtype for node in onnx_diff(first, second).after if node.status == "rewritten"}
-    assert changed == dict.fromkeys(("x", "layers.0.weight", "layers.1.weight", "y"), "float16")
+    assert changed == dict.fromkeys(("x", "layers.0.weight", "layers.1.weight", "y"), name)
 
 
 def test_modules_are_those_around_the_weights(tmp_path):

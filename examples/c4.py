@@ -2,12 +2,15 @@
 
     python examples/c4.py --size 60m --data c4/en --validation c4/en/c4-validation.*.json.gz --device cuda
     python examples/c4.py --size 60m --data hub --device cuda          # streams allenai/c4 by the package datasets
+    torchrun --nproc-per-node 8 examples/c4.py --size 1b --data c4/en --validation c4/en/c4-val* --device cuda
 
 ``--data`` is a local copy: .json or .json.gz files with a JSON object a line whose "text" is a document, or directories
 of such. As in those papers a sequence is one document, cut or padded to 256 tokens, padding is not predicted, a step
 has 512 of them, and perplexity is that of the first ten million tokens of the validation part.
 
-Ctrl-C and SIGTERM write a checkpoint, from which the same command goes on. At the end it prints a row for each model.
+Under torchrun FSDP2 shards the models, and each process reads its share of the documents of a step, so that any number
+of processes trains alike. Ctrl-C and SIGTERM write a checkpoint, from which the same command goes on, on any number of
+processes. At the end it prints a row for each model.
 """
 
 from __future__ import annotations
@@ -25,16 +28,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import slcompile
 from slcompile.config import SUPPORTS
 
 HUB = "hub"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""States of the whole model, whichever processes hold it; the first one has them."""
 WARMUP = 0.1  # of the steps, before a cosine to a tenth
 
 
@@ -76,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--stop-at", type=int, help="end there, as Ctrl-C would; the schedule stays that of --steps")
     training.add_argument("--lr", type=float, help="peak learning rate of both models; the size decides by default")
     training.add_argument("--total-batch", type=int, default=512, help="sequences a step")
-    training.add_argument("--batch", type=int, default=64, help="sequences at a time")
+    training.add_argument("--batch", type=int, default=64, help="sequences at a time, in each process")
     training.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
     training.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
     training.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -122,8 +130,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("lr", "clip", "values_rate"):
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0, got {getattr(args, name)}")
-    if args.total_batch % args.batch:
-        raise ValueError(f"--total-batch must be a multiple of --batch {args.batch}, got {args.total_batch}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.total_batch % (world * args.batch):
+        of_each = f"--batch {args.batch}" + (f" times the {world} processes" if world > 1 else "")
+        raise ValueError(f"--total-batch must be a multiple of {of_each}, got {args.total_batch}")
     if args.seq_len < 2:
         raise ValueError(f"--seq-len must be at least 2, got {args.seq_len}")
     if args.stop_at is not None and not 0 < args.stop_at <= args.steps:
@@ -187,8 +197,25 @@ def document(line: str, file: str, number: int) -> str:
     return text
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_all(values: list[float], device: str, operation: Any = dist.ReduceOp.SUM) -> list[float]:
+    """The sums of these values of all processes, or their largest ones."""
+    if dist.is_initialized():
+        together = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(together, operation)
+        values = together.tolist()
+    return values
+
+
 class Sequences:
-    """Batches of sequences, a document each; where it is in the stream is the number of documents that were read."""
+    """Batches of sequences, a document each, of which every process has its share.
+
+    Where it is in the stream is ``read``, the number of documents that all processes have read.
+    """
 
     def __init__(self, texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, skip: int = 0) -> None:
         self.texts, self.tokenizer, self.seq_len, self.read = texts, tokenizer, seq_len, skip
@@ -198,8 +225,10 @@ class Sequences:
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         """The next ``count`` sequences and which of their tokens are no padding; both [at most count, seq_len]."""
-        texts = list(itertools.islice(self.texts, count))
+        rank, world = processes()
+        texts = list(itertools.islice(self.texts, count * world))
         self.read += len(texts)
+        texts = texts[rank * count : (rank + 1) * count]
         if not texts:
             empty = torch.zeros(0, self.seq_len, dtype=torch.long)
             return empty, empty
@@ -275,12 +304,15 @@ def evaluate(model: nn.Module, args: argparse.Namespace, tokenizer: PreTrainedTo
     sequences = Sequences(documents(args.validation or args.data, "validation"), tokenizer, args.seq_len)
     total = tokens = 0.0
     while tokens < args.eval_tokens:
+        before = sequences.read
         ids, mask = sequences.take(args.batch)
-        predicted = int(mask[:, 1:].sum())
-        if not len(ids):
+        if sequences.read == before:
             break
-        total += loss_sum(model, ids, mask, args.device).item()
-        tokens += predicted
+        if not len(ids):  # others have some, and no layer runs without all processes: one token predicts nothing
+            ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
+        loss = loss_sum(model, ids, mask, args.device).item()
+        loss, predicted = of_all([loss, int(mask[:, 1:].sum())], args.device)
+        total, tokens = total + loss, tokens + predicted
     model.train()
     if not tokens:
         raise ValueError("--validation has no document of two tokens")
@@ -313,65 +345,84 @@ def train(kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         ValueError: The data ends before the steps do, the checkpoint is of other flags, or the loss is not finite.
     """
     model = make_model(kind, args, len(tokenizer))
-    compiled = torch.compile(model, backend="sltrain") if kind == "sltrain" else torch.compile(model)
+    compiled = compiled_and_sharded(model, "sltrain" if kind == "sltrain" else "inductor")
     groups: Any = model.parameters()
     if kind == "sltrain":
         rates = {"lr": args.lr, "weight_decay": args.weight_decay, "values_rate": args.values_rate}
         groups = slcompile.optim.parameter_groups(groups, **rates)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, args.steps))
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     path = args.out / f"{args.size}-{kind}.pt"
     run: dict[str, Any] = {"flags": flags(kind, args), "step": 0, "read": 0, "tokens": 0, "seconds": 0.0, "curve": []}
     if path.exists():
-        saved = torch.load(path, map_location=args.device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         require_same(path, saved["run"]["flags"], run["flags"])
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        schedule.load_state_dict(saved["schedule"])
+        states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
+        set_state_dict(model, optimizer, **states, options=WHOLE)
         run = saved["run"]
-        print(f"{kind}: goes on at step {run['step']} of {args.steps} from {path}")
+        say(f"{kind}: goes on at step {run['step']} of {args.steps} from {path}")
     run["sizes"] = sizes(model, optimizer)
     last = args.stop_at or args.steps
     if run["step"] >= last:
         return run, 0
     sequences = Sequences(documents(args.data, "train"), tokenizer, args.seq_len, skip=run["read"])
+    _, world = processes()
+    asked = 0
     with Stop() as stop:
-        while run["step"] < last and not stop.asked:
-            begin = time.perf_counter()
-            batches = [sequences.take(args.batch) for _ in range(args.total_batch // args.batch)]
-            if len(batches[-1][0]) < args.batch:
+        while run["step"] < last and not asked:
+            begin, before = time.perf_counter(), sequences.read
+            batches = [sequences.take(args.batch) for _ in range(args.total_batch // (args.batch * world))]
+            if sequences.read < before + args.total_batch:
                 raise ValueError(
                     f"the data ends after {sequences.read:,} documents, in step {run['step'] + 1}: {args.steps} steps "
                     f"of {args.total_batch} need {args.steps * args.total_batch:,}"
                 )
-            predicted = sum(int(mask[:, 1:].sum()) for _, mask in batches)
+            (predicted,) = of_all([sum(int(mask[:, 1:].sum()) for _, mask in batches)], args.device)
             optimizer.zero_grad()
             total = 0.0
             for ids, mask in batches:
                 loss = loss_sum(compiled, ids, mask, args.device) / predicted
-                loss.backward()
+                (loss * world).backward()  # gradients are averaged over processes
                 total += loss.item()
+            (total,) = of_all([total], args.device)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             schedule.step()
-            run |= {"step": run["step"] + 1, "read": sequences.read, "tokens": run["tokens"] + predicted}
+            run |= {"step": run["step"] + 1, "read": sequences.read, "tokens": run["tokens"] + int(predicted)}
             run["seconds"] += time.perf_counter() - begin
             if not math.isfinite(total):
                 raise ValueError(f"{kind}: the loss is {total} at step {run['step']}: --lr {args.lr} is too high")
             log(args, kind, {"step": run["step"], "tokens": run["tokens"], "loss": total})
-            ended = run["step"] == last or stop.asked
+            (asked,) = map(int, of_all([stop.asked], args.device, dist.ReduceOp.MAX))
+            ended = run["step"] == last or asked
             if run["step"] % args.eval_every == 0 or run["step"] == last:
                 run["validation"] = evaluate(model, args, tokenizer)
                 run["curve"].append([run["step"], run["tokens"], run["validation"]])
                 log(args, kind, {"step": run["step"], "validation": run["validation"]})
-                print(
-                    f"{kind}: step {run['step']}, validation perplexity {math.exp(run['validation']):.2f}", flush=True
-                )
+                say(f"{kind}: step {run['step']}, validation perplexity {math.exp(run['validation']):.2f}")
                 ended = True
             if ended:
                 run["sizes"] = sizes(model, optimizer)
-                save(path, {"run": run, **{name: part.state_dict() for name, part in parts.items()}})
-    return run, stop.asked
+                weights, states = get_state_dict(model, optimizer, options=WHOLE)
+                save(path, {"run": run, "model": weights, "optimizer": states, "schedule": schedule.state_dict()})
+    return run, asked
+
+
+def compiled_and_sharded(model: LlamaForCausalLM, backend: str) -> Any:
+    """What computes the model's forward: the compiled model; of several processes, its layers compiled and sharded."""
+    if not dist.is_initialized():
+        return torch.compile(model, backend=backend)
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, of several processes by the first."""
+    if processes()[0] == 0:
+        print(text, file=file, flush=True)
 
 
 def flags(kind: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -400,40 +451,58 @@ def sizes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def log(args: argparse.Namespace, kind: str, values: dict[str, Any]) -> None:
-    """Appends a line to the log of a run."""
+    """Appends a line to the log of a run, of several processes by the first."""
+    if processes()[0]:
+        return
     with (args.out / f"{args.size}-{kind}.jsonl").open("a") as file:
         file.write(json.dumps(values) + "\n")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint beside the old one and puts it in its place, so that there is always a whole one."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    if processes()[0] == 0:
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def show(size: str, runs: dict[str, dict[str, Any]]) -> None:
     """Prints a row for each model."""
-    print("\n| | steps | tokens (M) | validation perplexity | parameters (M) | weights + Adam (GB) | tokens/s |")
-    print("|---|---|---|---|---|---|---|")
+    say("\n| | steps | tokens (M) | validation perplexity | parameters (M) | weights + Adam (GB) | tokens/s |")
+    say("|---|---|---|---|---|---|---|")
     for kind, run in runs.items():
         perplexity = f"{math.exp(run['validation']):.2f}" if "validation" in run else "-"
         rate = f"{run['tokens'] / run['seconds']:,.0f}" if run["seconds"] else "-"
         millions, gigabytes = run["sizes"]["parameters"] / 1e6, run["sizes"]["bytes"] / 1e9
         row = (f"{size} {kind}", run["step"], f"{run['tokens'] / 1e6:.1f}", perplexity)
-        print("|", " | ".join(map(str, (*row, f"{millions:.1f}", f"{gigabytes:.3f}", rate))), "|")
+        say(f"| {' | '.join(map(str, (*row, f'{millions:.1f}', f'{gigabytes:.3f}', rate)))} |")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains what is asked for, and prints the rows; returns the exit status."""
     args = parse_args(argv)
+    if "WORLD_SIZE" in os.environ:  # torchrun's
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    try:
+        return train_all(args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train_all(args: argparse.Namespace) -> int:
+    """Trains one model after the other; returns the exit status."""
     tokenizer = load_tokenizer(args.tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {}
     for kind in ["dense", "sltrain"] if args.only == "both" else [args.only]:
         runs[kind], stopped = train(kind, args, tokenizer)
         if stopped:
-            print(f"Stopped at step {runs[kind]['step']}: the same command goes on.", file=sys.stderr)
+            say(f"Stopped at step {runs[kind]['step']}: the same command goes on.", file=sys.stderr)
             return 128 + stopped
     show(args.size, runs)
     return 0

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from examples import c4
+from tests.testing import torchrun
 
 ROOT = Path(torch.__file__).parent
 
@@ -90,6 +91,28 @@ def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys, monk
     whole, cut = (torch.load(tmp_path / name / "tiny-sltrain.pt", weights_only=True) for name in ("whole", "cut"))
     assert cut["run"]["curve"] == whole["run"]["curve"]
     assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on_where_one_stopped(place, tmp_path):
+    """FSDP2; a step's documents, and the sums over them, are the same however many processes read them."""
+    given = ("--only", "sltrain", "--batch", "4", "--clip", "0.3")
+    assert c4.main(command(place, tmp_path / "one", *given)) == 0
+    assert c4.main(command(place, tmp_path / "both", *given, "--stop-at", "3")) == 0
+    printed = torchrun(c4.__file__, *command(place, tmp_path / "both", *given))
+    assert "sltrain: goes on at step 3 of 8" in printed
+    one, both = (
+        {line["step"]: line["loss"] for line in map(json.loads, text.splitlines()) if "loss" in line}
+        for text in ((tmp_path / name / "tiny-sltrain.jsonl").read_text() for name in ("one", "both"))
+    )
+    assert both == pytest.approx(one, rel=1e-5)
+    assert sorted(both) == list(range(1, 9))
+    runs = [torch.load(tmp_path / name / "tiny-sltrain.pt", weights_only=True) for name in ("one", "both")]
+    assert runs[0]["run"]["sizes"] == runs[1]["run"]["sizes"]
+    (step, tokens, loss), last = (each["run"]["curve"][-1] for each in runs)
+    assert last == [step, tokens, pytest.approx(loss, rel=1e-4)]
+    for name, weight in runs[0]["model"].items():
+        torch.testing.assert_close(runs[1]["model"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_padding_is_neither_predicted_nor_attended_to(place):

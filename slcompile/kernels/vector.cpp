@@ -219,7 +219,7 @@ template <int MOST, typename Function> static inline void with_constant(int64_t 
   function(Count<MOST>{});
 }
 
-constexpr int FEW_TOKENS = 4;  // up to so many, values are read as they lie, and are not packed
+constexpr int FEW_TOKENS = 4;  // up to so many, `add_transposed` reads values as they lie, and does not pack them
 
 // The first `count` of N elements, zeros behind them. `room` of them may be read.
 static inline Tokens load_some(const Stored* from, int64_t count, int64_t room) {
@@ -244,7 +244,7 @@ static inline void add_products(
     Tokens (&sums)[TOKENS], const Stored* row, int64_t count, int64_t room, const Sum* with, int64_t stride) {
   int64_t at = 0;
   auto add = [&](Tokens part) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int token = 0; token < TOKENS; token++) sums[token] += part * *(const Tokens*)(with + token * stride + at);
   };
   for (; at + LANES <= count; at += LANES) {
@@ -254,19 +254,19 @@ static inline void add_products(
   if (at < count) add(load_some(row + at, count - at, room - at));
 }
 
-// y_TN = hidden_TR @ factor_NR^T + x_TK @ S_NK^T + bias_N of at most FEW_TOKENS tokens, which takes as long as reading
-// factor and values does: once, as they lie.
+// y_TN = hidden_TR @ factor_NR^T + x_TK @ S_NK^T + bias_N of at most 16 tokens. Factor and values are read once, as they
+// lie; for up to some 8 tokens that is what takes the time.
 extern "C" void product_of_few(
     const Stored* hidden, int64_t hidden_stride, const Stored* factor, int64_t factor_stride, int64_t rank,
     const Stored* bias, const Stored* x, int64_t x_stride, const Stored* values, const int32_t* columns, Stored* y,
     int64_t y_stride, int64_t tokens, int64_t rows, int64_t features, int64_t groups, int64_t threads) {
   int64_t of_rank = steps_of(rank, LANES) * LANES, of_groups = steps_of(groups, LANES) * LANES;
-  auto widened = memory<Sum>(FEW_TOKENS * of_rank);
-  memset(widened.get(), 0, FEW_TOKENS * of_rank * sizeof(Sum));
-  for (int64_t token = 0; token < tokens; token++)
-    for (int64_t i = 0; i < rank; i++) widened[token * of_rank + i] = widen(hidden[token * hidden_stride + i]);
-  with_constant<FEW_TOKENS>(tokens, [&](auto constant) {
+  with_constant<16>(tokens, [&](auto constant) {
     constexpr int TOKENS = decltype(constant)::value;
+    auto widened = memory<Sum>(TOKENS * of_rank);
+    memset(widened.get(), 0, TOKENS * of_rank * sizeof(Sum));
+    for (int64_t token = 0; token < tokens; token++)
+      for (int64_t i = 0; i < rank; i++) widened[token * of_rank + i] = widen(hidden[token * hidden_stride + i]);
 #pragma omp parallel num_threads(threads)
     {
       auto gathered = memory<Sum>(TOKENS * of_groups);
@@ -285,7 +285,7 @@ extern "C" void product_of_few(
           Tokens of_row[TOKENS] = {};
           add_products(of_row, factor + row * factor_stride, rank, below * factor_stride + rank, widened.get(), of_rank);
           add_products(of_row, values + row * groups, groups, (below + 1) * groups, gathered.get(), of_groups);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
           for (int token = 0; token < TOKENS; token++) sums[token][i] = of_row[token];
         }
         for (int64_t token = 0; token < tokens; token++) {

@@ -28,8 +28,8 @@ from slcompile.ops.support import block_columns
 _TAGS = (torch.Tag.needs_contiguous_strides,)
 _SOURCE = Path(__file__).parents[1] / "kernels" / "vector.cpp"
 _TILES_SOURCE = _SOURCE.with_name("vector_amx.cpp")
-FEW_TOKENS = 4
-"""Up to so many tokens, factor and values are read as they lie, in one pass, and nothing is multiplied in tiles."""
+FEW_TOKENS = {"product": 16, "transposed": 4, "dots": 4}
+"""Up to so many tokens, factor and values are read as they lie, and nothing is multiplied in tiles."""
 _STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -166,7 +166,7 @@ def _compiled(name: str, dtype: torch.dtype, vector: int, few: bool) -> tuple[An
 
 
 def _function(name: str, x: Tensor, vector: int) -> tuple[Any, bool]:
-    return _compiled(name, x.dtype, vector, x.shape[0] <= FEW_TOKENS)
+    return _compiled(name, x.dtype, vector, x.shape[0] <= FEW_TOKENS[name])
 
 
 @functools.cache

@@ -155,7 +155,7 @@ def bench(
     config, model = checked_config(config), unwrapped(model)
     lowerings = _require_allowed(model, config, lowerings, mode, runs, inductor or {})
     batch = arguments_for(model, ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {})))
-    device = next(model.parameters()).device
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
     variants = _Variants(model, config, batch, mode, loss or _default_loss, dict(inductor or {}))
     steps = {"dense": variants.dense(), **{f"sltrain {each}": variants.factorized(each) for each in lowerings}}
     tokens = _tokens_of(batch)

@@ -6,11 +6,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from slcompile.config import SLConfig, checked_config
 from slcompile.convert.candidates import gather
-from slcompile.convert.eligibility import require_possible_rank
 from slcompile.convert.ledger import EXPLICIT, Ledger, ledger
 from slcompile.convert.refuse_loading import watch_loading
 from slcompile.convert.transaction import convert
@@ -57,6 +57,7 @@ def factorize_(
     return factorize_model(model, checked_config(config), example_args, example_kwargs, ledger)
 
 
+@torch.inference_mode(False)  # parameters that are made in it cannot be trained
 def factorize_model(
     model: nn.Module,
     config: SLConfig,
@@ -75,12 +76,8 @@ def factorize_model(
     with ledger.lock:
         live = LiveObjects.find()
         found = gather(uses, config, live, model=model)
-        report = found.report()
-        if not found.chosen:
-            require_possible_rank(found.misshapen, config)
-            reasons = sorted({each.reason for each in report.left})
-            raise ValueError(f"model has no eligible weight; its {len(uses)} weights stay dense: {', '.join(reasons)}")
-        convert(found.chosen, config, live, report, ledger, made)
+        found.require_some(model, config)
+        convert(found.chosen, config, live, found.report(), ledger, made)
         ledger.note_explicit(model, config)
     return model
 
@@ -117,6 +114,7 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str, FactorizedWeight]]:
     return [(module, name, getattr(module, name + SUFFIX)) for module in model.modules() for name in sl_names(module)]
 
 
+@torch.inference_mode(False)
 def _merge_places(places: Sequence[tuple[nn.Module, str, FactorizedWeight]]) -> None:
     for _, _, weight in places:
         weight.check_support()

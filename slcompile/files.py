@@ -27,6 +27,19 @@ def writable_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def writable_directory(path: str | os.PathLike[str]) -> Path:
+    """Returns the absolute path of a directory to be written, or to be made.
+
+    Raises:
+        ValueError: It is a file, or the directory that it is in does not exist or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"directory must be a directory, got the file {path}")
+    writable_file(path.parent / "any")
+    return path
+
+
 def require_space(directory: Path, size: int) -> None:
     """Raises OSError (ENOSPC) where ``size`` bytes do not fit."""
     free = shutil.disk_usage(directory).free

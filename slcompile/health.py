@@ -11,7 +11,7 @@ import dataclasses
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -113,6 +113,8 @@ class CheckReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def check(
     model: nn.Module,
     args: Sequence[Any] | Tensor = (),
@@ -129,17 +131,19 @@ def check(
 
     Args:
         model: Is not changed. A dense one is factorized as ``factorize_(model, config, example_args=args)`` would.
-        args, kwargs: A batch.
+        args, kwargs: A batch; moved to the model's device, floating-point tensors to its dtype.
         config: Defaults to ``SLConfig()``; of a factorized model only ``keep_weights`` and the like count.
         loss: Makes the number to differentiate from what the model returns. By default the output called ``loss``, if
             there is one, and the mean square distance of every other output from 1.
 
     Raises:
-        ValueError: As ``factorize_``; or the model returns nothing that depends on a parameter.
+        ValueError: As ``factorize_``; or the model returns nothing that depends on a parameter, or NaN in eager mode or
+            in float64.
     """
     config, loss = checked_config(config), loss or _default_loss
     dense, model = unwrapped(model), copy.deepcopy(unwrapped(model))
-    batch = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
+    batch: tuple[Any, Any] = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
+    batch = arguments_for(model, batch)
     is_dense = not any(isinstance(module, FactorizedWeight) for module in model.modules())
     if is_dense:
         factorize_model(model, config, *batch, Ledger(silent=True))
@@ -180,7 +184,9 @@ class _Runner:
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         model.train(mode == "training").zero_grad()
         try:
-            with _seeded(model), torch.set_grad_enabled(mode == "training"):
+            # Submodules that are compiled by themselves, too, run eagerly in eager mode, and fill no caches.
+            stance = torch.compiler.set_stance("force_eager") if run is None else nullcontext()
+            with _seeded(model), torch.set_grad_enabled(mode == "training"), stance:
                 outputs = (model if run is None else run)(*args, **kwargs)
                 found = {f"output {'.'.join(path)}".strip(): leaf for path, leaf in _tensors(outputs)}
                 if mode == "training":
@@ -220,6 +226,12 @@ class _Checker:
         exact = composed_by_formula(copy.deepcopy(model).double())
         self.eager = {mode: runner.measure(eager, mode) for mode in MODES}
         self.exact = {mode: runner.measure(exact, mode) for mode in MODES}
+        for where, numbers in (("eager mode", self.eager), ("float64", self.exact)):
+            for name, tensor in numbers["training"].items():
+                if bool(tensor.isnan().any()):
+                    raise ValueError(
+                        f"model gives NaN in {where} for this batch, in {name}: there is nothing to compare with"
+                    )
 
     def distances(
         self, mode: str, lowering: str, skip: tuple[str, ...] = (), dense: Sequence[str] = ()

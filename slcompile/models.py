@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def arguments_for(model: nn.Module, arguments: Any) -> Any:
     """Returns nested arguments on a model's device, floating-point ones in its dtype."""
+    if isinstance(arguments, Mapping):
+        arguments = dict(arguments)  # such as transformers' BatchEncoding, which torch takes for a leaf
     parameter = next((each for each in model.parameters() if each.is_floating_point()), None)
     if parameter is None:
         return arguments

@@ -21,6 +21,7 @@ from slcompile.weight.placing import dense_names
 from slcompile.weight.structure import FactorizedWeight
 
 
+@torch.inference_mode(False)
 def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
     """Replaces the trained weights of a torch.fx graph by weight ops, in place.
 

@@ -103,3 +103,19 @@ def test_what_cannot_be_limited_is_refused():
     per_layer = slcompile.optim.per_layer(torch.optim.AdamW, model.parameters(), lr=1e-3)
     with pytest.raises(ValueError, match="optimizer got PerLayerAdamW, whose updates come before step"):
         slcompile.limit_steps(model, per_layer)
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+def test_a_step_that_is_no_number_is_told_once_and_left(scale, caplog):
+    model, optimizer = make(1e-2)
+    limit = slcompile.limit_steps(model, optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 64)).square().mean() * scale).backward()
+        with caplog.at_level(logging.WARNING, "slcompile"):
+            optimizer.step()
+    assert limit.limited == 0
+    assert [each.message.split("weight_sl.")[1] for each in caplog.records if "is no number" in each.message] == [
+        "B is no number and is not shortened: training has diverged"
+    ]
+    assert not bool(model[0].weight_sl.B.isfinite().all())

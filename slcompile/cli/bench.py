@@ -24,6 +24,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--inductor",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="set Inductor's own settings for all variants, such as triton.cudagraphs=True",

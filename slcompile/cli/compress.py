@@ -9,7 +9,7 @@ from typing import Any
 from slcompile.cli.sources import add_factory, errors_of, from_factory, from_module, literals, sl_config
 from slcompile.export.checkpoint import save_factorized
 from slcompile.export.safetensors import save_merged
-from slcompile.files import writable_file
+from slcompile.files import writable_directory
 from slcompile.inspect.compress import SUPPORT, compress
 
 
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give --out DIR, --merged DIR, or both")
     for directory in (args.out, args.merged):
         if directory is not None:
-            writable_file(directory.absolute().parent / "config.json")  # before the work, not after it
+            writable_directory(directory)  # before the work, not after it
+    if args.out is not None and args.merged is not None and args.out.resolve() == args.merged.resolve():
+        raise ValueError(f"--out and --merged must be two directories, got {args.out} for both")
     settings = [each for each in args.config if each.partition("=")[0] != "support"]
     config = sl_config([*args.config, *([f"support={SUPPORT}"] if len(settings) == len(args.config) else [])])
     given = literals("--rank", [f"{key}={getattr(args, key)}" for key in ("rank", "density") if getattr(args, key)])

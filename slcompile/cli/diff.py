@@ -35,7 +35,12 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--shape", default="8x256", metavar="BATCHxLENGTH", help="shape the example input of --hf so (default: 8x256)"
     )
     parser.add_argument(
-        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="set fields of SLConfig, such as rank=128"
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set fields of SLConfig, such as rank=128",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser opens offline")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")

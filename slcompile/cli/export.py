@@ -11,6 +11,7 @@ from slcompile.cli.sources import DTYPES, example_inputs
 from slcompile.export.checkpoint import load_factorized
 from slcompile.export.onnx import export_onnx
 from slcompile.export.safetensors import save_merged
+from slcompile.files import writable_directory, writable_file
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -37,6 +38,14 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if args.onnx is None and args.merged is None:
         raise ValueError("give --onnx FILE, --merged DIR, or both")
+    if args.onnx is not None:
+        writable_file(args.onnx)  # before the work, not after it
+    if args.merged is not None:
+        writable_directory(args.merged)
+        if args.merged.resolve() == args.checkpoint.resolve():
+            raise ValueError(
+                f"--merged must be another directory than the checkpoint's, got {args.merged}: no factors would be left"
+            )
     model = load_factorized(args.checkpoint)
     dtype = DTYPES.get(args.dtype)
     if args.merged is not None:

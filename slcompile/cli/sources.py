@@ -31,7 +31,12 @@ def add_factory(parser: argparse.ArgumentParser, example: str = "rank=128") -> N
         help="call this function, which returns (model, args) or (model, args, kwargs)",
     )
     parser.add_argument(
-        "--config", nargs="+", default=[], metavar="KEY=VALUE", help=f"set fields of SLConfig, such as {example}"
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"set fields of SLConfig, such as {example}",
     )
 
 
@@ -62,6 +67,8 @@ def errors_of(doing: str) -> Iterator[None]:
     """Makes an error of the user's code one line that says where it comes from."""
     try:
         yield
+    except SystemExit as error:
+        raise ValueError(f"{doing} ended the process with sys.exit({error.code!r})") from error
     except Exception as error:
         log.debug("%s failed", doing, exc_info=True)
         # What is raised while Dynamo traces comes wrapped in errors of Dynamo's that say less.
@@ -84,7 +91,8 @@ def from_factory(name: str) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]
     model, inputs, kwargs = (*parts, *(None, (), {})[len(parts) :])[:3]
     is_model = isinstance(model, nn.Module) and len(parts) <= 3
     if not (is_model and isinstance(inputs, (tuple, list)) and isinstance(kwargs, Mapping)):
-        raise ValueError(f"the factory {name} must return (model, args) or (model, args, kwargs), got {made!r:.200}")
+        got = " ".join(f"{made!r:.200}".split())
+        raise ValueError(f"the factory {name} must return (model, args) or (model, args, kwargs), got {got}")
     return model, inputs, kwargs
 
 

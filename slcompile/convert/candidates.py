@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, fx, nn
 
 from slcompile.config import SLConfig
-from slcompile.convert.eligibility import decide
+from slcompile.convert.eligibility import decide, require_possible_rank
 from slcompile.convert.ledger import EXPLICIT
 from slcompile.convert.weight_uses import weight_modules
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import Decision, PassReport
 from slcompile.weight.owners import LiveObjects, owners_among
-from slcompile.weight.structure import matrix_shape
+from slcompile.weight.structure import FactorizedWeight, matrix_shape
 
 
 @dataclass
@@ -76,6 +76,16 @@ class Candidates:
     def misshapen(self) -> list[tuple[int, ...]]:
         """Shapes of those that stay dense for their shape alone, under the options."""
         return [each.shape for each in self.weights if each.decision.reason in ("no_saving", "shape")]
+
+    def require_some(self, model: nn.Module, config: SLConfig) -> None:
+        """Raises ValueError where none is to be converted, and says why."""
+        if self.chosen:
+            return
+        require_possible_rank(self.misshapen, config)
+        if any(isinstance(module, FactorizedWeight) for module in model.modules()):
+            raise ValueError("model is factorized already; call slcompile.merge_ first, to factorize it anew")
+        number, reasons = len(self.weights), sorted({each.decision.reason for each in self.weights})
+        raise ValueError(f"model has no eligible weight; its {number} weights stay dense: {', '.join(reasons)}")
 
     def report(self) -> PassReport:
         """Returns the decisions, those to be converted as replaced."""

@@ -76,8 +76,7 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     described = described_weights(model)
     if not described:
         raise ValueError("model has no factorized weight; use its own save_pretrained")
-    directory = Path(directory).absolute()
-    files.writable_file(directory.parent / OURS)
+    directory = files.writable_directory(directory)
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:
         save_pretrained(scratch)

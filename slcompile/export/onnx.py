@@ -246,6 +246,8 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
                 verbose=False,
             )
     assert program is not None
+    if opset is not None and program.model.opset_imports.get("") != opset:
+        raise ValueError(f"opset must be one to which this torch converts graphs, got {opset}; nothing was written")
     # torch names the axes itself only where every argument is a tensor.
     renamed: dict[Any, str] = {}
     for value, names in zip(program.model.graph.inputs, call.axis_names, strict=True):

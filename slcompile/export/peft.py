@@ -94,8 +94,7 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         state[f"{PREFIX}{module}.lora_A.weight"] = reading.detach().cpu().contiguous()
         state[f"{PREFIX}{module}.lora_B.weight"] = writing.detach().cpu().contiguous()
         settings[module] = weight.rank, weight.scale * weight.rank
-    directory = Path(directory).absolute()
-    files.writable_file(directory.parent / CONFIG)
+    directory = files.writable_directory(directory)
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:
         save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})

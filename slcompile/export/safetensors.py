@@ -61,9 +61,7 @@ def save_merged(
         raise ImportError(f"writing safetensors needs {error.name}: {INSTALL}") from error
     if shard_size <= 0:
         raise ValueError(f"shard_size must be a number of bytes above 0, got {shard_size}")
-    directory = Path(directory).absolute()
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory must be a directory, got the file {directory}")
+    directory = files.writable_directory(directory)
     model = unwrapped(model)
     require_finite(model)
     twin = meta_twin(model, None if dtype is None else export_dtype(model, dtype))
@@ -71,7 +69,6 @@ def save_merged(
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(twin.state_dict(keep_vars=True).items())}
     state = dict(reversed(list(unique.values())))  # of names for one tensor, the first
     plan = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
-    files.writable_file(directory.parent / WEIGHTS)
     files.require_space(directory.parent, sum(tensor.nbytes for tensor in state.values()))
     directory.mkdir(exist_ok=True)
     with files.beside(directory) as scratch:

@@ -59,6 +59,7 @@ class Compression:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -118,6 +119,8 @@ def compress(
             for known in uses.values():
                 known.gradients = None
         targets = _targets(model, batches) if distill_steps else []
+        if distill_steps:
+            _require_gradients(model, batches[0])
         options = {each.name: each.config for each in chosen}
         if budget is not None:
             energies = {each.name: _energies(each, uses[id(each.weight)]) for each in chosen}
@@ -215,6 +218,12 @@ def _targets(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:
     if not all(targets):
         raise ValueError("distill_steps needs a model that returns floating-point tensors, got none for a batch")
     return targets
+
+
+@torch.enable_grad()
+def _require_gradients(model: nn.Module, batch: Any) -> None:
+    if not any(each.requires_grad for each in _outputs(model, batch)):
+        raise ValueError("distill_steps needs a model that runs with gradients, got one whose outputs have none")
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from slcompile.config import SLConfig, checked_config
 from slcompile.convert.candidates import Candidate, gather
-from slcompile.convert.eligibility import require_possible_rank
 from slcompile.convert.weight_uses import uses_of
 from slcompile.models import unwrapped
 from slcompile.weight.owners import LiveObjects
@@ -132,14 +131,13 @@ def eligible(
     config.require_patterns_match(dense_names(model))
     uses = uses_of(model, config, example_args, example_kwargs)
     found = gather(uses, config, LiveObjects.find(), model=model)
-    chosen, left = found.chosen, found.report().left
-    if not chosen:
-        require_possible_rank(found.misshapen, config)
-        reasons = ", ".join(sorted({each.reason for each in left}))
-        raise ValueError(f"model has no eligible weight of {len(uses)}{reasons and f' ({reasons})'}")
-    if any(each.weight.is_meta for each in chosen):
+    found.require_some(model, config)
+    if any(each.weight.is_meta for each in found.chosen):
         raise ValueError("model must have weights, got some on the meta device, which have no spectrum")
-    return chosen
+    for each in found.chosen:
+        if not bool(each.weight.detach().isfinite().all()):
+            raise ValueError(f"{each.name} holds NaN or Inf")
+    return found.chosen
 
 
 def require_possible(budget: float, chosen: Sequence[Candidate]) -> None:

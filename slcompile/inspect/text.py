@@ -52,6 +52,8 @@ def _header(model: str, summary: Summary) -> str:
 
 
 def _matmuls(rows: Sequence[MatmulRow]) -> str:
+    if not rows:
+        return ""
     names = [("weight", "")]
     table = [["shape", "tokens", "decision", "rank", "lowering", "time", "bytes", "FLOPs"]]
     for row, count in _folded(rows):

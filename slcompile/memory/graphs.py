@@ -82,7 +82,7 @@ def capture(
         found.append(lowered(parts, config, device, of_values))
         return gm.forward
 
-    with mode, torch_private.unlimited_recompiles():
+    with torch.inference_mode(False), torch.enable_grad(), mode, torch_private.unlimited_recompiles():
         torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
     (graphs,) = found
     return graphs

@@ -41,7 +41,7 @@ def quantize(weight: Tensor, kind: str) -> Tensor:
     if kind == "int8":
         codes = (relative * 127).round().to(torch.int8).view(torch.uint8).flatten(-2)
     else:
-        levels = torch.tensor(NF4, device=weight.device)
+        levels = torch.tensor(NF4, dtype=torch.float32, device=weight.device)
         nearest = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten(-2)
         codes = nearest[..., ::2] << 4 | nearest[..., 1::2]
     return torch.cat([codes, scale.view(torch.uint8)], -1)
@@ -56,7 +56,7 @@ def dequantize_reference(packed: Tensor, columns: int, dtype: torch.dtype) -> Te
         relative = codes.contiguous().view(torch.int8).float() / 127
     else:
         assert codes.shape[-1] == blocks * BLOCK // 2, (packed.shape, columns)
-        levels = torch.tensor(NF4, device=packed.device)
+        levels = torch.tensor(NF4, dtype=torch.float32, device=packed.device)
         relative = levels[torch.stack([codes >> 4, codes & 15], -1).flatten(-2).int()]
     return (relative.unflatten(-1, (blocks, BLOCK)) * scale).flatten(-2)[..., :columns].to(dtype)
 

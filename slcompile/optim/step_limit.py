@@ -26,6 +26,7 @@ class StepLimit:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, ratio: float) -> None:
         self.limited = 0
+        self._warned_of_no_number = False
         self._model, self._ratio = model, ratio
         self._before: list[tuple[str, nn.Parameter, float, Tensor]] = []
         self._handles = (
@@ -56,7 +57,10 @@ class StepLimit:
         for name, factor, least, before in self._before:
             step = factor - before
             size, norm = float(whole_norm(step)), max(float(whole_norm(before)), least)
-            if size > self._ratio * norm:
+            if not math.isfinite(size) and not self._warned_of_no_number:
+                log.warning("slcompile: a step of %s is no number and is not shortened: training has diverged", name)
+                self._warned_of_no_number = True
+            elif self._ratio * norm < size < math.inf:
                 factor.copy_(before.add_(step, alpha=self._ratio * norm / size))
                 if self.limited == 0:
                     log.warning(
@@ -83,7 +87,8 @@ def limit_steps(model: nn.Module, optimizer: Optimizer, ratio: float = 0.1) -> S
     Norms are Frobenius norms, of the whole factor where it is sharded; a factor that is smaller than it would be at a
     random start, as the one that starts at zero is, counts as of that size. Other parameters are left alone, and so are
     the optimizer's moments. Each step copies the factors and reads two numbers of each from the device. The first time
-    that a step is shortened, it is logged with the factor's name.
+    that a step is shortened, it is logged with the factor's name. A step that is NaN or Inf has no length and is left
+    as it is; that, too, is logged once.
 
     Args:
         model: Factorized now or by its first training step; torch.compile's wrapper may be around it.

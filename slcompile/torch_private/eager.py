@@ -124,6 +124,10 @@ class Watching(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        with self:  # under inference mode, what is made of others comes whole
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = func(*args, **(kwargs or {}))
         self._seen(func.overloadpacket.__name__, args, result)
         return result

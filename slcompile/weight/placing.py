@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from slcompile.names import SUFFIX, plain_name, qualified
+from slcompile.weight.marks import successor_of
 from slcompile.weight.structure import FactorizedWeight
 
 _ORDER = "_slcompile_order"
@@ -31,20 +32,20 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         TypeError: ``base`` cannot be subclassed (scripted modules, some metaclasses).
     """
 
-    def refuse(name: str) -> AttributeError:
-        return AttributeError(
-            f"{base.__name__}.{name} is composed from {name}{SUFFIX} and cannot be assigned; change the factors, or "
-            "call slcompile.merge_(model) first to make it a dense parameter again"
-        )
+    def refuse(name: str, value: Any) -> AttributeError:
+        todo = "change the factors, or call slcompile.merge_(model) first to make it a dense parameter again"
+        if isinstance(value, nn.Parameter) and successor_of(value) is not None:
+            todo = "what it is given is a dense weight from before its conversion: take named_parameters() again"
+        return AttributeError(f"{base.__name__}.{name} is composed from {name}{SUFFIX} and cannot be assigned; {todo}")
 
     def __setattr__(self: nn.Module, key: str, value: Any) -> None:
         if key in names:
-            raise refuse(key)
+            raise refuse(key, value)
         base.__setattr__(self, key, value)
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if name in names:
-            raise refuse(name)
+            raise refuse(name, param)
         base.register_parameter(self, name, param)
 
     def reset_parameters(self: nn.Module) -> None:

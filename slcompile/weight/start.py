@@ -33,7 +33,7 @@ def looks_trained(weight: Tensor, iterations: int = 8) -> bool:
         return False  # not by the variance: rounding leaves a little of it, and its spectrum is no noise
     mean, variance = weight.mean(), weight.var(correction=0)
     generator = torch.Generator("cpu").manual_seed(0)  # the user's generator is left where it was
-    right = torch.randn(columns, generator=generator, device="cpu").to(weight.device)
+    right = torch.randn(columns, generator=generator, device="cpu", dtype=torch.float32).to(weight.device)
     for _ in range(iterations):
         left = weight @ right - mean * right.sum()
         right = weight.t() @ left - mean * left.sum()

@@ -298,3 +298,24 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, aten_kernels):
     assert main(["check", "my_checked_models:make", "--config", "rank=8"]) == 1
     assert "inference, merged: the merged weights are not what" in capsys.readouterr().out
     assert main(["check", "my_checked_models:nothing"]) == 2
+
+
+@pytest.mark.slow
+def test_parts_that_are_compiled_by_themselves_convert_afterwards(batch, aten_kernels):
+    """Eager runs of copies, in two dtypes, would fill Dynamo's caches of what all of them share: their forward."""
+    torch.manual_seed(0)
+    options = {"rank": 8, "density": 0.1, "init": "kaiming"}
+    model = nn.Sequential(*(torch.compile(Net(), backend="sltrain", options=options) for _ in range(2)))
+    assert slcompile.check(model, batch, config=CONFIG).is_healthy
+    model(*batch).square().mean().backward()
+    assert len(slcompile.factors(model)) == 8
+
+
+def test_nan_of_the_model_itself_is_no_wrong_number_of_a_pass(net, batch):
+    with pytest.raises(ValueError, match=r"model gives NaN in eager mode for this batch, in output"):
+        slcompile.check(net, (batch[0] * float("nan"),), config=CONFIG)
+
+
+@pytest.mark.slow
+def test_a_batch_is_given_the_models_dtype(net, batch, aten_kernels):
+    assert slcompile.check(net.bfloat16(), batch, config=CONFIG).is_healthy

@@ -118,6 +118,11 @@ def test_bad_arguments_are_one_line_and_exit_code_2(checkpoint, tmp_path, capsys
         ([str(checkpoint), "--onnx", str(tmp_path)], "path must be a file, got the directory"),
         ([str(checkpoint), "--merged", str(tmp_path / "file")], "directory must be a directory, got the file"),
         ([str(checkpoint), "--merged", str(tmp_path / "merged"), "--shard-size", "0"], "shard_size must be"),
+        ([str(checkpoint), "--merged", f"{checkpoint}/../{checkpoint.name}"], "--merged must be another directory"),
+        (
+            [str(checkpoint), "--merged", str(tmp_path / "merged"), "--onnx", str(tmp_path / "no" / "a.onnx")],
+            "no does not exist",
+        ),
     ):
         assert main(["export", *command]) == 2
         out, err = capsys.readouterr()

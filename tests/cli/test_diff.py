@@ -23,6 +23,12 @@ def explained():
     except KeyError as error:
         raise ValueError("set DATA_DIR") from error
 
+def leaves():
+    raise SystemExit(0)
+
+def without_matmul():
+    return nn.ReLU(), (torch.randn(8, 65),)
+
 def wrong():
     return 3
 
@@ -57,6 +63,7 @@ def test_errors_are_one_line_and_leave_no_file(factories, tmp_path, capsys):
     for command, message in (
         ([f"{factories}:failing"], f"the factory {factories}:failing failed with RuntimeError: no data here"),
         ([f"{factories}:explained"], f"the factory {factories}:explained failed with ValueError: set DATA_DIR"),
+        ([f"{factories}:leaves"], f"the factory {factories}:leaves ended the process with sys.exit(0)"),
         ([f"{factories}:wrong"], f"the factory {factories}:wrong must return (model, args)"),
         ([f"{factories}:mismatched"], f"tracing {factories}:mismatched failed with RuntimeError"),
         ([f"{factories}:modle"], "has no function 'modle', did you mean 'model'?"),
@@ -88,3 +95,16 @@ def test_a_transformers_config(tmp_path, capsys):
     assert "mlp.up_proj.weight x2" in printed
     assert main(["diff", "--hf", str(tmp_path / "config.json"), "--shape", "2"]) == 2
     assert "--shape must be BATCHxLENGTH" in capsys.readouterr().err
+
+
+def test_a_repeated_flag_adds_to_what_was_given(factories, tmp_path):
+    given = ["--config", "rank=8", "--config", "exclude=('2*',)", "--json", "e.json"]
+    assert main(["diff", f"{factories}:model", *given]) == 0
+    found = slcompile.Explanation.from_json("e.json").config
+    assert (found["rank"], found["exclude"]) == (8, ("2*",))
+
+
+def test_a_model_without_a_matmul_is_explained(factories, capsys):
+    assert main(["diff", f"{factories}:without_matmul", "--html", "e.html", "--json", "e.json"]) == 0
+    assert "ReLU: 0 of 0 matmuls" in capsys.readouterr().out
+    assert slcompile.Explanation.from_json("e.json").matmuls == ()

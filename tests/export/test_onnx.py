@@ -202,3 +202,12 @@ def test_weights_that_the_graph_does_not_read_are_reported(tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     report = slcompile.export_onnx(slcompile.factorize_(Unused(), CONFIG), torch.randn(2, 64), tmp_path / "m.onnx")
     assert (report.merged, report.absent) == (("used.weight",), ("spare.weight",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [3, 999])
+def test_an_opset_that_there_is_not_is_refused(opset, tmp_path):
+    model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), CONFIG)
+    with pytest.raises(ValueError, match=f"opset must be one to which this torch converts graphs, got {opset}"):
+        slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "model.onnx", opset=opset)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,27 @@ def test_the_page_s_example_runs_as_it_stands(capsys):
     (code,) = re.findall(r"run by tests/inspect/test_compress.py -->\n```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(code, "compress.md", "exec"), {})
     assert "of the parameters of 2 weights are left" in capsys.readouterr().out
+
+
+class Encoding(UserDict[str, Tensor]):
+    """As transformers' BatchEncoding: a mapping that is no dict."""
+
+
+def test_mappings_that_are_no_dicts_are_arguments_too():
+    model, again = Net().bfloat16(), Net().bfloat16()
+    slcompile.compress(model, [{"x": x} for x in inputs(0)], rank=8, density=0.05)
+    slcompile.compress(again, [Encoding(x=x) for x in inputs(0)], rank=8, density=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_a_model_that_runs_without_gradients_is_compressed_by_what_its_weights_compute(mode):
+    model = Net()
+    model.forward = mode()(model.forward)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="distill_steps needs a model that runs with gradients"):
+        slcompile.compress(model, inputs(0), rank=8, density=0.05, distill_steps=2)
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+    found = slcompile.compress(model, inputs(0), rank=8, density=0.05)
+    assert not found.by_outputs
+    assert set(found.weights) == {"up.weight", "down.weight", "mix"}

@@ -81,7 +81,7 @@ def test_weights_of_the_graph_and_stacks_are_found():
     found = slcompile.suggest(Experts(), 0.5, SLConfig(density=0.02), example_args=(torch.randn(3, 8, 64),))
     assert found.weights["up"].shape == (3, 64, 48)
     assert found.weights["up"].parameters <= 0.5 * 3 * 64 * 48
-    with pytest.raises(ValueError, match="model has no eligible weight of 0"):
+    with pytest.raises(ValueError, match="model has no eligible weight; its 0 weights"):
         slcompile.suggest(Experts(), 0.5)
 
 
@@ -124,3 +124,19 @@ def test_the_command_writes_what_the_option_takes(tmp_path, monkeypatch, capsys)
     assert set(ranks) == {"0.weight", "1.weight"}
     assert main([*command[:3], "0.001"]) == 2
     assert "budget=0.001 cannot be met" in capsys.readouterr().err
+
+
+def test_a_weight_that_holds_no_numbers_is_named():
+    model = Net()
+    with torch.no_grad():
+        next(each for each in model.parameters() if each.dim() == 2)[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"\S+ holds NaN or Inf"):
+        slcompile.suggest(model, 0.5)
+
+
+def test_a_factorized_model_is_told_from_one_without_weights():
+    model = slcompile.factorize_(Net())
+    with pytest.raises(ValueError, match="model is factorized already; call slcompile"):
+        slcompile.suggest(model, 0.5)
+    with pytest.raises(ValueError, match="model is factorized already; call slcompile"):
+        slcompile.factorize_(model)

@@ -33,6 +33,7 @@ from slcompile.export.safetensors import INSTALL
 from slcompile.factorize import named_weights
 from slcompile.models import unwrapped
 from slcompile.names import plain_name
+from slcompile.passes import PassReport
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
@@ -168,9 +169,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
         names = tuple(f"{glob.escape(name)}.weight" for name in pairs)
         config = SLConfig(base="frozen", density=0, include=names, exclude=(), min_dim=1, rank=1)
         candidates = _candidates(model, pairs, settings, config, live)
-        report = replace(
-            gather([], config, live, model=model).report(), replaced=[each.decision for each in candidates]
-        )
+        report = PassReport("weights", [each.decision for each in candidates])
         weights = convert(candidates, config, live, report, ledger)
     for candidate, weight in zip(candidates, weights, strict=True):
         assert isinstance(weight, SLWeight)

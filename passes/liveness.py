@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from slcompile import torch_private
 from slcompile.ops import FACTORED, WEIGHT_OPS
-from slcompile.passes.graph import arguments
+from slcompile.passes.graph import arguments, op_name
 from slcompile.passes.workspace import kept_on_cpu, workspace
 
 PARTS = (
@@ -118,14 +118,10 @@ _FUSED_NAMES = frozenset(
 )
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target).split(".")[-2] if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
 def _is_pointwise(node: fx.Node) -> bool:
     """Returns whether each element is computed by itself: Inductor computes those where they are read."""
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or _name(node) in _FUSED_NAMES
+    return torch.Tag.pointwise in tags or op_name(node) in _FUSED_NAMES
 
 
 _SCATTER_NAMES = frozenset(
@@ -137,7 +133,7 @@ def _is_fused(node: fx.Node) -> bool:
     """Returns whether Inductor writes a kernel of its own for it, which computes what it reads."""
     tags = getattr(node.target, "tags", ())
     # A scatter computes what it scatters into where its result will be.
-    return _is_pointwise(node) or torch.Tag.reduction in tags or _name(node) in _SCATTER_NAMES
+    return _is_pointwise(node) or torch.Tag.reduction in tags or op_name(node) in _SCATTER_NAMES
 
 
 def _is_alias(node: fx.Node) -> bool:

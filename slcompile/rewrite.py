@@ -51,7 +51,7 @@ def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
         if weight is None or not is_weight(weight):
             continue
         weights[id(weight)] = weight
-        uses.setdefault(id(weight), WeightUse()).add(leaf or find_matmuls([node]))
+        uses.setdefault(id(weight), WeightUse()).add(leaf or find_matmuls(node))
         reads.setdefault(id(weight), []).append(node)
     if not weights and not any(isinstance(module, FactorizedWeight) for module in gm.modules()):
         raise ValueError("gm reads no weight as an attribute; graphs whose parameters are inputs cannot be rewritten")

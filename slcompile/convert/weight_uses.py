@@ -34,7 +34,7 @@ def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, 
         lowered = torch_private.lower_to_aten(gm, torch_private.captured_inputs(gm))
         placeholders = lowered.graph.find_nodes(op="placeholder")
     assert len(placeholders) == len(example_inputs), (len(placeholders), len(example_inputs))
-    uses = {index: find_matmuls([placeholders[index]]) for index in positions}
+    uses = {index: find_matmuls(placeholders[index]) for index in positions}
     read_with_grad = _read_with_grad(gm)
     for index, use in uses.items():
         use.without_grad = index not in read_with_grad

@@ -322,7 +322,7 @@ class _Collector:
                 use = uses.get(node.args[0].name if node.target in WEIGHT_OPS else node.name)
                 if use is None:
                     continue
-                for read in find_matmuls([node]).reads:
+                for read in find_matmuls(node).reads:
                     origins[read.node] = read.origin
                     use.add(read, captured)
 

@@ -26,7 +26,7 @@ from slcompile.measure import synchronize
 from slcompile.models import arguments_for, unwrapped
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.weight.placing import base_class
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 MODES = ("training", "inference")
 VARIANTS = (*LOWERINGS, "eager")
@@ -291,7 +291,7 @@ class _Variants:
         return self._step(model, torch.compile(model, backend="sltrain", dynamic=False, options=options))
 
     def _is_factorized(self) -> bool:
-        return any(isinstance(module, FactorizedWeight) for module in self.model.modules())
+        return bool(weights_in(self.model))
 
     def _step(self, model: nn.Module, run: Callable[..., Any]) -> _Step:
         args, kwargs = self.batch

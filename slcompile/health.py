@@ -27,7 +27,7 @@ from slcompile.factorize import factorize_model, factors, merge_, merge_some
 from slcompile.models import arguments_for, unwrapped
 from slcompile.names import SUFFIX
 from slcompile.weight.placing import base_class
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 LUCK = 4
 """Both distances from float64, eager's and the compiled run's, are random: one may be a few times the other."""
@@ -140,7 +140,7 @@ def check(
     config, loss = checked_config(config), loss or _default_loss
     dense, model = unwrapped(model), copy.deepcopy(unwrapped(model))
     batch = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
-    is_dense = not any(isinstance(module, FactorizedWeight) for module in model.modules())
+    is_dense = not weights_in(model)
     if is_dense:
         factorize_model(model, config, *batch, Ledger(silent=True))
     vars(model).setdefault(EXPLICIT, config)  # so that weights which are merged to find the one to blame stay dense
@@ -339,9 +339,8 @@ def _default_loss(outputs: Any) -> Tensor:
 
 def composed_by_formula(model: nn.Module) -> nn.Module:
     """Lets a model compose its weights by their formula, and not by the op that is checked."""
-    for module in model.modules():
-        if isinstance(module, FactorizedWeight):
-            vars(module)["forward"] = module.reference
+    for weight in weights_in(model):
+        vars(weight)["forward"] = weight.reference
     return model
 
 
@@ -350,8 +349,8 @@ def _fill(model: nn.Module) -> None:
     """Leaves the start of training, where a factor is zero and so is the gradient of the other."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        for module in model.modules():
-            for factor in module.parameters() if isinstance(module, FactorizedWeight) else ():
+        for weight in weights_in(model):
+            for factor in weight.parameters():
                 if not bool(factor.any()):
                     factor.copy_(torch.randn(factor.shape) * 0.05)
 

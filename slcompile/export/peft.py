@@ -38,7 +38,7 @@ from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
 from slcompile.weight.sl_weight import SLWeight
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, weights_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -162,7 +162,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     _require_plain_lora(settings)
     pairs = _pairs(read_tensors(directory / WEIGHTS))
     model = unwrapped(model)
-    if any(isinstance(each, FactorizedWeight) for each in model.modules()):
+    if weights_in(model):
         raise ValueError("model must be dense, got one that is factorized; load the adapter into the model before")
     with ledger.lock:
         live = LiveObjects.find()

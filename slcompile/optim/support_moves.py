@@ -26,7 +26,7 @@ from slcompile.ops.support import group_widths, largest_offsets
 from slcompile.torch_private import Watching, in_backward, memory_of
 from slcompile.weight.owners import LiveObjects, data_parallel_wrappers
 from slcompile.weight.sl_weight import SLWeight
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, weights_in
 
 MOMENTS = (
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
@@ -89,7 +89,7 @@ class SupportMoves:
         self._model, self._optimizer = _inside(model), optimizer
         self.every, self.fraction, self.until = every, fraction, until
         self.moved = self._steps = 0
-        if any(isinstance(each, FactorizedWeight) for each in self._model.modules()):
+        if weights_in(self._model):
             self._require_movable()
 
     def state_dict(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from slcompile.config import STRUCTURES, SLConfig
+from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import register_weight_op
 from slcompile.ops.quantized import BITS, packed_shape, quantize
 
@@ -339,6 +340,17 @@ def register(cls: Structure) -> Structure:
     STRUCTURES[cls.structure] = cls
     register_weight_op(cls.op)
     return cls
+
+
+def weights_in(model: nn.Module) -> list[FactorizedWeight]:
+    """Returns the factorized weights of a model, each once."""
+    return [module for module in model.modules() if isinstance(module, FactorizedWeight)]
+
+
+def weights_by_name(model: nn.Module) -> dict[str, FactorizedWeight]:
+    """Returns the factorized weights of a model by dense name, each once, by the first of its names."""
+    named = ((path, module) for path, module in model.named_modules() if isinstance(module, FactorizedWeight))
+    return {plain_name(path.removesuffix(SUFFIX)): module for path, module in named}
 
 
 def structure_of(config: SLConfig) -> type[FactorizedWeight]:

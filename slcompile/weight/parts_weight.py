@@ -99,11 +99,6 @@ class PartsWeight(FactorizedWeight):
         return (self.scale,)
 
     @override
-    def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        count = len(self.ops.parts)
-        return (*operands[:count], *self.op_args(), *operands[count:])  # the base comes last
-
-    @override
     def matrix(self) -> Tensor:
         # As for SLWeight: neither torch.func nor exporters know an opaque op.
         if torch_private.is_transforming() or torch_private.is_exporting():

@@ -187,10 +187,6 @@ class SLWeight(FactorizedWeight):
     def op_args(self) -> tuple[Any, ...]:
         return (self.scale, None, self.vector) if self.vector > 1 or self.has_base else (self.scale,)
 
-    @override
-    def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        return (*operands[:4], *self.op_args(), *operands[4:])  # the base comes last
-
     @property
     def _base_name(self) -> tuple[str, ...]:
         return ("base",) if self.has_base else ()

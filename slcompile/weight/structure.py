@@ -53,8 +53,8 @@ class FactorizedWeight(nn.Module):
         takes_density: Whether it has a sparse part, to which the options density, support and vector apply.
         takes_blocks: Whether it cuts a weight, as the option blocks says.
         takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape`` or packed,
-            where ``config.base`` asks for one (``register_base``). It is the last operand then, and ``arguments`` says
-            where the op takes it.
+            where ``config.base`` asks for one (``register_base``). It is the last operand then, which the op takes
+            after its other arguments.
         sharable: Names of the parts that weights of equal shape may share (``slcompile.share_factors``).
     """
 
@@ -101,12 +101,13 @@ class FactorizedWeight(nn.Module):
         raise NotImplementedError
 
     def op_args(self) -> tuple[Any, ...]:
-        """Returns what ``op`` takes after its operands."""
+        """Returns what ``op`` takes after its operands, and before a base."""
         return ()
 
     def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
         """Returns what ``op`` is called with, from what stands for the operands: tensors, or nodes of a graph."""
-        return (*operands, *self.op_args())
+        count = len(operands) - self.has_base
+        return (*operands[:count], *self.op_args(), *operands[count:])
 
     def reset_parameters(self) -> None:
         """Draws a random start, and restores buffers that are computed; a base stays as it is."""

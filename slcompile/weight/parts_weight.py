@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
 from slcompile.ops import FactoredOps
@@ -99,15 +98,8 @@ class PartsWeight(FactorizedWeight):
         return (self.scale,)
 
     @override
-    def matrix(self) -> Tensor:
-        # As for SLWeight: neither torch.func nor exporters know an opaque op.
-        if torch_private.is_transforming() or torch_private.is_exporting():
-            return self.matrix_by_formula()
-        return super().matrix()
-
-    @override
     def matrix_by_formula(self) -> Tensor:
-        return self.ops.composed(*self.arguments(list(self.operands().values())))
+        return self._composed(self.ops.composed)
 
     @torch.no_grad()
     @override

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
-from slcompile.ops import compose, compose_reference
+from slcompile.ops import compose_reference
 from slcompile.ops.quantized import as_base
 from slcompile.ops.support import (
     IMPORTED,
@@ -212,13 +211,6 @@ class SLWeight(FactorizedWeight):
         }
 
     @override
-    def matrix(self) -> Tensor:
-        # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
-        # translate none, and a program that was exported may run where slcompile is not installed.
-        is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
-        return self._composed(compose) if is_opaque else self.matrix_by_formula()
-
-    @override
     def matrix_by_formula(self) -> Tensor:
         def by_formula(*arguments: Any) -> Tensor:
             B, A, values, support, scale, *_ = arguments
@@ -226,6 +218,7 @@ class SLWeight(FactorizedWeight):
 
         return self._composed(by_formula)
 
+    @override
     def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         operands = [self.B, self.A, self.values, self.index if self.has_index else self.seed]

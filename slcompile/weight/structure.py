@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from slcompile import torch_private
 from slcompile.config import STRUCTURES, SLConfig
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import register_weight_op
@@ -271,14 +272,20 @@ class FactorizedWeight(nn.Module):
 
     def matrix(self) -> Tensor:
         """Composes the weight, of ``shape``."""
-        return type(self).op(*self.arguments(list(self.operands().values())))
+        # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
+        # translate none, and a program that was exported may run where slcompile is not installed.
+        is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
+        return self._composed(type(self).op) if is_opaque else self.matrix_by_formula()
 
     def matrix_by_formula(self) -> Tensor:
         """Composes it by its formula, in ops that every transform can differentiate; by default the op itself.
 
         What ``op`` computes is checked against it.
         """
-        return FactorizedWeight.matrix(self)
+        return self._composed(type(self).op)
+
+    def _composed(self, op: Callable[..., Tensor]) -> Tensor:
+        return op(*self.arguments(list(self.operands().values())))
 
     def forward(self) -> Tensor:
         """Composes the weight, of ``stored_shape``."""

@@ -19,7 +19,17 @@ from slcompile.cost import Matmul, aligned, crossover, device_class, rates, why_
 from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR
 from slcompile.ops import FACTORED, KERNEL_DTYPES, WEIGHT_OPS
 from slcompile.ops.quantized import as_base
-from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
+from slcompile.passes.graph import (
+    Decision,
+    Inserter,
+    PassReport,
+    arguments,
+    name_of,
+    nodes_of_backward,
+    op_name,
+    transposes,
+    trunk,
+)
 
 _COMPOSE = torch.ops.slcompile.compose.default
 _GRADS = torch.ops.slcompile.weight_grads.default
@@ -51,7 +61,7 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         found, left = _products(weight)
         sites += found
         report.left += left
-    backward = _depends_on_tangents(gm.graph)
+    backward = nodes_of_backward(gm.graph)
     phases = Counter((site.weight, site.node in backward) for site in sites)
     readers = Counter((site.x, site.transposed) for site in sites)
     grads_ops = {_GRADS, *(ops.grads for ops in FACTORED.values())}
@@ -428,22 +438,6 @@ def matmul_of(reader: fx.Node, dtype: torch.dtype) -> Matmul:
     B, A, values = (each.meta["val"] for each in given[0 if reader.target is _COMPOSE else 2 :][:3])
     rows, rank, columns, nonzeros = map(torch_private.size_hint, (*B.shape, A.shape[1], values.numel()))
     return Matmul(rows, columns, rank, nonzeros, dtype, next(iter(_vector(reader)), 1), base)
-
-
-def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the nodes of the backward pass: AOTAutograd calls its inputs tangents."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
-        if is_tangent or any(each in found for each in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def name_of(node: fx.Node) -> str:
-    """Returns where the model calls for this weight, as far as the graph knows; else the node's name."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else node.name
 
 
 def _shape(weight: fx.Node) -> tuple[int, ...]:

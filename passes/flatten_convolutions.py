@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from slcompile import torch_private
 from slcompile.cost import device_class, rates
 from slcompile.ops import FACTORED, WEIGHT_OPS
-from slcompile.passes.choose_lowering import Costs, matmul_of, name_of, why_composed
-from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name
+from slcompile.passes.choose_lowering import Costs, matmul_of, why_composed
+from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, name_of, op_name
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from slcompile import torch_private
 from slcompile.cost import Matmul, Rates, rates
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.choose_lowering import matmul_of, name_of
-from slcompile.passes.graph import arguments, trunk
+from slcompile.passes.choose_lowering import matmul_of
+from slcompile.passes.graph import arguments, name_of, nodes_of_backward, trunk
 from slcompile.passes.liveness import size_of
-from slcompile.passes.recompute_inputs import inputs_of_products, makers, nodes_of_backward
+from slcompile.passes.recompute_inputs import inputs_of_products, makers
 from slcompile.passes.save_low_rank import results_to_recompute
 
 KINDS = ("input", "results", "hidden matrix", "weight")

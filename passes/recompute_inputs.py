@@ -6,10 +6,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from slcompile import torch_private
 from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.choose_lowering import name_of
-from slcompile.passes.graph import Decision, PassReport, arguments, op_name, trunk
+from slcompile.passes.graph import Decision, PassReport, arguments, name_of, nodes_of_backward, op_name, trunk
 from slcompile.passes.liveness import size_of
 
 _FACTORED = torch.ops.slcompile.linear_factored.default
@@ -48,20 +46,6 @@ def recompute_inputs(gm: fx.GraphModule, save: str = "auto") -> PassReport:
             detail = "it is not made, element by element, of what is saved"
             report.left.append(Decision(name_of(x), "not_by_the_way", detail, node=x.name))
     return report
-
-
-def nodes_of_backward(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the nodes of the backward pass of a joint graph; none of a forward graph.
-
-    Among them are those that depend on no gradient, such as the sigmoid in the gradient of silu.
-    """
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
-        follows = torch_private.in_backward_pass(node) or any(each in found for each in node.all_input_nodes)
-        if is_tangent or (follows and node.op != "placeholder"):
-            found.add(node)
-    return found
 
 
 def inputs_of_products(graph: fx.Graph, backward: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:

@@ -9,9 +9,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from slcompile.passes.choose_lowering import name_of
-from slcompile.passes.graph import Decision, PassReport, arguments, op_name
-from slcompile.passes.recompute_inputs import SAME, nodes_of_backward
+from slcompile.passes.graph import Decision, PassReport, arguments, name_of, nodes_of_backward, op_name
+from slcompile.passes.recompute_inputs import SAME
 
 _FACTORED = torch.ops.slcompile.linear_factored.default
 # What is not computed again by the way, as pointwise ops and norms are.

@@ -24,7 +24,7 @@ from slcompile import torch_private
 from slcompile.config import LOWERINGS, SKIPPABLE, SLConfig, checked_config
 from slcompile.convert.ledger import EXPLICIT, Ledger
 from slcompile.factorize import factorize_model, factors, merge_, merge_some
-from slcompile.models import arguments_for, unwrapped
+from slcompile.models import arguments_for, buffers_restored, unwrapped
 from slcompile.names import SUFFIX
 from slcompile.weight.placing import base_class
 from slcompile.weight.structure import weights_in
@@ -177,22 +177,18 @@ class _Runner:
     def measure(self, model: nn.Module, mode: str, run: Run | None = None) -> dict[str, Tensor]:
         """Returns the outputs of a model, and in training the gradients; on the same random numbers each time."""
         args, kwargs = arguments_for(model, self.batch)
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         model.train(mode == "training").zero_grad()
         try:
-            with _seeded(model), torch.set_grad_enabled(mode == "training"):
+            with buffers_restored(model), _seeded(model), torch.set_grad_enabled(mode == "training"):
                 outputs = (model if run is None else run)(*args, **kwargs)
                 found = {f"output {'.'.join(path)}".strip(): leaf for path, leaf in _tensors(outputs)}
                 if mode == "training":
                     self.loss(outputs).backward()
-            found = {name: leaf.detach().clone() for name, leaf in found.items()}
+                found = {name: leaf.detach().clone() for name, leaf in found.items()}
             gradients = {f"gradient of {name}": each.grad for name, each in model.named_parameters()}
             return found | {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
         finally:
             model.zero_grad()
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
     def compiled(
         self, model: nn.Module, mode: str, lowering: str = "auto", skip: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from slcompile import torch_private
 from slcompile.config import SLConfig
+from slcompile.models import buffers_restored
 from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import GROUPED, TRANSPOSED, WeightUse, find_matmuls, is_weight
@@ -93,9 +94,9 @@ def captured_uses(
                 found[id(parameter)] = (parameter, use)
         return gm.forward
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with (
+            buffers_restored(model),
             torch.random.fork_rng(enabled=not any(each.is_meta for each in model.parameters())),
             # Another backend each time, so that it is called and no graph of an earlier capture is reused.
             torch_private.unlimited_recompiles(),
@@ -105,8 +106,6 @@ def captured_uses(
         return list(found.values())
     finally:
         found.clear()  # Dynamo's cache holds the backend, which must not hold the dense weights
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def layer_use(module: nn.Module) -> WeightUse | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.factorize import merge_
-from slcompile.models import meta_copy
+from slcompile.models import in_eval, meta_copy
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.torch_private import without_wrappers
 from slcompile.weight.structure import FactorizedWeight, weights_in
@@ -143,14 +143,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Compiled parts run eagerly: their graphs would not see what ``merged_weights`` changes.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_eval(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

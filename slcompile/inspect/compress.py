@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from slcompile.convert.ledger import ledger
 from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
 from slcompile.factorize import factorize_model, named_weights
 from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, table
-from slcompile.models import arguments_for, unwrapped
+from slcompile.models import arguments_for, in_eval, unwrapped
 from slcompile.weight.fit import loss, spectrum
 from slcompile.weight.sl_weight import SLWeight
 from slcompile.weight.structure import structure_of
@@ -107,7 +106,7 @@ def compress(
     if not batches:
         raise ValueError("calibration must have a batch, got none")
     example = _example(arguments_for(model, batches[0]))
-    with _serving(model):
+    with in_eval(model), torch.random.fork_rng():
         chosen = eligible(model, config, *example)
         if budget is not None:
             require_possible(budget, chosen)
@@ -155,19 +154,6 @@ def _example(batch: Any) -> tuple[Sequence[Any] | None, Mapping[str, Any] | None
     if isinstance(batch, Mapping):
         return None, batch
     return (batch if isinstance(batch, (tuple, list)) else (batch,)), None
-
-
-@contextmanager
-def _serving(model: nn.Module) -> Iterator[None]:
-    """Puts a model into ``eval`` mode, and afterwards each module into the mode it had; the random state likewise."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _require_reached(chosen: Sequence[Candidate], uses: Mapping[int, Moments]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slcompile.config import SLConfig, checked_config
+from slcompile.config import SLConfig, checked_config, require_int
 from slcompile.convert.candidates import Candidate
 from slcompile.convert.ledger import ledger
 from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
@@ -98,8 +98,7 @@ def compress(
     """
     model = unwrapped(model)
     config = _options(budget, rank, density, config)
-    if isinstance(distill_steps, bool) or not isinstance(distill_steps, int) or distill_steps < 0:
-        raise ValueError(f"distill_steps must be an int >= 0, got {distill_steps!r}")
+    require_int("distill_steps", distill_steps, least=0)
     if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise ValueError(f"lr must be a finite number > 0, got {lr!r}")
     batches = list(calibration)

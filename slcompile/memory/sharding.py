@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from slcompile.config import require_int
 from slcompile.passes.liveness import START, Event, layer_in
 
 GATHERED, REDUCING = "gathered parameters", "reduction buffers"
@@ -44,9 +45,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tp"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {size!r}")
+            require_int(name, getattr(self, name))
         if self.gpus % self.tp:
             raise ValueError(f"tp must divide gpus={self.gpus}, got {self.tp}")
 

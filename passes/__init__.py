@@ -37,7 +37,7 @@ A pass is a function ``verb_noun(gm, ...) -> PassReport`` in a file of its name.
 To add one to the joint graph, write the function, put it into ``joint_passes`` and its name into
 ``slcompile.config.SKIPPABLE``: the option ``skip_passes`` leaves those of ``joint_passes`` and ``post_passes`` out by
 name. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike; they know lowerings for ``compose`` and for those in
-``slcompile.ops.FACTORED``.
+``slcompile.ops.STRUCTURE_OPS``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.ops import FACTORED, WEIGHT_OPS
+from slcompile.ops import STRUCTURE_OPS, WEIGHT_OPS
 from slcompile.passes.graph import arguments, op_name
 from slcompile.passes.workspace import kept_on_cpu, workspace
 
@@ -225,7 +225,7 @@ def size_of(value: Tensor) -> int:
 
 def _is_composed(node: fx.Node) -> bool:
     """Returns whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
-    projecting = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in FACTORED.values())}
+    projecting = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in STRUCTURE_OPS.values())}
     return node.target in WEIGHT_OPS or any(each.target in projecting for each in _readers(node))
 
 

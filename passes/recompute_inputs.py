@@ -6,11 +6,10 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from slcompile.ops import WEIGHT_OPS
+from slcompile.ops import LINEAR_FACTORED, WEIGHT_OPS
 from slcompile.passes.graph import Decision, PassReport, arguments, name_of, nodes_of_backward, op_name, trunk
 from slcompile.passes.liveness import size_of
 
-_FACTORED = torch.ops.slcompile.linear_factored.default
 # What shows a matrix as it is.
 SAME = frozenset(("view", "reshape", "_unsafe_view", "permute", "t", "convert_element_type", "_to_copy", "clone"))
 SMALL = 8
@@ -59,7 +58,7 @@ def inputs_of_products(graph: fx.Graph, backward: set[fx.Node]) -> dict[fx.Node,
         x: fx.Node | None = None
         if node in backward:
             continue
-        if node.target is _FACTORED:
+        if node.target is LINEAR_FACTORED:
             x = arguments(node)[0]
         elif op_name(node) in ("mm", "addmm"):
             operands = arguments(node)[-2:]

@@ -2,7 +2,7 @@
 
 1. On the captured graph, before autograd:
 
-   find_matmuls            which parameters do matmuls and convolutions read, and what else? (changes nothing)
+   find_matmuls            which parameters do matmuls and convolutions read, and what else? (an analysis)
    parameterize_weights    each chosen weight W becomes compose(B, A, values, seed, scale)
 
    ``slcompile.rewrite`` runs the two on any torch.fx graph, the backend on a model that is still dense. After that

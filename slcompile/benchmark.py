@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import platform
 import statistics
 import time
@@ -209,12 +210,7 @@ def peak_above(run: Step, device: torch.device | str) -> int:
         return torch.accelerator.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return max(itertools.accumulate(torch_private.allocations(profile), initial=0))
 
 
 def _require_allowed(

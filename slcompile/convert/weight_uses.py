@@ -55,7 +55,7 @@ def _read_with_grad(gm: fx.GraphModule) -> set[int]:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             positions[node] = len(positions)
-        elif node.target is torch._C._set_grad_enabled:
+        elif torch_private.sets_grad_mode(node):
             enabled = bool(node.args[0])
         elif enabled:
             found |= {positions[each] for each in node.all_input_nodes if each in positions}

@@ -17,7 +17,7 @@ BLOCK = 256
 
 @triton.jit
 def mix32(x):
-    """The 32-bit finaliser of ``slcompile.support.mix32``; uint32 in, uint32 out."""
+    """The 32-bit finaliser of ``slcompile.ops.support.mix32``; uint32 in, uint32 out."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)

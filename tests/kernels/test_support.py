@@ -1,4 +1,4 @@
-"""The kernels' support has the integers of ``slcompile.support``: in Triton's interpreter, compiled, and on a GPU."""
+"""The kernels' support has the integers of ``ops.support``: in Triton's interpreter, compiled, and on a GPU."""
 
 from __future__ import annotations
 

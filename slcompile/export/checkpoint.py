@@ -215,7 +215,7 @@ def _install(model: nn.Module, name: str, described: Any) -> FactorizedWeight:
         raise ValueError(f"the checkpoint holds {name} as {described!r:.200}; its shape is {tuple(dense.shape)}")
     shape = matrix_shape(dense.shape, convolved)
     settings.pop("shares", None)
-    structure = settings.pop("structure", "sparse_low_rank")  # which the first format left out
+    structure = settings.pop("structure", None)
     if structure not in tuple(STRUCTURES):
         raise ValueError(f"the checkpoint holds {name} as {structure!r:.200}{did_you_mean(structure, STRUCTURES)}")
     rank = settings.get("rank")
@@ -253,6 +253,7 @@ def _from_paper(
             factor = 1.0 if trained is None else trained.double().tanh() / scale
             renamed[f"{prefix}.B"] = (value.double() * factor).to(value.dtype)
             weights[f"{owner}.weight"] = {
+                "structure": "sparse_low_rank",
                 "rank": settings["r"],
                 "alpha": settings["lora_alpha"],
                 "density": settings["sp_ratio"],

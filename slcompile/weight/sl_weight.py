@@ -91,7 +91,7 @@ class SLWeight(FactorizedWeight):
     index: Tensor  # of the uniform and the largest support only
     offsets: Tensor  # of the largest support only
     rows_of_block: Tensor  # of the vector support only
-    vector = 1  # of weights that were pickled before there was another
+    vector: int
 
     def __init__(
         self,
@@ -173,7 +173,6 @@ class SLWeight(FactorizedWeight):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._parameters.setdefault("base", None)  # of weights that were pickled before there was one
         if self.density:
             mark_values(self.values)  # copies of a parameter do not carry its marks
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from slcompile.cost import GPU_CLASSES
 from slcompile.cost.matmul import SPLIT
-from slcompile.kernels import entries, linear_factored, project, support
+from slcompile.kernels import entries, linear_factored, project
 from slcompile.kernels.offline import Launch, Resources, compile_launch, recorded, resources
 from slcompile.ops.support import groups_per_row
 
@@ -189,13 +189,7 @@ def works(target: str, size: Size, rows: int, columns: int) -> list[Work]:
             call.run()
         for (name, elements, flops), launch in zip(call.launches, launches, strict=True):
             result.append(Work(name, launch, elements * DTYPE.itemsize, flops))
-
-    groups = groups_per_row(columns, size.density)
-    non_zeros, seed = rows * groups, empty(1, dtype=torch.int64)
-    kernel = support.stratified_columns_kernel
-    arguments = (seed, empty(non_zeros, dtype=torch.int64), 0, non_zeros, columns, groups, 1, support.BLOCK)
-    launch = Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=True)), {})
-    return [*result, Work("stratified_columns", launch, non_zeros * torch.int64.itemsize, 0)]
+    return result
 
 
 def table_rows(targets: Iterable[str], sizes: Iterable[str]) -> Iterator[Row]:

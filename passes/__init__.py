@@ -2,7 +2,7 @@
 
 1. On the captured graph, before autograd:
 
-   find_matmuls            which parameters do matmuls and convolutions read, and what else? (changes nothing)
+   find_matmuls            which parameters do matmuls and convolutions read, and what else? (an analysis)
    parameterize_weights    each chosen weight W becomes compose(B, A, values, seed, scale)
 
    ``slcompile.rewrite`` runs the two on any torch.fx graph, the backend on a model that is still dense. After that
@@ -37,20 +37,19 @@ A pass is a function ``verb_noun(gm, ...) -> PassReport`` in a file of its name.
 To add one to the joint graph, write the function, put it into ``joint_passes`` and its name into
 ``slcompile.config.SKIPPABLE``: the option ``skip_passes`` leaves those of ``joint_passes`` and ``post_passes`` out by
 name. Passes treat every op of ``slcompile.ops.WEIGHT_OPS`` alike; they know lowerings for ``compose`` and for those in
-``slcompile.ops.FACTORED``.
+``slcompile.ops.STRUCTURE_OPS``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 
 from slcompile.config import SLConfig
 from slcompile.passes.choose_lowering import choose_lowering
 from slcompile.passes.find_matmuls import find_matmuls
-from slcompile.passes.fit_budget import BudgetReport, Step, Tags, fit_budget
+from slcompile.passes.fit_budget import BudgetReport, fit_budget
 from slcompile.passes.flatten_convolutions import flatten_convolutions
 from slcompile.passes.fuse_weight_grads import fuse_weight_grads
 from slcompile.passes.graph import Decision, GraphPass, PassReport, pass_name, run
@@ -81,15 +80,6 @@ def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[
     )
 
 
-def budget_passes(
-    config: SLConfig, step: Callable[[Tags], Step], device: torch.device | None = None
-) -> tuple[GraphPass, ...]:
-    """Returns the passes on the joint graph just before it is partitioned; arguments as of ``fit_budget``."""
-    if config.budget is None:
-        return ()
-    return (functools.partial(fit_budget, budget=config.budget, step=step, device=device),)
-
-
 def post_passes(config: SLConfig) -> tuple[GraphPass, ...]:
     """Returns the passes on the forward and the backward graph, in order."""
     return _without_skipped(config, functools.partial(lower_ops, autotune=config.autotune))
@@ -104,7 +94,6 @@ __all__ = [
     "BudgetReport",
     "Decision",
     "PassReport",
-    "budget_passes",
     "choose_lowering",
     "find_matmuls",
     "fit_budget",

@@ -17,9 +17,19 @@ from torch.utils.checkpoint import CheckpointPolicy
 from slcompile import torch_private
 from slcompile.cost import Matmul, aligned, crossover, device_class, rates, why_no_kernels
 from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR
-from slcompile.ops import FACTORED, KERNEL_DTYPES, WEIGHT_OPS
+from slcompile.ops import KERNEL_DTYPES, LINEAR_FACTORED, STRUCTURE_OPS, WEIGHT_OPS
 from slcompile.ops.quantized import as_base
-from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes, trunk
+from slcompile.passes.graph import (
+    Decision,
+    Inserter,
+    PassReport,
+    arguments,
+    name_of,
+    nodes_of_backward,
+    op_name,
+    transposes,
+    trunk,
+)
 
 _COMPOSE = torch.ops.slcompile.compose.default
 _GRADS = torch.ops.slcompile.weight_grads.default
@@ -30,10 +40,10 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
 
     ``x W^T`` becomes ``hidden = scale * x A^T`` and ``linear_factored(x, hidden, B, ...)``, ``x W`` likewise with the
     roles of the factors exchanged, and ``weight_grads`` becomes two products through the rank and ``values_grad``. The
-    ops of other structures become what their formulas say (``slcompile.ops.FACTORED``). With a base, its own product
-    stays, and the rest is added to it; without a sparse part that is a plain product. The hidden matrices of the
-    forward pass are those of the gradients too. Legal because products are associative and W
-    is a sum; the result is rounded elsewhere. A weight that no composed matmul reads any more is not composed.
+    ops of other structures become what their formulas say (``slcompile.ops.STRUCTURE_OPS``). With a base, its own
+    product stays, and the rest is added to it; without a sparse part that is a plain product. The hidden matrices of
+    the forward pass are those of the gradients too. Legal because products are associative and W is a sum; the result
+    is rounded elsewhere. A weight that no composed matmul reads any more is not composed.
 
     Left composed: what is predicted to be faster so, and what is not a product with the whole matrix (a slice of a
     packed weight, a batched product, a weight op without factors). With a symbolic number of tokens it chooses for the
@@ -51,10 +61,10 @@ def choose_lowering(gm: fx.GraphModule, lowering: str = "auto", device: torch.de
         found, left = _products(weight)
         sites += found
         report.left += left
-    backward = _depends_on_tangents(gm.graph)
+    backward = nodes_of_backward(gm.graph)
     phases = Counter((site.weight, site.node in backward) for site in sites)
     readers = Counter((site.x, site.transposed) for site in sites)
-    grads_ops = {_GRADS, *(ops.grads for ops in FACTORED.values())}
+    grads_ops = {_GRADS, *(ops.grads for ops in STRUCTURE_OPS.values())}
     grads = [node for node in gm.graph.nodes if node.target in grads_ops]
     grads_readers = Counter(arguments(node)[1] for node in grads)
     of_weights = {key for node in grads for key in _hiddens_of(node)}
@@ -140,7 +150,7 @@ def _products(weight: fx.Node) -> tuple[list[Site], list[Decision]]:
     """Returns the products that read a weight and can be factored, and a decision for whatever else reads it."""
     sites: list[Site] = []
     others: list[Decision] = []
-    if weight.target is not _COMPOSE and weight.target not in FACTORED:
+    if weight.target is not _COMPOSE and weight.target not in STRUCTURE_OPS:
         detail = f"{op_name(weight)} has no factored lowering"
         return [], [Decision(name_of(weight), "no_factors", detail, _shape(weight), lowering="composed")]
     waiting, seen = list(weight.users), set(weight.users)
@@ -192,7 +202,7 @@ def _multiply_factored(insert: Inserter, site: Site) -> None:
     bias: fx.Node | None = arguments(node)[0] if op_name(node) == "addmm" else None
     if base := _base(site.weight):
         bias = _with_base(insert, site, base)
-    if ops := FACTORED.get(site.weight.target):
+    if ops := STRUCTURE_OPS.get(site.weight.target):
         inside = None
         given = arguments(site.weight)[: len(ops.parts) + 1]
         result = insert.inline(node, ops.multiply, x, site.transposed, *given)
@@ -223,7 +233,7 @@ def _multiplied(insert: Inserter, site: Site, x: fx.Node, bias: fx.Node | None) 
         return insert.call(node, torch.ops.aten.mm.default, hidden, out)
     many = insert.call(
         node,
-        torch.ops.slcompile.linear_factored.default,
+        LINEAR_FACTORED,
         *(x, [hidden], [writing], [values], [support], [bias], site.transposed, *_vector(site.weight)),
     )
     return insert.call(node, operator.getitem, many, 0)
@@ -244,7 +254,7 @@ def _with_base(insert: Inserter, site: Site, base: fx.Node) -> fx.Node:
 
 
 def _grads_factored(insert: Inserter, node: fx.Node) -> None:
-    if ops := FACTORED.get(node.target):
+    if ops := STRUCTURE_OPS.get(node.target):
         made = insert.inline(node, ops.gradients, *arguments(node))
         for user in list(node.users):
             user.replace_all_uses_with(made[arguments(user)[1]], propagate_meta=False)
@@ -268,7 +278,7 @@ def _vector(node: fx.Node) -> tuple[Any, ...]:
 
 def _base(compose: fx.Node) -> fx.Node | None:
     """Returns the weight that a compose adds the rest to, if there is one."""
-    ops = FACTORED.get(compose.target)
+    ops = STRUCTURE_OPS.get(compose.target)
     return next(iter(arguments(compose)[len(ops.parts) + 1 if ops else 7 :]), None)
 
 
@@ -380,7 +390,7 @@ def why_composed(
     """
     device = device or x.meta["val"].device
     kind = device_class(device)
-    if reader.target in FACTORED:  # ATen multiplies with the parts on every device
+    if reader.target in STRUCTURE_OPS:  # ATen multiplies with the parts on every device
         return None
     values = arguments(reader)[2 if reader.target is _COMPOSE else 4]
     if kind.per_thread or lowering == "composed" or _is_empty(values):
@@ -420,7 +430,7 @@ def _choose(name: str, cost: Costs, lowering: str, why_not: tuple[str, str] | No
 def matmul_of(reader: fx.Node, dtype: torch.dtype) -> Matmul:
     """Returns the sizes of a weight, from its op or that of its gradients."""
     given, base = arguments(reader), reader.target in WEIGHT_OPS and _base(reader) is not None
-    if ops := FACTORED.get(reader.target):
+    if ops := STRUCTURE_OPS.get(reader.target):
         start = 2 if reader.target is ops.grads else 0
         B, A = torch_private.run_fake(ops.factors, [each.meta["val"] for each in given[start:][: len(ops.parts)]])
         blocks = len(B) if B.dim() == 3 else 1
@@ -428,22 +438,6 @@ def matmul_of(reader: fx.Node, dtype: torch.dtype) -> Matmul:
     B, A, values = (each.meta["val"] for each in given[0 if reader.target is _COMPOSE else 2 :][:3])
     rows, rank, columns, nonzeros = map(torch_private.size_hint, (*B.shape, A.shape[1], values.numel()))
     return Matmul(rows, columns, rank, nonzeros, dtype, next(iter(_vector(reader)), 1), base)
-
-
-def _depends_on_tangents(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the nodes of the backward pass: AOTAutograd calls its inputs tangents."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
-        if is_tangent or any(each in found for each in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def name_of(node: fx.Node) -> str:
-    """Returns where the model calls for this weight, as far as the graph knows; else the node's name."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else node.name
 
 
 def _shape(weight: fx.Node) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -117,15 +116,14 @@ class WeightUse:
         self.without_grad &= other.without_grad
 
 
-def find_matmuls(weights: Iterable[fx.Node]) -> WeightUse:
+def find_matmuls(weight: fx.Node) -> WeightUse:
     """Follows a weight through views, transposes, expands, slices and dtype casts to everything that reads it.
 
     Args:
-        weights: The nodes (placeholders, get_attrs) of one graph that stand for the same stored weight.
+        weight: The node (placeholder, get_attr) that stands for the stored weight.
     """
     use = WeightUse()
-    for weight in weights:
-        _follow(weight, weight, False, use, set())
+    _follow(weight, weight, False, use, set())
     return use
 
 

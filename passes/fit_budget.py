@@ -71,9 +71,7 @@ class BudgetReport(PassReport):
         )
 
 
-def fit_budget(
-    gm: fx.GraphModule, budget: int, step: Callable[[Tags], Step], device: torch.device | None = None
-) -> BudgetReport:
+def fit_budget(gm: fx.GraphModule, budget: int, step: Callable[[Tags], Step], device: torch.device) -> BudgetReport:
     """Tags what is computed again as MUST_RECOMPUTE, and the hidden matrices that this reads as MUST_SAVE.
 
     What frees the most bytes for the time that it takes comes first, one after another, until the step's peak fits;
@@ -84,12 +82,12 @@ def fit_budget(
         gm: A joint graph of forward and backward; only the nodes' meta changes.
         budget: Bytes.
         step: Partitions the graph with some tags beside those that its nodes have, and says what a step comes to.
-        device: Where the graph will run; the device of its tensors by default.
+        device: Where the graph will run.
     """
     report = BudgetReport(budget=budget)
     now = step({})
     report.without = report.peak = now.peak
-    found = find_recomputable(gm.graph, now.saved, device or _device(gm.graph))
+    found = find_recomputable(gm.graph, now.saved, device)
     chosen: Chosen = ()
     if now.peak > budget:
 
@@ -158,8 +156,3 @@ def _tags(chosen: Chosen) -> Tags:
     again = {node: CheckpointPolicy.MUST_RECOMPUTE for each in chosen for node in each.nodes}
     kept = {node: CheckpointPolicy.MUST_SAVE for each in chosen for node in each.reads}
     return {**kept, **again}
-
-
-def _device(graph: fx.Graph) -> torch.device:
-    values = (node.meta.get("val") for node in graph.nodes)
-    return next(each.device for each in values if isinstance(each, torch.Tensor))

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from slcompile import torch_private
 from slcompile.cost import device_class, rates
-from slcompile.ops import FACTORED, WEIGHT_OPS
-from slcompile.passes.choose_lowering import Costs, matmul_of, name_of, why_composed
-from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name
+from slcompile.ops import STRUCTURE_OPS, WEIGHT_OPS
+from slcompile.passes.choose_lowering import Costs, matmul_of, why_composed
+from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, name_of, op_name
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -74,7 +74,7 @@ def _decide(nodes: Sequence[fx.Node], lowering: str, device: torch.device | None
     costs: dict[str, float] = {}
     if why_not := _why_no_matmul(first, compose, weight):
         reason, detail = "not_pointwise", f"a convolution of kernel {list(weight.shape[2:])}: {why_not}"
-    elif compose.target is not _COMPOSE and compose.target not in FACTORED:
+    elif compose.target is not _COMPOSE and compose.target not in STRUCTURE_OPS:
         reason, detail = "no_factors", f"{op_name(compose)} has no factored lowering"
     elif lowering == "composed":
         reason, detail = "asked_for", "asked for by lowering='composed'"
@@ -224,7 +224,7 @@ def _join_gradients(graph: fx.Graph, insert: Inserter) -> None:
 
     Later passes do not look through views.
     """
-    backwards = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in FACTORED.values())}
+    backwards = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in STRUCTURE_OPS.values())}
     for node in graph.nodes:
         if node.target not in backwards:
             continue

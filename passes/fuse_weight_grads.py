@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from slcompile.ops import FACTORED
+from slcompile.ops import STRUCTURE_OPS
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, trunk
 
 
 def fuse_weight_grads(gm: fx.GraphModule) -> PassReport:
     """Replaces ``compose_backward(mm(left^T, right), ...)`` by ``weight_grads(left, right, ...)``.
 
-    The ops of other structures that have both are replaced likewise (``slcompile.ops.FACTORED``).
+    The ops of other structures that have both are replaced likewise (``slcompile.ops.STRUCTURE_OPS``).
 
     Legal where nothing else reads the product: casts and an even or odd number of transposes may lie between. The
     product is then no node of its own, so that a lowering is free never to form it. A gradient that is a sum (a weight
@@ -21,7 +21,7 @@ def fuse_weight_grads(gm: fx.GraphModule) -> PassReport:
     report = PassReport()
     insert = Inserter(gm.graph)
     fused_ops = {torch.ops.slcompile.compose_backward.default: torch.ops.slcompile.weight_grads.default}
-    fused_ops |= {ops.backward: ops.grads for ops in FACTORED.values()}
+    fused_ops |= {ops.backward: ops.grads for ops in STRUCTURE_OPS.values()}
     for node in [node for node in gm.graph.nodes if node.target in fused_ops]:
         product, swapped, exclusive = trunk(arguments(node)[0])
         shape = tuple(arguments(node)[0].meta["val"].shape)

@@ -140,6 +140,31 @@ def op_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def module_stack(node: fx.Node) -> Mapping[str, Any]:
+    """Returns the modules that torch says a node belongs to."""
+    return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+
+
+def name_of(node: fx.Node) -> str:
+    """Returns where the model calls for this weight, as far as the graph knows; else the node's name."""
+    stack = module_stack(node)
+    return str(list(stack.values())[-1][0]) if stack else node.name
+
+
+def nodes_of_backward(graph: fx.Graph) -> set[fx.Node]:
+    """Returns the nodes of the backward pass of a joint graph; none of a forward graph.
+
+    Among them are those that depend on no gradient, such as the sigmoid in the gradient of silu.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
+        follows = torch_private.in_backward_pass(node) or any(each in found for each in node.all_input_nodes)
+        if is_tangent or (follows and node.op != "placeholder"):
+            found.add(node)
+    return found
+
+
 # What shows the same matrix transposed, in another dtype or as it is, by op_name.
 _TRANSPOSES = frozenset(("t", "permute", "transpose"))
 _SAME = frozenset(("alias", "clone", "convert_element_type", "detach", "_to_copy"))

@@ -10,12 +10,11 @@ from torch import fx
 
 from slcompile import torch_private
 from slcompile.cost import why_no_kernels
+from slcompile.ops import LINEAR_FACTORED
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name, transposes
 
 FEW_TOKENS = 64
 """Up to so many, the hidden matrices of siblings are made in one launch; above, the vendor's matmuls are faster."""
-
-_FACTORED = torch.ops.slcompile.linear_factored.default
 
 
 def group_projections(gm: fx.GraphModule) -> PassReport:
@@ -26,7 +25,7 @@ def group_projections(gm: fx.GraphModule) -> PassReport:
     """
     report = PassReport()
     groups: dict[Any, list[fx.Node]] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=_FACTORED):
+    for node in gm.graph.find_nodes(op="call_function", target=LINEAR_FACTORED):
         x, _, _, values, _, _, transposed, *vector = arguments(node)
         groups.setdefault((x, transposed, values[0].meta["val"].dim(), *vector), []).append(node)
     # Each group in the graph's order as it is by then: merging another one may have moved its members.
@@ -69,7 +68,7 @@ def _merge(insert: Inserter, group: list[fx.Node]) -> None:
     x, *_ = arguments(first)
     lists = [[each for node in group for each in arguments(node)[position]] for position in range(1, 6)]
     lists[0] = _projected(insert, first, x, lists[0])
-    merged = insert.call(first, _FACTORED, x, *lists, *arguments(first)[6:])
+    merged = insert.call(first, LINEAR_FACTORED, x, *lists, *arguments(first)[6:])
     results = iter([insert.call(first, operator.getitem, merged, index) for index in range(len(lists[0]))])
     for node in group:
         own = [next(results) for _ in arguments(node)[1]]

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, fx
 
 from slcompile import torch_private
-from slcompile.ops import FACTORED, WEIGHT_OPS
-from slcompile.passes.graph import arguments
+from slcompile.ops import STRUCTURE_OPS, WEIGHT_OPS
+from slcompile.passes.graph import arguments, op_name
 from slcompile.passes.workspace import kept_on_cpu, workspace
 
 PARTS = (
@@ -118,14 +118,10 @@ _FUSED_NAMES = frozenset(
 )
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target).split(".")[-2] if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
 def _is_pointwise(node: fx.Node) -> bool:
     """Returns whether each element is computed by itself: Inductor computes those where they are read."""
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or _name(node) in _FUSED_NAMES
+    return torch.Tag.pointwise in tags or op_name(node) in _FUSED_NAMES
 
 
 _SCATTER_NAMES = frozenset(
@@ -137,7 +133,7 @@ def _is_fused(node: fx.Node) -> bool:
     """Returns whether Inductor writes a kernel of its own for it, which computes what it reads."""
     tags = getattr(node.target, "tags", ())
     # A scatter computes what it scatters into where its result will be.
-    return _is_pointwise(node) or torch.Tag.reduction in tags or _name(node) in _SCATTER_NAMES
+    return _is_pointwise(node) or torch.Tag.reduction in tags or op_name(node) in _SCATTER_NAMES
 
 
 def _is_alias(node: fx.Node) -> bool:
@@ -229,7 +225,7 @@ def size_of(value: Tensor) -> int:
 
 def _is_composed(node: fx.Node) -> bool:
     """Returns whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
-    projecting = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in FACTORED.values())}
+    projecting = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in STRUCTURE_OPS.values())}
     return node.target in WEIGHT_OPS or any(each.target in projecting for each in _readers(node))
 
 

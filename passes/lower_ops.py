@@ -12,7 +12,7 @@ from torch.func import functionalize
 
 from slcompile import torch_private
 from slcompile.cost import why_no_kernels
-from slcompile.ops import FACTORED, KERNEL_DTYPES
+from slcompile.ops import KERNEL_DTYPES, STRUCTURE_OPS
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
 from slcompile.ops.values_grad import values_grad_aten
@@ -59,7 +59,7 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
         or torch_private.is_subgraph(gm)
         or any(map(torch_private.is_higher_order, gm.graph.nodes))
     )
-    structures = {ops.grads: ops.grads_composed for ops in FACTORED.values()}
+    structures = {ops.grads: ops.grads_composed for ops in STRUCTURE_OPS.values()}
     ours = [node for node in gm.graph.nodes if str(node.target).startswith("slcompile.") or node.target in structures]
     for node in ours:
         if node.target is _OPS.compose.default:

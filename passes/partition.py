@@ -1,8 +1,9 @@
-"""Partitions a joint graph so that a step fits a memory budget: the passes of ``budget_passes``, and Inductor's own."""
+"""Partitions a joint graph so that a step fits a memory budget: ``fit_budget``, and Inductor's own partitioner."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from typing_extensions import override
 
 from slcompile import torch_private
 from slcompile.config import SLConfig
-from slcompile.passes import BudgetReport, budget_passes, post_passes, run
-from slcompile.passes.fit_budget import Step, Tags
+from slcompile.passes import post_passes, run
+from slcompile.passes.fit_budget import BudgetReport, Step, Tags, fit_budget
 from slcompile.passes.graph import Watch
 from slcompile.passes.liveness import Graphs, Plan, most_of, result_nodes, step_events
 
@@ -61,18 +62,20 @@ class BudgetedPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[Any], **settings: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        step = self.trial(gm, joint_inputs, settings)
-        for report in run(budget_passes(self.config, step, torch.device(self.plan.device)), gm, self.watch):
-            assert isinstance(report, BudgetReport)
-            self.reports.append(report)
-            log.info("slcompile: %s", report)
-            if report.missing and self.warns:
-                log.warning(
-                    "slcompile: the step does not fit memory_budget: %s bytes are missing. %s; take fewer tokens a "
-                    "step, a smaller rank or density, or an optimizer with smaller states",
-                    f"{report.missing:,}",
-                    report,
-                )
+        assert self.config.budget is not None
+        step, device = self.trial(gm, joint_inputs, settings), torch.device(self.plan.device)
+        fit = functools.partial(fit_budget, budget=self.config.budget, step=step, device=device)
+        (report,) = run([fit], gm, self.watch)
+        assert isinstance(report, BudgetReport)
+        self.reports.append(report)
+        log.info("slcompile: %s", report)
+        if report.missing and self.warns:
+            log.warning(
+                "slcompile: the step does not fit memory_budget: %s bytes are missing. %s; take fewer tokens a "
+                "step, a smaller rank or density, or an optimizer with smaller states",
+                f"{report.missing:,}",
+                report,
+            )
         return torch_private.min_cut(gm, joint_inputs, **settings)
 
     def trial(

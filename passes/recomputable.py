@@ -12,11 +12,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile import torch_private
 from slcompile.cost import Matmul, Rates, rates
-from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.choose_lowering import matmul_of, name_of
-from slcompile.passes.graph import arguments, trunk
+from slcompile.ops import LINEAR_FACTORED, WEIGHT_OPS
+from slcompile.passes.choose_lowering import matmul_of
+from slcompile.passes.graph import arguments, name_of, nodes_of_backward, trunk
 from slcompile.passes.liveness import size_of
-from slcompile.passes.recompute_inputs import inputs_of_products, makers, nodes_of_backward
+from slcompile.passes.recompute_inputs import inputs_of_products, makers
 from slcompile.passes.save_low_rank import results_to_recompute
 
 KINDS = ("input", "results", "hidden matrix", "weight")
@@ -80,7 +80,7 @@ def find_recomputable(graph: fx.Graph, saved: Collection[str], device: torch.dev
         )
         add("results", name_of(node), nodes, seconds + _moved(nodes - {node}) / at.memory, hiddens)
     for node in graph.nodes:
-        if node in backward or node.target is not torch.ops.slcompile.linear_factored.default:
+        if node in backward or node.target is not LINEAR_FACTORED:
             continue
         for hidden, (_, _, seconds, _) in zip(arguments(node)[1], _products(node, at), strict=True):
             if "ac_graph_id" not in hidden.meta:

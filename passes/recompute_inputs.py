@@ -6,13 +6,10 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from slcompile import torch_private
-from slcompile.ops import WEIGHT_OPS
-from slcompile.passes.choose_lowering import name_of
-from slcompile.passes.graph import Decision, PassReport, arguments, op_name, trunk
+from slcompile.ops import LINEAR_FACTORED, WEIGHT_OPS
+from slcompile.passes.graph import Decision, PassReport, arguments, name_of, nodes_of_backward, op_name, trunk
 from slcompile.passes.liveness import size_of
 
-_FACTORED = torch.ops.slcompile.linear_factored.default
 # What shows a matrix as it is.
 SAME = frozenset(("view", "reshape", "_unsafe_view", "permute", "t", "convert_element_type", "_to_copy", "clone"))
 SMALL = 8
@@ -50,20 +47,6 @@ def recompute_inputs(gm: fx.GraphModule, save: str = "auto") -> PassReport:
     return report
 
 
-def nodes_of_backward(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the nodes of the backward pass of a joint graph; none of a forward graph.
-
-    Among them are those that depend on no gradient, such as the sigmoid in the gradient of silu.
-    """
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
-        follows = torch_private.in_backward_pass(node) or any(each in found for each in node.all_input_nodes)
-        if is_tangent or (follows and node.op != "placeholder"):
-            found.add(node)
-    return found
-
-
 def inputs_of_products(graph: fx.Graph, backward: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
     """Finds what the forward pass multiplies with factorized weights, factored or composed.
 
@@ -75,7 +58,7 @@ def inputs_of_products(graph: fx.Graph, backward: set[fx.Node]) -> dict[fx.Node,
         x: fx.Node | None = None
         if node in backward:
             continue
-        if node.target is _FACTORED:
+        if node.target is LINEAR_FACTORED:
             x = arguments(node)[0]
         elif op_name(node) in ("mm", "addmm"):
             operands = arguments(node)[-2:]

@@ -9,11 +9,10 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from slcompile.passes.choose_lowering import name_of
-from slcompile.passes.graph import Decision, PassReport, arguments, op_name
-from slcompile.passes.recompute_inputs import SAME, nodes_of_backward
+from slcompile.ops import LINEAR_FACTORED
+from slcompile.passes.graph import Decision, PassReport, arguments, name_of, nodes_of_backward, op_name
+from slcompile.passes.recompute_inputs import SAME
 
-_FACTORED = torch.ops.slcompile.linear_factored.default
 # What is not computed again by the way, as pointwise ops and norms are.
 _HEAVY = ("mm", "bmm", "conv", "attention", "sort", "scatter", "embedding")
 
@@ -61,7 +60,7 @@ def results_to_recompute(graph: fx.Graph, backward: set[fx.Node]) -> tuple[dict[
         if node in backward:
             continue
         again = maker.keys()
-        if node.target is not _FACTORED:
+        if node.target is not LINEAR_FACTORED:
             if _follows(node, again):
                 maker[node] = next(maker[each] for each in node.all_input_nodes if each in maker)
         elif reason := _why_not(node, again):

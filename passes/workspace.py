@@ -10,7 +10,7 @@ from torch import fx
 
 from slcompile.cost import aligned
 from slcompile.cost.matmul import FEW_TOKENS, LEAST_VECTOR, VECTOR_SPLIT
-from slcompile.ops import FACTORED
+from slcompile.ops import LINEAR_FACTORED, STRUCTURE_OPS
 from slcompile.passes.graph import arguments
 from slcompile.torch_private import size_hint
 
@@ -18,13 +18,13 @@ from slcompile.torch_private import size_hint
 def workspace(node: fx.Node, device: str) -> int:
     """Returns the bytes that an op of ours allocates besides its results while its kernels run."""
     values_grad = torch.ops.slcompile.values_grad.default
-    makes_dense = {torch.ops.slcompile.weight_grads.default, values_grad, *(ops.grads for ops in FACTORED.values())}
+    grads = {torch.ops.slcompile.weight_grads.default, *(ops.grads for ops in STRUCTURE_OPS.values())}
     if device != "cuda":
         return 0
-    if node.target is torch.ops.slcompile.linear_factored.default:
+    if node.target is LINEAR_FACTORED:
         x, _, _, values, _, _, transposed, *vector = arguments(node)
         return _gathered(x, max(values, key=_elements), vector, transposed)
-    if node.target not in makes_dense:
+    if node.target not in grads | {values_grad}:
         return 0
     if node.target is values_grad:
         _, right, values, _, *vector = arguments(node)

@@ -68,7 +68,7 @@ def _inductor_settings(mode: str | None, settings: dict[str, Any]) -> dict[str, 
         if key in REQUIRED_SETTINGS and settings[key] is not True:
             raise ValueError(f"{key} in option 'inductor' must be True, as this backend's passes run there")
     if mode is not None and mode != "default":
-        modes = torch._inductor.list_mode_options()
+        modes = torch_private.inductor_modes()
         if mode not in modes:
             raise ValueError(f"mode got {mode!r}{did_you_mean(mode, modes)}")
         settings = {**modes[mode], **settings}

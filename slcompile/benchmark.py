@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import platform
 import statistics
 import time
@@ -26,7 +27,7 @@ from slcompile.measure import synchronize
 from slcompile.models import arguments_for, unwrapped
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.weight.placing import base_class
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 MODES = ("training", "inference")
 VARIANTS = (*LOWERINGS, "eager")
@@ -209,12 +210,7 @@ def peak_above(run: Step, device: torch.device | str) -> int:
         return torch.accelerator.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return max(itertools.accumulate(torch_private.allocations(profile), initial=0))
 
 
 def _require_allowed(
@@ -291,7 +287,7 @@ class _Variants:
         return self._step(model, torch.compile(model, backend="sltrain", dynamic=False, options=options))
 
     def _is_factorized(self) -> bool:
-        return any(isinstance(module, FactorizedWeight) for module in self.model.modules())
+        return bool(weights_in(self.model))
 
     def _step(self, model: nn.Module, run: Callable[..., Any]) -> _Step:
         args, kwargs = self.batch

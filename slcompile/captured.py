@@ -41,7 +41,7 @@ from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.weight.marks import retired_for, successor_of
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
-from slcompile.weight.structure import FactorizedWeight, matrix_shape, template
+from slcompile.weight.structure import FactorizedWeight, matrix_shape, template, weights_in
 
 log = logging.getLogger("slcompile")
 
@@ -140,8 +140,7 @@ class CapturedGraph:
         """Says where a model has no weight to convert, and raises ValueError where the options cannot mean that."""
         for root in self.roots:
             self.config.require_patterns_match(dense_names(root))
-            is_dense = not any(isinstance(module, FactorizedWeight) for module in root.modules())
-            if self.report.replaced or not is_dense:
+            if self.report.replaced or weights_in(root):
                 continue
             eligible = self._eligible(root, live)
             require_possible_rank(eligible.values(), self.config)

@@ -361,6 +361,12 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def require_int(name: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
+    """Raises ValueError where an argument is no int of at least so much; an optional one may be None."""
+    if not (_is_int(value) and value >= least) and not (optional and value is None):
+        raise ValueError(f"{name} must be an int >= {least}{' or None' if optional else ''}, got {value!r}")
+
+
 def _is_number(value: Any) -> bool:
     # An int may be too large for a float, which isfinite does not bear.
     return (isinstance(value, float) and math.isfinite(value)) or (_is_int(value) and abs(value) < 2**1023)

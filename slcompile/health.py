@@ -24,10 +24,10 @@ from slcompile import torch_private
 from slcompile.config import LOWERINGS, SKIPPABLE, SLConfig, checked_config
 from slcompile.convert.ledger import EXPLICIT, Ledger
 from slcompile.factorize import factorize_model, factors, merge_, merge_some
-from slcompile.models import arguments_for, unwrapped
+from slcompile.models import arguments_for, buffers_restored, unwrapped
 from slcompile.names import SUFFIX
 from slcompile.weight.placing import base_class
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 LUCK = 4
 """Both distances from float64, eager's and the compiled run's, are random: one may be a few times the other."""
@@ -144,7 +144,7 @@ def check(
     dense, model = unwrapped(model), copy.deepcopy(unwrapped(model))
     batch: tuple[Any, Any] = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
     batch = arguments_for(model, batch)
-    is_dense = not any(isinstance(module, FactorizedWeight) for module in model.modules())
+    is_dense = not weights_in(model)
     if is_dense:
         factorize_model(model, config, *batch, Ledger(silent=True))
     vars(model).setdefault(EXPLICIT, config)  # so that weights which are merged to find the one to blame stay dense
@@ -181,24 +181,21 @@ class _Runner:
     def measure(self, model: nn.Module, mode: str, run: Run | None = None) -> dict[str, Tensor]:
         """Returns the outputs of a model, and in training the gradients; on the same random numbers each time."""
         args, kwargs = arguments_for(model, self.batch)
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         model.train(mode == "training").zero_grad()
         try:
             # Submodules that are compiled by themselves, too, run eagerly in eager mode, and fill no caches.
             stance = torch.compiler.set_stance("force_eager") if run is None else nullcontext()
-            with _seeded(model), torch.set_grad_enabled(mode == "training"), stance:
+            gradients_too = torch.set_grad_enabled(mode == "training")
+            with buffers_restored(model), _seeded(model), gradients_too, stance:
                 outputs = (model if run is None else run)(*args, **kwargs)
                 found = {f"output {'.'.join(path)}".strip(): leaf for path, leaf in _tensors(outputs)}
                 if mode == "training":
                     self.loss(outputs).backward()
-            found = {name: leaf.detach().clone() for name, leaf in found.items()}
+                found = {name: leaf.detach().clone() for name, leaf in found.items()}
             gradients = {f"gradient of {name}": each.grad for name, each in model.named_parameters()}
             return found | {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
         finally:
             model.zero_grad()
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
     def compiled(
         self, model: nn.Module, mode: str, lowering: str = "auto", skip: tuple[str, ...] = ()
@@ -351,9 +348,8 @@ def _default_loss(outputs: Any) -> Tensor:
 
 def composed_by_formula(model: nn.Module) -> nn.Module:
     """Lets a model compose its weights by their formula, and not by the op that is checked."""
-    for module in model.modules():
-        if isinstance(module, FactorizedWeight):
-            vars(module)["forward"] = module.reference
+    for weight in weights_in(model):
+        vars(weight)["forward"] = weight.reference
     return model
 
 
@@ -362,8 +358,8 @@ def _fill(model: nn.Module) -> None:
     """Leaves the start of training, where a factor is zero and so is the gradient of the other."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        for module in model.modules():
-            for factor in module.parameters() if isinstance(module, FactorizedWeight) else ():
+        for weight in weights_in(model):
+            for factor in weight.parameters():
                 if not bool(factor.any()):
                     factor.copy_(torch.randn(factor.shape) * 0.05)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slcompile import torch_private
@@ -62,6 +64,30 @@ def arguments_for(model: nn.Module, arguments: Any) -> Any:
         return each.to(parameter.device, parameter.dtype if each.is_floating_point() else each.dtype)
 
     return map_leaves(move, arguments)
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Puts a model into ``eval`` mode, and afterwards each module into the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Puts the numbers of a model's buffers back afterwards."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 LLAMAS = {

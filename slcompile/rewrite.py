@@ -18,7 +18,7 @@ from slcompile.passes import PassReport, find_matmuls, parameterize_weights, run
 from slcompile.passes.find_matmuls import WeightUse, is_weight
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 
 @torch.inference_mode(False)
@@ -52,9 +52,9 @@ def rewrite(gm: fx.GraphModule, config: SLConfig | None = None) -> PassReport:
         if weight is None or not is_weight(weight):
             continue
         weights[id(weight)] = weight
-        uses.setdefault(id(weight), WeightUse()).add(leaf or find_matmuls([node]))
+        uses.setdefault(id(weight), WeightUse()).add(leaf or find_matmuls(node))
         reads.setdefault(id(weight), []).append(node)
-    if not weights and not any(isinstance(module, FactorizedWeight) for module in gm.modules()):
+    if not weights and not weights_in(gm):
         raise ValueError("gm reads no weight as an attribute; graphs whose parameters are inputs cannot be rewritten")
     with ledger.lock:
         live = LiveObjects.find()

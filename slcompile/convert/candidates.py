@@ -14,7 +14,7 @@ from slcompile.convert.weight_uses import weight_modules
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import Decision, PassReport
 from slcompile.weight.owners import LiveObjects, owners_among
-from slcompile.weight.structure import FactorizedWeight, matrix_shape
+from slcompile.weight.structure import matrix_shape, weights_in
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Candidates:
         if self.chosen:
             return
         require_possible_rank(self.misshapen, config)
-        if any(isinstance(module, FactorizedWeight) for module in model.modules()):
+        if weights_in(model):
             raise ValueError("model is factorized already; call slcompile.merge_ first, to factorize it anew")
         number, reasons = len(self.weights), sorted({each.decision.reason for each in self.weights})
         raise ValueError(f"model has no eligible weight; its {number} weights stay dense: {', '.join(reasons)}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.convert.candidates import Candidate, gather_layers
 from slcompile.convert.ledger import Ledger
@@ -15,7 +16,7 @@ from slcompile.names import SUFFIX
 from slcompile.optim import Update
 from slcompile.passes import PassReport
 from slcompile.weight.marks import retire
-from slcompile.weight.owners import LiveObjects, hooks_of, wrapper_of
+from slcompile.weight.owners import LiveObjects, wrapper_of
 from slcompile.weight.placing import class_with, put_in_place, restore, sl_names, snapshot
 from slcompile.weight.start import looks_trained
 from slcompile.weight.structure import FactorizedWeight, structure_of
@@ -158,8 +159,9 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
             raise ValueError(
                 f"{name} is already held by {wrapper}; factorize the model first (slcompile.factorize_), then wrap it"
             )
-    hook = hooks_of(weight, allowed=Update)  # which mend moves to the factors
-    if hook is not None:
+    others = [each for each in torch_private.post_accumulate_hooks(weight) if not isinstance(each, Update)]
+    if weight._backward_hooks or others:  # mend moves each Update to the factors
+        hook = "a gradient hook (register_hook)" if weight._backward_hooks else "a post-accumulate-grad hook"
         raise ValueError(f"{name} carries {hook}, which would be lost; register it after conversion, on the factors")
     if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
         raise ValueError(f"{name} contains NaN or Inf")

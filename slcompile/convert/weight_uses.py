@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from slcompile import torch_private
 from slcompile.config import SLConfig
+from slcompile.models import buffers_restored
 from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import GROUPED, TRANSPOSED, WeightUse, find_matmuls, is_weight
@@ -34,7 +35,7 @@ def weight_uses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, 
         lowered = torch_private.lower_to_aten(gm, torch_private.captured_inputs(gm))
         placeholders = lowered.graph.find_nodes(op="placeholder")
     assert len(placeholders) == len(example_inputs), (len(placeholders), len(example_inputs))
-    uses = {index: find_matmuls([placeholders[index]]) for index in positions}
+    uses = {index: find_matmuls(placeholders[index]) for index in positions}
     read_with_grad = _read_with_grad(gm)
     for index, use in uses.items():
         use.without_grad = index not in read_with_grad
@@ -54,7 +55,7 @@ def _read_with_grad(gm: fx.GraphModule) -> set[int]:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             positions[node] = len(positions)
-        elif node.target is torch._C._set_grad_enabled:
+        elif torch_private.sets_grad_mode(node):
             enabled = bool(node.args[0])
         elif enabled:
             found |= {positions[each] for each in node.all_input_nodes if each in positions}
@@ -93,9 +94,9 @@ def captured_uses(
                 found[id(parameter)] = (parameter, use)
         return gm.forward
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with (
+            buffers_restored(model),
             torch.random.fork_rng(enabled=not any(each.is_meta for each in model.parameters())),
             # Another backend each time, so that it is called and no graph of an earlier capture is reused.
             torch_private.unlimited_recompiles(),
@@ -105,8 +106,6 @@ def captured_uses(
         return list(found.values())
     finally:
         found.clear()  # Dynamo's cache holds the backend, which must not hold the dense weights
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def layer_use(module: nn.Module) -> WeightUse | None:

@@ -206,11 +206,6 @@ class Matmul:
         """Operations to write W once."""
         return 2 * self.rows * self.columns * self.rank // self.blocks
 
-    @property
-    def project_flops(self) -> int:
-        """Operations to project the dense gradient G on B and A."""
-        return 4 * self.rows * self.columns * self.rank // self.blocks
-
     def factored_flops(self, tokens: int) -> int:
         """Counts the operations of one product through the rank and with S, or of the factors' gradients.
 

@@ -24,11 +24,11 @@ from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
 from slcompile.export.safetensors import CONFIG, GENERATION, INDEX, WEIGHTS, stale_weights
 from slcompile.models import METHOD, hf_config, unwrapped
-from slcompile.names import SUFFIX, plain_name
+from slcompile.names import SUFFIX
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.sharing import share_again, sharing
-from slcompile.weight.structure import FactorizedWeight, matrix_shape
+from slcompile.weight.structure import FactorizedWeight, matrix_shape, weights_by_name, weights_in
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
 FORMAT = 1
@@ -40,11 +40,7 @@ _STORED = "stored_shape"
 
 def described_weights(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns what each factorized weight of a model is, by its dense name; JSON holds it."""
-    found = {
-        plain_name(path.removesuffix(SUFFIX)): _described(module)
-        for path, module in model.named_modules()
-        if isinstance(module, FactorizedWeight)
-    }
+    found = {name: _described(weight) for name, weight in weights_by_name(model).items()}
     for name, first in sharing(model).items():
         found[name]["shares"] = first
     return found
@@ -180,11 +176,10 @@ def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Gives a model's tensors the dtypes of a state dict; the trained parts of one weight one that holds them all."""
     own = model.state_dict(keep_vars=True)
     dtypes = {id(own[name]): each.dtype for name, each in state.items() if each.is_floating_point()}
-    for weight in model.modules():
-        if isinstance(weight, FactorizedWeight):
-            trained = [each for name, each in weight.named_parameters() if name != "base"]
-            widest = reduce(torch.promote_types, [dtypes.get(id(each), each.dtype) for each in trained])
-            dtypes |= dict.fromkeys(map(id, trained), widest)
+    for weight in weights_in(model):
+        trained = [each for name, each in weight.named_parameters() if name != "base"]
+        widest = reduce(torch.promote_types, [dtypes.get(id(each), each.dtype) for each in trained])
+        dtypes |= dict.fromkeys(map(id, trained), widest)
     for tensor in own.values():
         tensor.data = tensor.data.to(dtypes.get(id(tensor), tensor.dtype))
 
@@ -224,7 +219,7 @@ def _install(model: nn.Module, name: str, described: Any) -> FactorizedWeight:
         raise ValueError(f"the checkpoint holds {name} as {described!r:.200}; its shape is {tuple(dense.shape)}")
     shape = matrix_shape(dense.shape, convolved)
     settings.pop("shares", None)
-    structure = settings.pop("structure", "sparse_low_rank")  # which the first format left out
+    structure = settings.pop("structure", None)
     if structure not in tuple(STRUCTURES):
         raise ValueError(f"the checkpoint holds {name} as {structure!r:.200}{did_you_mean(structure, STRUCTURES)}")
     rank = settings.get("rank")
@@ -262,6 +257,7 @@ def _from_paper(
             factor = 1.0 if trained is None else trained.double().tanh() / scale
             renamed[f"{prefix}.B"] = (value.double() * factor).to(value.dtype)
             weights[f"{owner}.weight"] = {
+                "structure": "sparse_low_rank",
                 "rank": settings["r"],
                 "alpha": settings["lora_alpha"],
                 "density": settings["sp_ratio"],

@@ -32,7 +32,7 @@ from slcompile.export.twin import (
 from slcompile.export.verify import Comparison, compare_calls, require_close, require_same_weights, worst
 from slcompile.factorize import factors
 from slcompile.models import unwrapped
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 INSTALL = 'pip install "slcompile[onnx]"'
 INLINE_LIMIT = 256 * 2**20
@@ -209,8 +209,7 @@ def _description(model: nn.Module, dtype: torch.dtype, comparisons: Sequence[Com
 
 def _factorization(model: nn.Module) -> str:
     """Returns the distinct settings of a model's factorized weights, as JSON."""
-    weights = [module for module in model.modules() if isinstance(module, FactorizedWeight)]
-    settings = {json.dumps({"structure": weight.structure, **weight.describe()}) for weight in weights}
+    settings = {json.dumps({"structure": each.structure, **each.describe()}) for each in weights_in(model)}
     return f"[{', '.join(sorted(settings))}]"
 
 

@@ -33,11 +33,12 @@ from slcompile.export.safetensors import INSTALL
 from slcompile.factorize import named_weights
 from slcompile.models import unwrapped
 from slcompile.names import plain_name
+from slcompile.passes import PassReport
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class
 from slcompile.weight.sl_weight import SLWeight
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, weights_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -160,16 +161,14 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     _require_plain_lora(settings)
     pairs = _pairs(read_tensors(directory / WEIGHTS))
     model = unwrapped(model)
-    if any(isinstance(each, FactorizedWeight) for each in model.modules()):
+    if weights_in(model):
         raise ValueError("model must be dense, got one that is factorized; load the adapter into the model before")
     with ledger.lock:
         live = LiveObjects.find()
         names = tuple(f"{glob.escape(name)}.weight" for name in pairs)
         config = SLConfig(base="frozen", density=0, include=names, exclude=(), min_dim=1, rank=1)
         candidates = _candidates(model, pairs, settings, config, live)
-        report = replace(
-            gather([], config, live, model=model).report(), replaced=[each.decision for each in candidates]
-        )
+        report = PassReport("weights", [each.decision for each in candidates])
         weights = convert(candidates, config, live, report, ledger)
     for candidate, weight in zip(candidates, weights, strict=True):
         assert isinstance(weight, SLWeight)

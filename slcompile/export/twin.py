@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.factorize import merge_
-from slcompile.models import meta_copy
+from slcompile.models import in_eval, meta_copy
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.torch_private import without_wrappers
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, weights_in
 
 MakeTensor = Callable[[], Tensor]
 
@@ -51,9 +51,8 @@ def meta_twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         dtype: Of the copy's floating-point parameters and persistent buffers; None leaves each its own. Other buffers
             are computed, not trained (rotary tables), and keep their precision.
     """
-    for module in model.modules():
-        if isinstance(module, FactorizedWeight):
-            module.check_whole()
+    for weight in weights_in(model):
+        weight.check_whole()
     twin = merge_(meta_copy(model)).eval().requires_grad_(False)
     for module in list(twin.modules()):
         for name, child in module._modules.items():
@@ -144,20 +143,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Compiled parts run eagerly: their graphs would not see what ``merged_weights`` changes.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_eval(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
 def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Lets a model compute with exactly the weights that are written: composed wide, rounded once to ``dtype``."""
-    weights = [module for module in model.modules() if isinstance(module, FactorizedWeight)]
+    weights = weights_in(model)
 
     def composed(weight: FactorizedWeight) -> MakeTensor:
         return lambda: weight.merged_wide().to(dtype).to(weight.dtype)

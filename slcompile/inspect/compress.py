@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slcompile.config import SLConfig, checked_config
+from slcompile.config import SLConfig, checked_config, require_int
 from slcompile.convert.candidates import Candidate
 from slcompile.convert.ledger import ledger
 from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
 from slcompile.factorize import factorize_model, named_weights
 from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, table
-from slcompile.models import arguments_for, unwrapped
+from slcompile.models import arguments_for, in_eval, unwrapped
 from slcompile.weight.fit import loss, spectrum
 from slcompile.weight.sl_weight import SLWeight
 from slcompile.weight.structure import structure_of
@@ -100,15 +99,14 @@ def compress(
     """
     model = unwrapped(model)
     config = _options(budget, rank, density, config)
-    if isinstance(distill_steps, bool) or not isinstance(distill_steps, int) or distill_steps < 0:
-        raise ValueError(f"distill_steps must be an int >= 0, got {distill_steps!r}")
+    require_int("distill_steps", distill_steps, least=0)
     if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise ValueError(f"lr must be a finite number > 0, got {lr!r}")
     batches = list(calibration)
     if not batches:
         raise ValueError("calibration must have a batch, got none")
     example = _example(arguments_for(model, batches[0]))
-    with _serving(model):
+    with in_eval(model), torch.random.fork_rng():
         chosen = eligible(model, config, *example)
         if budget is not None:
             require_possible(budget, chosen)
@@ -158,19 +156,6 @@ def _example(batch: Any) -> tuple[Sequence[Any] | None, Mapping[str, Any] | None
     if isinstance(batch, Mapping):
         return None, batch
     return (batch if isinstance(batch, (tuple, list)) else (batch,)), None
-
-
-@contextmanager
-def _serving(model: nn.Module) -> Iterator[None]:
-    """Puts a model into ``eval`` mode, and afterwards each module into the mode it had; the random state likewise."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _require_reached(chosen: Sequence[Candidate], uses: Mapping[int, Moments]) -> None:

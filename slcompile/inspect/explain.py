@@ -29,7 +29,7 @@ from slcompile.passes.graph import Watch
 from slcompile.passes.graph_text import diff
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import base_class, dense_names
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, weights_in
 
 
 def explain(
@@ -71,7 +71,7 @@ def explain(
     rows = [*collector.rows(), *not_captured(model, collector.weights, skipped)]
     breaks = [*collector.breaks, *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped)]
     changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]
-    made = (each for each in model.modules() if isinstance(each, FactorizedWeight))
+    made = weights_in(model)
     changes += [(each.parameters, each.bytes, False) for each in map(_factorized, made)]
     return Explanation(
         base_class(model).__name__,
@@ -109,7 +109,7 @@ def _total(now: float, changes: Iterable[tuple[Change, bool]]) -> Change:
 
 def _training_bytes(model: nn.Module) -> int:
     """Counts all parameters as they are, their gradients and Adam's states, and what composes weights."""
-    supports = [each for module in model.modules() if isinstance(module, FactorizedWeight) for each in module.buffers()]
+    supports = [each for weight in weights_in(model) for each in weight.buffers()]
     return sum(each.nbytes for each in supports) + sum(
         each.nbytes * (ADAM if each.requires_grad else 1) for each in model.parameters()
     )
@@ -322,7 +322,7 @@ class _Collector:
                 use = uses.get(node.args[0].name if node.target in WEIGHT_OPS else node.name)
                 if use is None:
                     continue
-                for read in find_matmuls([node]).reads:
+                for read in find_matmuls(node).reads:
                     origins[read.node] = read.origin
                     use.add(read, captured)
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from slcompile import torch_private
 from slcompile.inspect.nodes import ModuleStack, Node
+from slcompile.passes.graph import module_stack
 from slcompile.passes.graph_text import arguments_text, target_name
 
 _INPUT = "\0"
@@ -111,11 +112,6 @@ def _is_parameter(owner: torch.nn.Module, target: str) -> bool:
         return name in owner.get_submodule(path)._parameters
     except AttributeError:
         return False
-
-
-def module_stack(node: fx.Node) -> Mapping[str, Any]:
-    """Returns the modules that torch says a node belongs to."""
-    return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
 
 
 def module_path(stack: Mapping[str, Any], modules: Mapping[str, str]) -> ModuleStack:

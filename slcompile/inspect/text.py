@@ -154,7 +154,7 @@ def _ratio(change: Change) -> str:
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:
-    """Returns columns without content are left out; those of numbers are set to the right."""
+    """Aligns a table: columns without content are left out, those of numbers are set to the right."""
     columns = [column for column in zip(*table, strict=True) if any(column[1:])]
     padded = []
     for column in columns:

@@ -23,7 +23,7 @@ from slcompile.models import METHOD, unwrapped
 from slcompile.names import SUFFIX
 from slcompile.weight.placing import shapes_only
 from slcompile.weight.sharing import share_again, sharing
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, weights_in
 
 
 @register_quantization_config(METHOD)
@@ -56,20 +56,17 @@ class FactorsLoader(HfQuantizer):
             ties.update({f"{name}{SUFFIX}.{part}": f"{first}{SUFFIX}.{part}" for part in parts})
         # transformers initializes what is not loaded, and reads weights on the way whose buffers it has not filled.
         self._unread = contextlib.ExitStack()
-        self._unread.enter_context(
-            shapes_only([each for each in model.modules() if isinstance(each, FactorizedWeight)])
-        )
+        self._unread.enter_context(shapes_only(weights_in(model)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._unread.close()
         weights = cast(FactorsConfig, self.quantization_config).weights
         shares = {name: each["shares"] for name, each in weights.items() if "shares" in each}
         share_again({name: model.get_submodule(name + SUFFIX) for name in weights} if shares else {}, shares)
-        for module in model.modules():
-            if isinstance(module, FactorizedWeight):
-                module.loaded()
-                if error := module.misfit(module.state_dict(), ""):
-                    raise ValueError(f"the factors do not fit the model: {error}")
+        for weight in weights_in(model):
+            weight.loaded()
+            if error := weight.misfit(weight.state_dict(), ""):
+                raise ValueError(f"the factors do not fit the model: {error}")
         vars(model)[EXPLICIT] = SLConfig()
         config = model.config.quantization_config
         self.remove_quantization_config(model)  # it trains, moves and casts as any model
@@ -105,7 +102,7 @@ class FactorizeCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Factorizes the model; Trainer calls it."""
         inner: Any = unwrapped(model)
-        if not any(isinstance(each, FactorizedWeight) for each in inner.modules()):
+        if not weights_in(inner):
             factorize_(inner, self.config)
         inner.config.quantization_config = FactorsConfig(described_weights(inner))
         if self.compile:

@@ -233,7 +233,7 @@ def linear_factored_transposed_kernel(
     tl.store(p_partial + o_partial, b_sum, mask=in_t[:, None] & in_k[None, :])
 
 
-FACTORED = Tiled(
+PRODUCT = Tiled(
     linear_factored_kernel,
     "linear_factored",
     {"BLOCK_N": (16, 32), "BLOCK_R": (64,), "GATHER": (4096, 8192)},
@@ -309,7 +309,7 @@ def linear_factored(
     padded = torch.nn.functional.pad(x, (0, 0, 0, token_blocks * block_t - tokens))
     x_blocks = padded.view(token_blocks, block_t, columns).transpose(1, 2).contiguous()
     uniform = values[0].dim() == 1
-    kernel, tile = FACTORED.to_launch(x, autotune)
+    kernel, tile = PRODUCT.to_launch(x, autotune)
     for some in batches(len(factors)):
         part = factors[some]
         rows, ranks = [each.shape[0] for each in part], [each.shape[1] for each in part]

@@ -20,7 +20,7 @@ from slcompile.models import _transformers, meta_copy, unwrapped
 from slcompile.passes import BudgetReport
 from slcompile.passes.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
 from slcompile.passes.partition import BudgetedPartitioner
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 Build = Callable[[int | None], nn.Module]
 """Makes a model on the meta device, with that many layers; None: as it is."""
@@ -107,7 +107,7 @@ def estimate_memory(
 
 def options_of(model: nn.Module, config: SLConfig) -> dict[str, Any]:
     """Returns those of the options that a model's factorized weights have, for a report."""
-    weights = [each for each in model.modules() if isinstance(each, FactorizedWeight)]
+    weights = weights_in(model)
     described = {key for each in weights for key in each.describe()}
     names = ["structure"] if weights and config.structure != SLConfig.structure else []
     names += [key for key in ("rank", "density", "support", "blocks", "base") if key in described]
@@ -140,7 +140,7 @@ def builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]:
         raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
     if isinstance(source, nn.Module):
         model = unwrapped(source)
-        if any(isinstance(each, FactorizedWeight) for each in model.modules()):
+        if weights_in(model):
             raise ValueError("model_or_config must be a dense model, got a factorized one; give it before factorize_")
         return lambda _: meta_copy(model).to(dtype).train(), None
     layers = getattr(source, "num_hidden_layers", None)
@@ -212,7 +212,7 @@ def _fitted(
 
 def _usage(model: nn.Module, events: Sequence[Event], optimizer: Optimizer, with_values: bool) -> Usage:
     """Adds what is held all the time to the events of a step."""
-    parts = [module.parts() for module in model.modules() if isinstance(module, FactorizedWeight)]
+    parts = [weight.parts() for weight in weights_in(model)]
     left_out = set() if with_values else {id(each) for part in parts for each in part["values"]}
     indices = {id(each): each for part in parts for each in part["indices"]}
     parameters = [each for each in model.parameters() if id(each) not in left_out]

@@ -17,7 +17,7 @@ from slcompile.config import SLConfig
 from slcompile.passes import joint_passes
 from slcompile.passes.liveness import Graphs
 from slcompile.passes.partition import BudgetedPartitioner, lowered
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import weights_in
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a model."""
@@ -64,7 +64,7 @@ def capture(
                     module._parameters[name] = made.setdefault(id(parameter), new)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
-    parts = [module.parts() for module in model.modules() if isinstance(module, FactorizedWeight)]
+    parts = [weight.parts() for weight in weights_in(model)]
     values = {id(each) for part in parts for each in part["values"]}
     found: list[Graphs] = []
 

@@ -27,7 +27,7 @@ from slcompile.memory.sharding import (
 from slcompile.names import SUFFIX
 from slcompile.passes.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.weight.placing import put_in_place, sl_names
-from slcompile.weight.structure import FactorizedWeight, matrix_shape
+from slcompile.weight.structure import FactorizedWeight, matrix_shape, weights_in
 
 BUCKETS = "DDP's buckets"
 MANY_PARTS = (*PARTS, GATHERED, REDUCING, BUCKETS)
@@ -244,7 +244,7 @@ def _share(
         elements = shard_elements(each, world)
         now["parameters"] += elements * each.itemsize
         now["optimizer state"] += optimizer.state(elements, each.itemsize) if each.requires_grad else 0
-    indices = [each for m in model.modules() if isinstance(m, FactorizedWeight) for each in m.parts()["indices"]]
+    indices = [each for weight in weights_in(model) for each in weight.parts()["indices"]]
     now["indices"] = sum(each.nbytes for each in indices)
     now["buffers"] = sum(each.nbytes for each in model.buffers()) - now["indices"]
     if layout.data > 1 and not layout.fsdp:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from slcompile.config import require_int
 from slcompile.passes.liveness import START, Event, layer_in
 
 GATHERED, REDUCING = "gathered parameters", "reduction buffers"
@@ -44,9 +45,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tp"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {size!r}")
+            require_int(name, getattr(self, name))
         if self.gpus % self.tp:
             raise ValueError(f"tp must divide gpus={self.gpus}, got {self.tp}")
 
@@ -102,6 +101,7 @@ def shards(parameters: Mapping[str, nn.Parameter], world: int) -> dict[int | Non
     return found
 
 
+@dataclass
 class _Sharded:
     """Turns the events of a step with whole parameters into those with sharded ones, in FSDP2's order.
 
@@ -113,23 +113,17 @@ class _Sharded:
     the end.
     """
 
-    def __init__(
-        self,
-        shards: Mapping[int | None, int],
-        reduced: Mapping[int | None, int],
-        twice: Mapping[int | None, int],
-        world: int,
-        scratch: Mapping[int | None, Sequence[int]],
-        per_layer: bool,
-        together: bool,
-        gloo: bool,
-    ) -> None:
-        self.gloo = gloo
-        self.shards, self.reduced, self.world, self.scratch = shards, reduced, world, scratch
-        self.twice = twice
-        self.per_layer, self.together = per_layer, together
-        self.gathering = self.reducing = 0  # bytes of the buffers that are there now
-        self.gradients = 0  # bytes of whole gradients that wait for their reduction
+    shards: Mapping[int | None, int]
+    reduced: Mapping[int | None, int]
+    twice: Mapping[int | None, int]
+    world: int
+    scratch: Mapping[int | None, Sequence[int]]
+    per_layer: bool
+    together: bool
+    gloo: bool
+    gathering: int = 0  # bytes of the buffers that are there now
+    reducing: int = 0
+    gradients: int = 0  # bytes of whole gradients that wait for their reduction
 
     def whole(self, layer: int | None) -> int:
         """Returns the bytes of a layer's gathered parameters; some layers have none."""

@@ -7,7 +7,7 @@ import torch
 from slcompile.ops.block_low_rank import BLOCK_LOW_RANK
 from slcompile.ops.compose import compose, compose_backward, compose_reference
 from slcompile.ops.cp import CP
-from slcompile.ops.factored_ops import FACTORED, FactoredOps, define
+from slcompile.ops.factored_ops import STRUCTURE_OPS, FactoredOps, define
 from slcompile.ops.linear_factored import linear_factored
 from slcompile.ops.project import project
 from slcompile.ops.tensor_train import TENSOR_TRAIN
@@ -16,6 +16,10 @@ from slcompile.ops.weight_grads import weight_grads
 
 WEIGHT_OPS: list[torch._ops.OpOverload] = [torch.ops.slcompile.compose.default]
 """Ops that make a dense weight from trained parameters. Passes treat them alike and know nothing else of them."""
+
+
+LINEAR_FACTORED = torch.ops.slcompile.linear_factored.default
+"""The op that multiplies with a weight's factors, for several weights at once."""
 
 
 def register_weight_op(op: torch._ops.OpOverload) -> None:
@@ -30,8 +34,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 __all__ = [
     "BLOCK_LOW_RANK",
     "CP",
-    "FACTORED",
     "KERNEL_DTYPES",
+    "LINEAR_FACTORED",
+    "STRUCTURE_OPS",
     "TENSOR_TRAIN",
     "WEIGHT_OPS",
     "FactoredOps",

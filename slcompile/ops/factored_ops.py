@@ -83,7 +83,7 @@ class FactoredOps:
         return self.spread(grad_B.to(dtype), grad_A.to(dtype), *parts)
 
 
-FACTORED: dict[Any, FactoredOps] = {}
+STRUCTURE_OPS: dict[Any, FactoredOps] = {}
 """Each op of a structure that can be multiplied with without W -> the structure's ops."""
 
 
@@ -93,7 +93,7 @@ def define(
     factors: Callable[..., Factors],
     spread: Callable[..., tuple[Tensor, ...]],
 ) -> FactoredOps:
-    """Makes the ops ``name``, ``name_backward`` and ``name_grads``, and enters them into ``FACTORED``.
+    """Makes the ops ``name``, ``name_backward`` and ``name_grads``, and enters them into ``STRUCTURE_OPS``.
 
     Args:
         name: Of the op that composes the weight, with its namespace.
@@ -165,7 +165,7 @@ def define(
     namespace, _, op = name.partition("::")
     overloads = (getattr(getattr(torch.ops, namespace), op + suffix).default for suffix in ("", "_backward", "_grads"))
     made = FactoredOps(parts, factors, spread, *overloads)
-    FACTORED.update(dict.fromkeys((made.compose, made.backward, made.grads), made))
+    STRUCTURE_OPS.update(dict.fromkeys((made.compose, made.backward, made.grads), made))
     return made
 
 

@@ -82,21 +82,13 @@ def stratified_columns(
     return start + ((mixed * width) >> 32)
 
 
-def block_columns(seed: Tensor, rows: int, columns: int, groups: int, vector: int, *, first_row: int = 0) -> Tensor:
+def block_columns(seed: Tensor, rows: int, columns: int, groups: int, vector: int) -> Tensor:
     """Returns columns of the non-zeros of each block of ``vector`` rows; arguments as for ``stratified_columns``.
 
     Returns:
         int64 of shape [ceil(rows / vector), groups].
-
-    Raises:
-        ValueError: The rows begin within a block: what starts there has no blocks of its own.
     """
-    if first_row % vector:
-        raise ValueError(
-            f"first_row={first_row} cuts a block of vector={vector} rows that share their columns: a shard has to "
-            f"begin at a multiple of {vector}"
-        )
-    return stratified_columns(seed, -(-rows // vector), columns, groups, first_row=first_row // vector)
+    return stratified_columns(seed, -(-rows // vector), columns, groups)
 
 
 def uniform_count(rows: int, columns: int, density: float) -> int:

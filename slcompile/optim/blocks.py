@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from slcompile import torch_private
+from slcompile.config import require_int
 from slcompile.optim.step_limit import whole_norm
 
 
@@ -48,8 +49,7 @@ class BlockAdamW(AdamW):
     ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1], got {share!r}")
-        if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
-            raise ValueError(f"update_every must be an int >= 1, got {update_every!r}")
+        require_int("update_every", update_every)
         self.share, self.update_every = share, update_every
         super().__init__(params, lr, **kwargs)
 

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from slcompile import torch_private
+from slcompile.config import require_int
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.structure import FactorizedWeight
 
@@ -171,11 +172,8 @@ class GaLoreAdamW(AdamW):
 
 
 def _require_allowed(group: dict[str, Any]) -> None:
-    for name in ("rank", "update_every"):
-        value = group[name]
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not is_whole and not (name == "rank" and value is None):
-            raise ValueError(f"{name} must be an int >= 1{' or None' if name == 'rank' else ''}, got {value!r}")
+    require_int("rank", group["rank"], optional=True)
+    require_int("update_every", group["update_every"])
     if not 0 < group["scale"] < float("inf"):
         raise ValueError(f"scale must be a finite number above 0, got {group['scale']!r}")
     if group["energy"] is not None and not 0 < group["energy"] <= 1:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile import torch_private
+from slcompile.config import require_int
 from slcompile.optim.buckets import are_watched, watch_buckets
 from slcompile.weight.marks import require_steppable
 from slcompile.weight.owners import LiveObjects, data_parallel_wrappers
@@ -72,8 +73,7 @@ def per_layer(
         raise ValueError(f"optimizer_cls got {optimizer_cls.__name__}, which needs a closure: it steps all at once")
     if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
         raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
-    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        raise ValueError(f"accumulate must be an int >= 1, got {accumulate!r}")
+    require_int("accumulate", accumulate)
     plain: Any = optimizer_cls  # mypy takes an unbound __hash__ for the class's own
     optimizer = _per_layer_class(plain)(params_or_groups, **kwargs)
     optimizer.max_grad_norm, optimizer.accumulate = max_grad_norm, accumulate

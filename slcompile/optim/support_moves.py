@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
+from slcompile.config import require_int
 from slcompile.models import unwrapped
 from slcompile.ops.support import group_widths, largest_offsets
 from slcompile.torch_private import Watching, in_backward, memory_of
 from slcompile.weight.owners import LiveObjects, data_parallel_wrappers
 from slcompile.weight.sl_weight import SLWeight
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import FactorizedWeight, weights_in
 
 MOMENTS = (
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
@@ -78,10 +79,8 @@ class SupportMoves:
         fraction: float = 0.1,
         until: int | None = None,
     ) -> None:
-        for name, count in (("every", every), ("until", until)):
-            is_whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-            if not is_whole and not (name == "until" and count is None):
-                raise ValueError(f"{name} must be an int >= 1{' or None' if name == 'until' else ''}, got {count!r}")
+        require_int("every", every)
+        require_int("until", until, optional=True)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
         if not isinstance(optimizer, Optimizer):
@@ -89,7 +88,7 @@ class SupportMoves:
         self._model, self._optimizer = _inside(model), optimizer
         self.every, self.fraction, self.until = every, fraction, until
         self.moved = self._steps = 0
-        if any(isinstance(each, FactorizedWeight) for each in self._model.modules()):
+        if weights_in(self._model):
             self._require_movable()
 
     def state_dict(self) -> dict[str, int]:

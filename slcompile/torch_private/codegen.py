@@ -19,6 +19,11 @@ def inductor_settings() -> set[str]:
     return set(torch._inductor.config.get_config_copy())
 
 
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """Returns each ``mode`` of torch.compile -> Inductor's settings in it."""
+    return torch._inductor.list_mode_options()
+
+
 def passes_of(settings: dict[str, Any], hook: str) -> list[Any]:
     """Returns the passes that a user has set at one of Inductor's hooks, in these settings or globally."""
     passes = settings.get(hook, getattr(torch._inductor.config, hook))

@@ -162,6 +162,11 @@ def resume(context: Any) -> contextlib.AbstractContextManager[Any]:
     return torch._guards.tracing(context)
 
 
+def sets_grad_mode(node: fx.Node) -> bool:
+    """Returns whether a node of a captured graph enables or disables gradients for those after it."""
+    return node.target is torch._C._set_grad_enabled
+
+
 def new_fake_mode() -> Any:
     """Returns a mode in which tensors have shapes and no memory."""
     return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)

@@ -26,6 +26,13 @@ def is_exporting() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+def allocations(profile: torch.profiler.profile) -> list[int]:
+    """Returns the bytes that a profile with memory saw allocated (positive) and freed, in order of time."""
+    results = cast(Any, profile).profiler.kineto_results
+    events = [each for each in results.events() if each.name() == "[memory]"]
+    return [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
+
+
 def in_eager_checkpoint() -> bool:
     """Returns whether a non-reentrant ``torch.utils.checkpoint`` outside of compiled code watches what is saved."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -6,5 +6,5 @@ from slcompile.weight.placing import _remake
 from slcompile.weight.sl_weight import Factors, SLWeight
 from slcompile.weight.tensor_train import TensorTrainWeight
 
-# Pickled models name SLWeight and _remake here.
+# Older pickles name SLWeight and _remake here.
 __all__ = ["BlockLowRankWeight", "CPWeight", "Factors", "SLWeight", "TensorTrainWeight", "_remake"]

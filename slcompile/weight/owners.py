@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -111,12 +110,3 @@ def wrapper_of(ancestors: Iterable[nn.Module], parameter: Tensor) -> str | None:
     for kind, _ in data_parallel_wrappers(ancestors):
         return kind
     return type(parameter.data).__name__ if type(parameter.data) is not Tensor else None
-
-
-def hooks_of(parameter: torch.Tensor, allowed: type) -> str | None:
-    """Says what kind of hook a parameter carries, if any but post-accumulate ones of the allowed type."""
-    if parameter._backward_hooks:
-        return "a gradient hook (register_hook)"
-    if any(not isinstance(hook, allowed) for hook in torch_private.post_accumulate_hooks(parameter)):
-        return "a post-accumulate-grad hook"
-    return None

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
 from slcompile.ops import FactoredOps
@@ -99,20 +98,8 @@ class PartsWeight(FactorizedWeight):
         return (self.scale,)
 
     @override
-    def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        count = len(self.ops.parts)
-        return (*operands[:count], *self.op_args(), *operands[count:])  # the base comes last
-
-    @override
-    def matrix(self) -> Tensor:
-        # As for SLWeight: neither torch.func nor exporters know an opaque op.
-        if torch_private.is_transforming() or torch_private.is_exporting():
-            return self.matrix_by_formula()
-        return super().matrix()
-
-    @override
     def matrix_by_formula(self) -> Tensor:
-        return self.ops.composed(*self.arguments(list(self.operands().values())))
+        return self._composed(self.ops.composed)
 
     @torch.no_grad()
     @override

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.models import unwrapped
-from slcompile.names import SUFFIX, plain_name
 from slcompile.weight.marks import retire
-from slcompile.weight.structure import SHARES_WITH, FactorizedWeight
+from slcompile.weight.structure import SHARES_WITH, FactorizedWeight, weights_by_name
 
 
 def share_factors(model: nn.Module) -> nn.Module:
@@ -38,7 +37,7 @@ def share_factors(model: nn.Module) -> nn.Module:
             Nothing has changed then.
     """
     model = unwrapped(model)
-    named = {plain_name(name.removesuffix(SUFFIX)): each for name, each in _weights(model)}
+    named = weights_by_name(model)
     alike: dict[Any, list[str]] = {}
     for name, weight in named.items():
         if type(weight).sharable:
@@ -62,9 +61,8 @@ def sharing(model: nn.Module) -> dict[str, str]:
     """Returns the dense name of each weight that shares factors -> that of the first one that has them."""
     firsts: dict[tuple[int, ...], str] = {}
     found = {}
-    for path, weight in _weights(model):
+    for name, weight in weights_by_name(model).items():
         if type(weight).sharable:
-            name = plain_name(path.removesuffix(SUFFIX))
             first = firsts.setdefault(tuple(id(each) for each in _parts(weight)), name)
             if first != name:
                 found[name] = first
@@ -83,10 +81,6 @@ def share_again(weights: Mapping[str, FactorizedWeight], shares: Mapping[str, An
             raise ValueError(f"{name:.200} cannot share factors with {first!r:.200}")
     for name, first in shares.items():
         _tie(weights[name], weights[first])
-
-
-def _weights(model: nn.Module) -> list[tuple[str, FactorizedWeight]]:
-    return [(name, each) for name, each in model.named_modules() if isinstance(each, FactorizedWeight)]
 
 
 def _parts(weight: FactorizedWeight) -> list[nn.Parameter]:

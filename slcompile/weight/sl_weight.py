@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from slcompile import torch_private
 from slcompile.config import SLConfig
 from slcompile.cost import Matmul
-from slcompile.ops import compose, compose_reference
+from slcompile.ops import compose_reference
 from slcompile.ops.quantized import as_base
 from slcompile.ops.support import (
     IMPORTED,
@@ -92,7 +91,7 @@ class SLWeight(FactorizedWeight):
     index: Tensor  # of the uniform and the largest support only
     offsets: Tensor  # of the largest support only
     rows_of_block: Tensor  # of the vector support only
-    vector = 1  # of weights that were pickled before there was another
+    vector: int
 
     def __init__(
         self,
@@ -174,7 +173,6 @@ class SLWeight(FactorizedWeight):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._parameters.setdefault("base", None)  # of weights that were pickled before there was one
         if self.density:
             mark_values(self.values)  # copies of a parameter do not carry its marks
 
@@ -186,10 +184,6 @@ class SLWeight(FactorizedWeight):
     @override
     def op_args(self) -> tuple[Any, ...]:
         return (self.scale, None, self.vector) if self.vector > 1 or self.has_base else (self.scale,)
-
-    @override
-    def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        return (*operands[:4], *self.op_args(), *operands[4:])  # the base comes last
 
     @property
     def _base_name(self) -> tuple[str, ...]:
@@ -216,13 +210,6 @@ class SLWeight(FactorizedWeight):
         }
 
     @override
-    def matrix(self) -> Tensor:
-        # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
-        # translate none, and a program that was exported may run where slcompile is not installed.
-        is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
-        return self._composed(compose) if is_opaque else self.matrix_by_formula()
-
-    @override
     def matrix_by_formula(self) -> Tensor:
         def by_formula(*arguments: Any) -> Tensor:
             B, A, values, support, scale, *_ = arguments
@@ -230,6 +217,7 @@ class SLWeight(FactorizedWeight):
 
         return self._composed(by_formula)
 
+    @override
     def _composed(self, op: Callable[..., Tensor]) -> Tensor:
         # Read in the order of ``operands``, so that Dynamo's graph equals the one that was compiled for the conversion.
         operands = [self.B, self.A, self.values, self.index if self.has_index else self.seed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from slcompile import torch_private
 from slcompile.config import STRUCTURES, SLConfig
+from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import register_weight_op
 from slcompile.ops.quantized import BITS, packed_shape, quantize
 
@@ -52,8 +54,8 @@ class FactorizedWeight(nn.Module):
         takes_density: Whether it has a sparse part, to which the options density, support and vector apply.
         takes_blocks: Whether it cuts a weight, as the option blocks says.
         takes_base: Whether it can be added to a weight that stays: its parameter ``base``, of ``shape`` or packed,
-            where ``config.base`` asks for one (``register_base``). It is the last operand then, and ``arguments`` says
-            where the op takes it.
+            where ``config.base`` asks for one (``register_base``). It is the last operand then, which the op takes
+            after its other arguments.
         sharable: Names of the parts that weights of equal shape may share (``slcompile.share_factors``).
     """
 
@@ -100,12 +102,13 @@ class FactorizedWeight(nn.Module):
         raise NotImplementedError
 
     def op_args(self) -> tuple[Any, ...]:
-        """Returns what ``op`` takes after its operands."""
+        """Returns what ``op`` takes after its operands, and before a base."""
         return ()
 
     def arguments(self, operands: Sequence[Any]) -> tuple[Any, ...]:
         """Returns what ``op`` is called with, from what stands for the operands: tensors, or nodes of a graph."""
-        return (*operands, *self.op_args())
+        count = len(operands) - self.has_base
+        return (*operands[:count], *self.op_args(), *operands[count:])
 
     def reset_parameters(self) -> None:
         """Draws a random start, and restores buffers that are computed; a base stays as it is."""
@@ -269,14 +272,20 @@ class FactorizedWeight(nn.Module):
 
     def matrix(self) -> Tensor:
         """Composes the weight, of ``shape``."""
-        return type(self).op(*self.arguments(list(self.operands().values())))
+        # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
+        # translate none, and a program that was exported may run where slcompile is not installed.
+        is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
+        return self._composed(type(self).op) if is_opaque else self.matrix_by_formula()
 
     def matrix_by_formula(self) -> Tensor:
         """Composes it by its formula, in ops that every transform can differentiate; by default the op itself.
 
         What ``op`` computes is checked against it.
         """
-        return FactorizedWeight.matrix(self)
+        return self._composed(type(self).op)
+
+    def _composed(self, op: Callable[..., Tensor]) -> Tensor:
+        return op(*self.arguments(list(self.operands().values())))
 
     def forward(self) -> Tensor:
         """Composes the weight, of ``stored_shape``."""
@@ -339,6 +348,17 @@ def register(cls: Structure) -> Structure:
     STRUCTURES[cls.structure] = cls
     register_weight_op(cls.op)
     return cls
+
+
+def weights_in(model: nn.Module) -> list[FactorizedWeight]:
+    """Returns the factorized weights of a model, each once."""
+    return [module for module in model.modules() if isinstance(module, FactorizedWeight)]
+
+
+def weights_by_name(model: nn.Module) -> dict[str, FactorizedWeight]:
+    """Returns the factorized weights of a model by dense name, each once, by the first of its names."""
+    named = ((path, module) for path, module in model.named_modules() if isinstance(module, FactorizedWeight))
+    return {plain_name(path.removesuffix(SUFFIX)): module for path, module in named}
 
 
 def structure_of(config: SLConfig) -> type[FactorizedWeight]:

@@ -22,7 +22,6 @@ KERNELS = {  # and whether they multiply matrices
     "linear_factored": True,
     "linear_factored, transposed": True,
     "sum_splits, transposed": False,
-    "stratified_columns": False,
 }
 
 

@@ -233,7 +233,7 @@ def test_compiles_where_rows_share_their_columns(target: str, tokens: int) -> No
     assert [usage.has_mma for _, usage in usages(products, target)] == [True] * 2
 
 
-@pytest.mark.parametrize("name", ["PROJECT", "FACTORED", "TRANSPOSED"])
+@pytest.mark.parametrize("name", ["PROJECT", "PRODUCT", "TRANSPOSED"])
 def test_autotuning_tries_tiles_that_do_not_spill(name: str) -> None:
     require_compiler()
     from slcompile.kernels import linear_factored, project

@@ -1,4 +1,4 @@
-"""The kernels' support has the integers of ``slcompile.support``: in Triton's interpreter, compiled, and on a GPU."""
+"""The kernels' support has the integers of ``ops.support``: in Triton's interpreter, compiled, and on a GPU."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ CASES = [(seed, *shape) for shape in SHAPES.values() for seed in SEEDS]
 INTERPRETED = """
 import sys
 import torch
-from slcompile.kernels.support import stratified_columns
+from tests.kernels.columns import stratified_columns
 torch.save([stratified_columns(torch.tensor([seed]), rows, columns, groups, first_row=first_row, vector=vector)
             for seed, rows, columns, groups, first_row, vector in eval(sys.argv[1])], sys.argv[2])
 """
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
+def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
     """What the kernel returns for CASES, from a process of its own: triton reads TRITON_INTERPRET as it is imported."""
     path = tmp_path_factory.mktemp("interpreted") / "columns.pt"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    places = [str(request.config.rootpath), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(places)}
     subprocess.run([sys.executable, "-c", INTERPRETED, repr(CASES), str(path)], env=environment, check=True)
     return torch.load(path)
 
@@ -93,7 +94,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("compiler")
 def test_compiles_without_spills(target: str, signature: str) -> None:
     from slcompile.kernels.offline import compile_for, resources
-    from slcompile.kernels.support import BLOCK, stratified_columns_kernel
+    from tests.kernels.columns import BLOCK, stratified_columns_kernel
 
     types, constants = SIGNATURES[signature]
     types = {"p_seed": "*i64", "p_columns": "*i64", **types, "VECTOR": "constexpr", "BLOCK": "constexpr"}
@@ -111,7 +112,7 @@ def test_compiles_without_spills(target: str, signature: str) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_on_cuda_equals_torch_on_cpu_bit_for_bit(shape: str, seed: int) -> None:
-    from slcompile.kernels.support import stratified_columns as launched
+    from tests.kernels.columns import stratified_columns as launched
 
     rows, columns, groups, first_row, vector = SHAPES[shape]
     found = launched(torch.tensor([seed], device="cuda"), rows, columns, groups, first_row=first_row, vector=vector)

@@ -41,7 +41,7 @@ class Tried(BudgetedPartitioner):
         by_tags = {frozenset(_tags(chosen).items()): each for chosen, each in steps.items()}
         self.chosen = {}
         for budget in sorted({each + change for each in self.peaks.values() for change in (-1, 0)}):
-            report = fit_budget(gm, budget, lambda tags: by_tags[frozenset(tags.items())])
+            report = fit_budget(gm, budget, lambda tags: by_tags[frozenset(tags.items())], torch.device("cpu"))
             nodes = {each.node for each in report.replaced}
             chosen = frozenset(each for each in found if min(each.nodes).name in nodes)
             assert len(chosen) == len(report.replaced)

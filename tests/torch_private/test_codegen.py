@@ -14,6 +14,7 @@ from tests.torch_private.capture import capture, symbolic_input
 
 def test_settings_and_passes():
     assert {"joint_custom_pre_pass", "max_autotune"} <= torch_private.inductor_settings()
+    assert torch_private.inductor_modes()["max-autotune"]["max_autotune"] is True
     hook = "joint_custom_pre_pass"
     assert torch_private.passes_of({}, hook) == []
     assert torch_private.passes_of({hook: print}, hook) == [print]

@@ -118,6 +118,17 @@ def test_what_is_disabled():
         assert not torch_private.is_disabled(enabled)
 
 
+def test_nodes_that_set_the_grad_mode():
+    class Partly(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                y = x + 1
+            return x * y
+
+    nodes = capture(Partly(), torch.randn(3, requires_grad=True)).graph.nodes
+    assert [bool(node.args[0]) for node in nodes if torch_private.sets_grad_mode(node)] == [False, True]
+
+
 def test_a_new_fake_mode_makes_tensors_without_memory():
     with torch_private.new_fake_mode():
         huge = torch.empty(2**50)

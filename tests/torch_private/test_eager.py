@@ -32,6 +32,13 @@ def test_compiling_is_no_exporting():
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), x - 1)
 
 
+def test_allocations_are_those_of_the_profile_in_order():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        held = torch.empty(1000)
+        del held
+    assert [each for each in torch_private.allocations(profile) if abs(each) == 4000] == [4000, -4000]
+
+
 def test_post_accumulate_hooks(block):
     assert torch_private.post_accumulate_hooks(block.mix) == []
     hooks = [lambda p: None, lambda p: None]

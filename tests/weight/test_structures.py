@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.config import STRUCTURES, SLConfig
-from slcompile.ops import BLOCK_LOW_RANK, CP, FACTORED, TENSOR_TRAIN
+from slcompile.ops import BLOCK_LOW_RANK, CP, STRUCTURE_OPS, TENSOR_TRAIN
 from slcompile.ops.quantized import dequantize
 from slcompile.weight import BlockLowRankWeight, CPWeight, TensorTrainWeight
 from slcompile.weight.structure import FactorizedWeight
@@ -93,7 +93,7 @@ def test_the_ops_are_registered_as_torch_asks(ops):
         torch.library.opcheck(op, args)
     assert torch.autograd.gradcheck(ops.compose, [*parts, 0.5, base])
     assert torch.autograd.gradgradcheck(ops.compose, [*parts, 0.5])
-    assert {ops.compose, ops.backward, ops.grads} <= FACTORED.keys()
+    assert {ops.compose, ops.backward, ops.grads} <= STRUCTURE_OPS.keys()
 
 
 @pytest.mark.parametrize("ops", OPERANDS, ids=lambda ops: ops.compose.name())

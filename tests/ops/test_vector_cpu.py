@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ctypes
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +231,38 @@ def test_tiles_and_vectors_agree(
         ]
     torch.testing.assert_close(dots[True], dots[False], rtol=1e-5, atol=1e-4)
     assert all(tiles <= vectors for tiles, vectors in zip(errors[True], errors[False], strict=True)), errors
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("march", ["haswell", "x86-64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_processors_with_shorter_registers(
+    dtype: torch.dtype,
+    march: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_compiled: Callable[[], None],
+) -> None:
+    """AVX2, and what every x86 has: Inductor always compiles for the processor that is there."""
+    if platform.machine() != "x86_64":
+        pytest.skip("another processor's instructions")
+
+    def compiled(source: str) -> ctypes.CDLL:
+        (tmp_path / "vector.cpp").write_text(source)
+        command = ["g++", "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", f"-march={march}"]
+        subprocess.run([*command, tmp_path / "vector.cpp", "-o", tmp_path / "vector.so"], check=True)
+        return ctypes.CDLL(str(tmp_path / "vector.so"))
+
+    monkeypatch.setattr(torch_private, "has_amx", lambda: False)
+    monkeypatch.setattr(torch_private, "cpp_library", compiled)
+    nothing_compiled()
+    for tokens in (1, 8, 16, 17, 63):
+        for transposed in (False, True):
+            operands = addmm_operands((131, 150), tokens, dtype, transposed, bias=True, rank=17)
+            exact, eager, magnitude = (
+                dense_addmm(*each, transposed, 16) for each in (wide(operands), operands, absolute(operands))
+            )
+            assert_close(vector_addmm(*operands, transposed, 16), exact, eager, magnitude)
 
 
 @pytest.mark.slow

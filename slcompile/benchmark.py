@@ -24,7 +24,7 @@ from slcompile.config import LOWERINGS, SLConfig, checked_config, did_you_mean, 
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model, merge_
 from slcompile.measure import synchronize
-from slcompile.models import arguments_for, unwrapped
+from slcompile.models import arguments_for, positional, unwrapped
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.weight.placing import base_class
 from slcompile.weight.structure import weights_in
@@ -155,7 +155,7 @@ def bench(
     """
     config, model = checked_config(config), unwrapped(model)
     lowerings = _require_allowed(model, config, lowerings, mode, runs, inductor or {})
-    batch = arguments_for(model, ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {})))
+    batch = arguments_for(model, (positional(args), dict(kwargs or {})))
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     variants = _Variants(model, config, batch, mode, loss or _default_loss, dict(inductor or {}))
     steps = {"dense": variants.dense(), **{f"sltrain {each}": variants.factorized(each) for each in lowerings}}

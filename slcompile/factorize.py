@@ -30,7 +30,7 @@ def factorize_(
     model: nn.Module,
     config: SLConfig | None = None,
     *,
-    example_args: Sequence[Any] | None = None,
+    example_args: Sequence[Any] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Factorizes a model's weights in place, ``W = scale * B @ A + S`` (SLTrain, arXiv 2406.02214).
@@ -61,7 +61,7 @@ def factorize_(
 def factorize_model(
     model: nn.Module,
     config: SLConfig,
-    example_args: Sequence[Any] | None,
+    example_args: Sequence[Any] | Tensor | None,
     example_kwargs: Mapping[str, Any] | None,
     ledger: Ledger,
     made: Mapping[int, FactorizedWeight] | None = None,

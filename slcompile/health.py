@@ -24,7 +24,7 @@ from slcompile import torch_private
 from slcompile.config import LOWERINGS, SKIPPABLE, SLConfig, checked_config
 from slcompile.convert.ledger import EXPLICIT, Ledger
 from slcompile.factorize import factorize_model, factors, merge_, merge_some
-from slcompile.models import arguments_for, buffers_restored, unwrapped
+from slcompile.models import arguments_for, buffers_restored, positional, unwrapped
 from slcompile.names import SUFFIX
 from slcompile.weight.placing import base_class
 from slcompile.weight.structure import weights_in
@@ -142,7 +142,7 @@ def check(
     """
     config, loss = checked_config(config), loss or _default_loss
     dense, model = unwrapped(model), copy.deepcopy(unwrapped(model))
-    batch: tuple[Any, Any] = ((args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {}))
+    batch: tuple[Any, Any] = (positional(args), dict(kwargs or {}))
     batch = arguments_for(model, batch)
     is_dense = not weights_in(model)
     if is_dense:

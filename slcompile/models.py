@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
     return copy.deepcopy(model, memo)
+
+
+def positional(args: Sequence[Any] | Tensor) -> tuple[Any, ...]:
+    """Returns positional arguments as a tuple; a tensor alone is one of them."""
+    return (args,) if isinstance(args, Tensor) else tuple(args)
 
 
 def arguments_for(model: nn.Module, arguments: Any) -> Any:
@@ -135,8 +140,8 @@ def known_config(name: str) -> Any:
         **({} if name in LLAMAS else {"num_key_value_heads": 8}),
     }
     if name in MIXTURES:
-        return _transformers().MixtralConfig(**shape)
-    return _transformers().LlamaConfig(**shape)
+        return require_transformers().MixtralConfig(**shape)
+    return require_transformers().LlamaConfig(**shape)
 
 
 def hf_config(path: str | os.PathLike[str]) -> Any:
@@ -149,7 +154,7 @@ def hf_config(path: str | os.PathLike[str]) -> Any:
     if not Path(path).exists():  # transformers would take the path for a name on the hub
         raise ValueError(f"path of the configuration must be a file or a directory, got {os.fspath(path)!r}")
     try:
-        return _transformers().AutoConfig.from_pretrained(os.fspath(path))
+        return require_transformers().AutoConfig.from_pretrained(os.fspath(path))
     except ImportError:
         raise
     except Exception as error:  # JSON, the config's own checks of types, whatever a class does with its fields
@@ -159,7 +164,8 @@ def hf_config(path: str | os.PathLike[str]) -> Any:
         raise ValueError(message[:1000]) from error
 
 
-def _transformers() -> Any:
+def require_transformers() -> Any:
+    """Returns the module transformers; ImportError with the pip command where it is missing."""
     try:
         import transformers
     except ImportError as error:

@@ -438,3 +438,13 @@ def test_a_dense_weight_that_is_put_back_is_refused(block_class, batch, aten_ker
     other.up.weight = torch.nn.Parameter(dense.detach().clone())
     torch.compile(other, backend="sltrain", options={"rank": 8})(batch[0])
     assert "up.weight" in slcompile.factors(other)
+
+
+@pytest.mark.slow
+def test_a_tensor_alone_is_one_argument_wherever_a_model_is_called():
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(8, 64)
+    for given in (x, (x,)):
+        assert slcompile.explain(model, given).summary.replaced == 1
+        assert slcompile.estimate_memory(model, given).dense.peak > 0
+        assert set(slcompile.suggest(model, 0.5, example_args=given).weights) == {"0.weight"}
+        assert set(slcompile.factors(slcompile.factorize_(copy.deepcopy(model), example_args=given))) == {"0.weight"}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from slcompile import torch_private
 from slcompile.config import SLConfig
-from slcompile.models import buffers_restored
+from slcompile.models import buffers_restored, positional
 from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import GROUPED, TRANSPOSED, WeightUse, find_matmuls, is_weight
@@ -65,13 +65,13 @@ def _read_with_grad(gm: fx.GraphModule) -> set[int]:
 def uses_of(
     model: nn.Module,
     config: SLConfig,
-    example_args: Sequence[Any] | None,
+    example_args: Sequence[Any] | Tensor | None,
     example_kwargs: Mapping[str, Any] | None,
 ) -> list[tuple[nn.Parameter, WeightUse]]:
     """Collects how a model uses its weights: on its graph, or where it has no example, by the types of its modules."""
     if example_args is None and example_kwargs is None:
         return uses_by_module_type(model, config)
-    return captured_uses(model, tuple(example_args or ()), dict(example_kwargs or {}))
+    return captured_uses(model, positional(() if example_args is None else example_args), dict(example_kwargs or {}))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from slcompile.export.twin import (
 )
 from slcompile.export.verify import Comparison, compare_calls, require_close, require_same_weights, worst
 from slcompile.factorize import factors
-from slcompile.models import unwrapped
+from slcompile.models import positional, unwrapped
 from slcompile.weight.structure import weights_in
 
 INSTALL = 'pip install "slcompile[onnx]"'
@@ -150,7 +150,7 @@ def export_onnx(
             raise ValueError(f"torch.onnx.export cannot write the name of module {name!r:.200}: rename it")
     dtype = export_dtype(model, dtype)
     require_finite(model)
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = positional(args)
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata must map strings to strings, got {key!r}: {value!r}")

@@ -20,7 +20,7 @@ from slcompile.inspect.graph_diff import GraphDiff, compare, named
 from slcompile.inspect.not_captured import first_line, not_captured
 from slcompile.inspect.rows import ADAM, Break, Change, MatmulRow, PassRow, Summary
 from slcompile.inspect.snapshot import Snapshot, snapshot, source_line
-from slcompile.models import unwrapped
+from slcompile.models import positional, unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes import RECOMPUTING, Decision, PassReport, joint_passes, post_passes, run
@@ -34,7 +34,7 @@ from slcompile.weight.structure import FactorizedWeight, weights_in
 
 def explain(
     model: nn.Module,
-    args: Sequence[Any] = (),
+    args: Sequence[Any] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     config: SLConfig | None = None,
 ) -> Explanation:
@@ -67,7 +67,7 @@ def explain(
         torch_private.collector_paused(),
         torch_private.skipped_frames() as skipped,
     ):
-        torch.compile(lambda: model(*args, **(kwargs or {})), backend=collector)()
+        torch.compile(lambda: model(*positional(args), **(kwargs or {})), backend=collector)()
     rows = [*collector.rows(), *not_captured(model, collector.weights, skipped)]
     breaks = [*collector.breaks, *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped)]
     changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]

@@ -82,7 +82,7 @@ def suggest(
     budget: float,
     config: SLConfig | None = None,
     *,
-    example_args: Sequence[Any] | None = None,
+    example_args: Sequence[Any] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> Suggestion:
     """Distributes rank over a model's weights under one budget of parameters, by their spectra.
@@ -124,7 +124,7 @@ def suggest(
 def eligible(
     model: nn.Module,
     config: SLConfig,
-    example_args: Sequence[Any] | None,
+    example_args: Sequence[Any] | Tensor | None,
     example_kwargs: Mapping[str, Any] | None,
 ) -> list[Candidate]:
     """Returns the weights that the options factorize; ValueError where there are none, or they hold no numbers."""

@@ -16,7 +16,7 @@ from slcompile.factorize import factorize_model
 from slcompile.memory.graphs import Call, capture
 from slcompile.memory.optimizer_bytes import OPTIMIZERS, Optimizer
 from slcompile.memory.report import MemoryReport, Usage
-from slcompile.models import _transformers, meta_copy, unwrapped
+from slcompile.models import meta_copy, positional, require_transformers, unwrapped
 from slcompile.passes import BudgetReport
 from slcompile.passes.liveness import PARTS, PROOF_LAYERS, Event, Plan, peak_of, profile, repeated, step_events
 from slcompile.passes.partition import BudgetedPartitioner
@@ -32,7 +32,7 @@ DEVICES = ("cpu", "cuda")
 
 def estimate_memory(
     model_or_config: Any,
-    args: Sequence[Any] = (),
+    args: Sequence[Any] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     config: SLConfig | None = None,
@@ -77,7 +77,7 @@ def estimate_memory(
         raise ValueError(f"memory_budget={config.budget} needs the model in one graph, got compiled='layers'")
     kind = OPTIMIZERS[optimizer]
     plan = Plan(device, kind.scratch_on(device), kind.together, per_layer, compiled == "layers")
-    call = (tuple(args), dict(kwargs or {}))
+    call = (positional(args), dict(kwargs or {}))
     build, layers = builder(model_or_config, dtype)
     usages, depths = {}, []
     fitted: BudgetReport | None = None
@@ -149,7 +149,7 @@ def builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]:
             "model_or_config must be a torch.nn.Module or a transformers configuration with num_hidden_layers, got "
             f"{type(source).__name__}"
         )
-    make = _transformers().AutoModelForCausalLM.from_config
+    make = require_transformers().AutoModelForCausalLM.from_config
 
     def build(depth: int | None) -> nn.Module:
         config = copy.deepcopy(source)

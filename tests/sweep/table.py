@@ -79,10 +79,15 @@ SHOWN = 3
 
 
 def shortened(details: Sequence[str]) -> list[str]:
-    """The notes, of those that say the same of many gradients the first ones."""
-    same = [each for each in details if "torch alone is as far off" in each]
-    more = [f"... and {len(same) - SHOWN} more gradients"] if len(same) > SHOWN else []
-    return [each for each in details if each not in same[SHOWN:]] + more
+    """The notes; of those that excuse many numbers with the same words, the first ones."""
+    by_excuse: dict[str, list[str]] = {}
+    for each in details:
+        by_excuse.setdefault(each.rpartition("; ")[2] if "is off by" in each else each, []).append(each)
+    shown = []
+    for same in by_excuse.values():
+        shown += same[:SHOWN]
+        shown += [f"... and {len(same) - SHOWN} more gradients"] if len(same) > SHOWN else []
+    return shown
 
 
 def totals(parts: Iterable[Part]) -> list[str]:

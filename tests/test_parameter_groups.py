@@ -36,6 +36,16 @@ def test_groups_keep_their_order_and_what_they_have():
     assert given[1] == {"params": [weight.values, weight.B], "betas": (0.8, 0.9)}
 
 
+def test_named_parameters_are_grouped_as_optimizers_take_them():
+    model = model_of_one()
+    groups = parameter_groups(model.named_parameters(), lr=1e-3)
+    assert [[name for name, _ in group["params"]] for group in groups] == [
+        ["0.bias", "0.weight_sl.B", "0.weight_sl.A"],
+        ["0.weight_sl.values"],
+    ]
+    assert [group["lr"] for group in torch.optim.AdamW(groups).param_groups] == [1e-3, 4e-3]
+
+
 def test_a_step_moves_the_values_by_so_much_more():
     model = model_of_one()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

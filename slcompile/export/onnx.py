@@ -253,11 +253,28 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
         assert value.shape is not None
         renamed |= {value.shape[dim]: name for dim, name in names.items()}
     program.rename_axes(renamed)
+    _name_apart(program.model.graph, call)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces hold paths of this machine
     domains = {node.domain for node in program.model.graph.all_nodes()} - {"", "ai.onnx"}
     if domains or program.model.functions:
         raise ValueError(f"the model needs operators beyond standard ONNX, of {sorted(domains)}; nothing was written")
     return program.model
+
+
+def _name_apart(graph: Any, call: Call) -> None:
+    """Gives an output that is also an input, or another output, a value of its own, and each its name."""
+    import onnx_ir as ir
+
+    taken = set(graph.inputs)
+    for position, value in enumerate(list(graph.outputs)):
+        if value in taken:
+            copied = ir.node("Identity", [value])
+            graph.append(copied)
+            graph.outputs[position] = copied.outputs[0]
+            copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
+        taken.add(value)
+    for value, name in zip((*graph.inputs, *graph.outputs), (*call.input_names, *call.output_names), strict=True):
+        value.name = name
 
 
 def _without_value(graph: Any, tensors: Mapping[str, MakeTensor]) -> list[str]:

@@ -65,6 +65,8 @@ class FactorsLoader(HfQuantizer):
         share_again({name: model.get_submodule(name + SUFFIX) for name in weights} if shares else {}, shares)
         for weight in weights_in(model):
             weight.loaded()
+            if weight.base is not None:
+                weight.base.requires_grad_(False)  # transformers makes every floating-point tensor trainable
             if error := weight.misfit(weight.state_dict(), ""):
                 raise ValueError(f"the factors do not fit the model: {error}")
         vars(model)[EXPLICIT] = SLConfig()

@@ -42,24 +42,29 @@ def parameter_groups(
     given = list(params_or_groups)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     parameters = [_listed(group["params"]) for group in groups]
-    mark_values_among(each for params in parameters for each in params)
+    mark_values_among(_parameter(each) for params in parameters for each in params)
     split: list[dict[str, Any]] = []
     for group, params in zip(groups, parameters, strict=True):
         slow: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, **group}
         fast = {name: slow[name] * values_rate for name in RATES if name in slow}
         fast["weight_decay"] = slow["weight_decay"] / values_rate
-        values = [each for each in params if is_values(each)]
-        others = [each for each in params if not is_values(each)]
+        values = [each for each in params if is_values(_parameter(each))]
+        others = [each for each in params if not is_values(_parameter(each))]
         if others:
             split.append({**slow, "params": others})
         if values:
             split.append({**slow, **fast, "params": values})
-    if not any(is_values(each) for group in split for each in group["params"]):
+    if not any(is_values(_parameter(each)) for group in split for each in group["params"]):
         raise ValueError(
             "params_or_groups must be of a factorized model, got none with values: factorize the model before"
         )
     return split
 
 
-def _listed(params: Any) -> list[Tensor]:
+def _listed(params: Any) -> list[Any]:
+    """Returns parameters, or pairs of a name and a parameter, which optimizers take as well."""
     return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _parameter(listed: Any) -> Tensor:
+    return listed[1] if isinstance(listed, tuple) else listed

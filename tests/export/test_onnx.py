@@ -204,6 +204,25 @@ def test_weights_that_the_graph_does_not_read_are_reported(tmp_path, caplog):
     assert (report.merged, report.absent) == (("used.weight",), ("spare.weight",))
 
 
+def test_outputs_that_are_inputs_or_other_outputs_have_names_of_their_own(tmp_path):
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y, y, x
+
+    model, x = slcompile.factorize_(Passing(), CONFIG), torch.randn(4, 64)
+    report = slcompile.export_onnx(model, x, tmp_path / "model.onnx", input_names=["x"])
+    session = pytest.importorskip("onnxruntime").InferenceSession(report.path)
+    assert [each.name for each in session.get_inputs()] == ["x"]
+    assert [each.name for each in session.get_outputs()] == ["output_0", "output_1", "output_2"]
+    for found, expected in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [3, 999])
 def test_an_opset_that_there_is_not_is_refused(opset, tmp_path):

@@ -45,6 +45,16 @@ def test_factors_are_read_by_from_pretrained(tmp_path, kind, support):
     assert list(slcompile.factors(half)) == list(slcompile.factors(model))
 
 
+@pytest.mark.parametrize("base", ["frozen", "int8"])
+def test_a_base_is_frozen_after_from_pretrained_too(base, tmp_path):
+    model = model_of("llama", slcompile.SLConfig(rank=8, density=0.05, seed=3, base=base))
+    slcompile.save_factorized(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert {name for name, each in loaded.named_parameters() if each.requires_grad} == trained
+    assert any(name.endswith("_sl.base") for name, _ in loaded.named_parameters())
+
+
 def test_a_loaded_model_is_saved_trained_and_merged_as_any_other(tmp_path):
     model = model_of("llama")
     slcompile.save_factorized(model, tmp_path / "first")

@@ -96,10 +96,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys, monk
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_where_one_stopped(place, tmp_path):
     """FSDP2; a step's documents, and the sums over them, are the same however many processes read them."""
-    given = ("--only", "sltrain", "--batch", "4", "--clip", "0.3")
+    given = ("--only", "sltrain", "--clip", "0.3")  # with 8 at a time, in each of two processes 4
     assert c4.main(command(place, tmp_path / "one", *given)) == 0
     assert c4.main(command(place, tmp_path / "both", *given, "--stop-at", "3")) == 0
-    printed = torchrun(c4.__file__, *command(place, tmp_path / "both", *given))
+    printed = torchrun(c4.__file__, *command(place, tmp_path / "both", *given, "--batch", "4"))
     assert "sltrain: goes on at step 3 of 8" in printed
     one, both = (
         {line["step"]: line["loss"] for line in map(json.loads, text.splitlines()) if "loss" in line}
@@ -110,7 +110,7 @@ def test_two_processes_train_as_one_and_go_on_where_one_stopped(place, tmp_path)
     runs = [torch.load(tmp_path / name / "tiny-sltrain.pt", weights_only=True) for name in ("one", "both")]
     assert runs[0]["run"]["sizes"] == runs[1]["run"]["sizes"]
     (step, tokens, loss), last = (each["run"]["curve"][-1] for each in runs)
-    assert last == [step, tokens, pytest.approx(loss, rel=1e-4)]
+    assert last == [step, tokens, pytest.approx(loss, rel=1e-5)]
     for name, weight in runs[0]["model"].items():
         torch.testing.assert_close(runs[1]["model"][name], weight, rtol=1e-3, atol=1e-4)
 

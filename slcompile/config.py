@@ -35,6 +35,8 @@ STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 AUTO = "auto"
 BASES = ("frozen", "int8", "nf4")
+FULL_STEP_INPUTS = 128
+"""Inputs up to which ``alpha="auto"`` gives a weight steps as large as a dense one's; docs/quality.md has the runs."""
 BY_PATTERN = ("rank", "density", "alpha")
 """Options that may be a mapping from fnmatch patterns on names to values."""
 
@@ -267,11 +269,15 @@ class SLConfig:
         """Returns the factor on ``B @ A`` of a weight with this rank that reads this many inputs.
 
         ``alpha / rank``; for ``"auto"`` the factor with which an optimizer that moves each entry by about its learning
-        rate, as Adam and its kin do, at first moves the weight as far as it would move a dense one. An aligned step of
-        size ``lr`` changes a dense [outputs, inputs] by ``lr * sqrt(outputs * inputs)`` in spectral norm, and
-        ``scale * B @ A``, where B = 0, by ``scale * lr * sqrt(outputs * rank) * norm(A)``. A starts with entries
-        U(+-1/sqrt(inputs)), whose norm is ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``. The result is a multiple
-        of 1/4096, so that ``alpha = scale * rank`` is exact, and a checkpoint that holds it brings it back to the bit.
+        rate, as Adam and its kin do, at first moves the weight as far as it would move a dense one of at most
+        ``FULL_STEP_INPUTS`` inputs. An aligned step of size ``lr`` changes a dense [outputs, inputs] by
+        ``lr * sqrt(outputs * inputs)`` in spectral norm, and ``scale * B @ A``, where B = 0, by
+        ``scale * lr * sqrt(outputs * rank) * norm(A)``. A starts with entries U(+-1/sqrt(inputs)), whose norm is
+        ``(sqrt(inputs) + sqrt(rank)) / sqrt(3 * inputs)``. What an output changes by at inputs of size 1 is
+        ``sqrt(inputs / outputs)`` times such a norm: it grows with the inputs under one ``lr``, which is why a wider
+        dense model takes a lower one (arXiv 2310.17813). Here it stays what it is at ``FULL_STEP_INPUTS``. The result
+        is a multiple of 1/4096, so that ``alpha = scale * rank`` is exact, and a checkpoint that holds it brings it
+        back to the bit.
 
         With a base, ``"auto"`` is 2, LoRA's usual ``lora_alpha = 2 * r``, for whose learning rates there is experience:
         those are ten times a dense model's and more, and ``A`` is to learn, too.
@@ -282,7 +288,8 @@ class SLConfig:
         if self.base is not None:
             return 2.0
         norm = (math.sqrt(inputs) + math.sqrt(rank)) / math.sqrt(3 * inputs)
-        return max(1, round(4096 * math.sqrt(inputs / rank) / norm)) / 4096
+        size = min(inputs, FULL_STEP_INPUTS) / inputs  # of the step, relative to a dense weight's
+        return max(1, round(4096 * size * math.sqrt(inputs / rank) / norm)) / 4096
 
     def includes(self, *names: str) -> bool:
         """Returns whether the patterns admit the weight of these fully qualified names; a tied weight has several."""

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from slcompile.config import SLConfig, did_you_mean
 
@@ -295,10 +296,17 @@ def test_the_scale_of_alpha_auto_is_kept_to_the_bit_by_alpha(rank: int, inputs: 
     assert SLConfig(alpha=scale * rank).scale_for(rank, inputs) == scale
 
 
-def test_the_scale_of_alpha_auto_depends_on_rank_relative_to_inputs_alone() -> None:
-    auto = SLConfig(alpha="auto")
-    assert auto.scale_for(32, 128) == auto.scale_for(64, 256) == pytest.approx(4 / math.sqrt(3), abs=1e-3)
-    assert auto.scale_for(128, 128) == pytest.approx(math.sqrt(3) / 2, abs=1e-3)
+def aligned_step(scale: float, rank: int, inputs: int) -> float:
+    """What an output changes by in a step of rate 1 whose signs agree with inputs of size 1: the dense one's is n."""
+    torch.manual_seed(0)
+    A = torch.empty(rank, inputs).uniform_(-1, 1) / math.sqrt(inputs)
+    return scale * math.sqrt(rank * inputs) * float(torch.linalg.matrix_norm(A, 2))
+
+
+@pytest.mark.parametrize(("rank", "inputs", "dense"), [(16, 64, 64), (32, 128, 128), (128, 512, 128), (128, 1376, 128)])
+def test_a_step_at_the_scale_of_alpha_auto_is_a_dense_one_up_to_128_inputs(rank: int, inputs: int, dense: int) -> None:
+    scale = SLConfig(alpha="auto").scale_for(rank, inputs)
+    assert aligned_step(scale, rank, inputs) == pytest.approx(dense, rel=0.1)  # A's norm is that of large matrices
 
 
 def test_the_scale_beside_a_base_is_loras() -> None:

@@ -396,6 +396,60 @@ def test_an_optimizer_that_writes_its_groups_is_refused(block, batch):
     assert "k" not in optimizer.param_groups[0]
 
 
+class StepCounter(torch.optim.SGD):
+    """Keeps how often it was called, as the attribute of one optimizer for all parameters."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        return super().step(closure)
+
+
+def test_an_optimizer_that_counts_its_steps_is_refused(block, batch):
+    """For n parameters it would count n steps in each."""
+    optimizer = per_layer(StepCounter, block.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"its step\(\) writes its attribute calls, for all its parameters together"):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert optimizer.calls == 1
+
+
+class Failing(torch.autograd.Function):
+    """The identity, whose backward pass fails once where ``fails`` is set."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if Failing.fails:
+            Failing.fails = False
+            raise MemoryError
+        return gradient
+
+
+def test_training_goes_on_after_a_pass_that_failed(block, batch):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
+    block.up.register_forward_hook(lambda module, args, output: Failing.apply(output))
+    Failing.fails = True
+    with pytest.raises(MemoryError):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"call step\(\) after so many backward passes, and after one that failed"):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    other = copy.deepcopy(block)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    for model, each in ((block, optimizer), (other, plain)):
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        each.step()
+    assert_same_state(block, other)
+
+
 def test_bad_arguments_are_refused_and_leave_no_hook(block, batch):
     parameters = list(block.parameters())
     with pytest.raises(ValueError, match=r"optimizer_cls must be a subclass of torch\.optim\.Optimizer, got 'adamw'"):

@@ -52,6 +52,7 @@ class BlockAdamW(AdamW):
         require_int("update_every", update_every)
         self.share, self.update_every = share, update_every
         super().__init__(params, lr, **kwargs)
+        self._step_supports_amp_scaling = False  # else GradScaler calls fused steps with infinities, to choose by
 
     @override
     @torch.no_grad()

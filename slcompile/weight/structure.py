@@ -235,8 +235,8 @@ class FactorizedWeight(nn.Module):
                 is initialised. With a frozen base, it is that, and shares its memory where it lies there row by row; a
                 packed one is made of it.
             config: The options.
-            how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation. A weight that
-                is zero stays so, unless the options ask for the random start.
+            how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation. A weight
+                that is zero stays so, unless the options ask for the random start.
             name, input_dim: As for the class.
             convolved: Whether it is a convolution's.
         """

@@ -178,3 +178,13 @@ def test_a_grad_scaler_keeps_infinities_from_the_choice(model, fused):
     assert moved(model, before) == [False, False, True, False]
     assert optimizer.param_groups[0]["block_step"] == 1
     assert optimizer.param_groups[0]["times_chosen"] == [0, 0, 0, 0, 1, 0, 0, 0]
+
+
+def test_frozen_matrices_do_not_count(model):
+    model[0].weight.requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    optimizer, before = BlockAdamW(model.parameters(), share=0.5), copy.deepcopy(model)
+    gradients(model, 3)
+    model[0].weight.grad = model[1].weight.grad = None
+    optimizer.step()
+    assert moved(model, before) == [False, False, False, True]  # half of two

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.checkpoint import checkpoint
@@ -504,6 +505,14 @@ def test_matrix_only_optimizers_and_stale_parameters_are_refused_at_once(block):
         per_layer(torch.optim.Muon, [p for p in block.parameters() if p.dim() == 2])
     with pytest.raises(RuntimeError, match=r"up\.weight was converted to factors"):
         per_layer(torch.optim.SGD, stale, lr=0.1)
+
+
+def test_weights_that_torch_steps_in_the_backward_pass_are_refused_at_conversion(block):
+    """By hooks on the nodes that accumulate their gradients, which those of factors would not have."""
+    _apply_optimizer_in_backward(torch.optim.SGD, [block.up.weight], {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"up\.weight is stepped in the backward pass by torch's .* or take slcompile"):
+        slcompile.factorize_(block, CONFIG)
+    assert not slcompile.factors(block)
 
 
 def test_other_hooks_on_a_weight_are_still_refused_at_conversion(block):

@@ -24,8 +24,8 @@ class BlockAdamW(AdamW):
     processes choose the same, by the norm of the whole gradient. Vectors (biases, norms) are stepped always. Moments of
     a matrix that is chosen no more are dropped. A matrix without a gradient at that moment, as an expert that no token
     reached, counts as one whose gradient is zero: it is chosen where there is room after the others. Where no matrix
-    has a gradient, the choice is put off to the next step. Frozen ones do not count. Choosing needs all gradients at once, so ``per_layer``
-    refuses it; it reads their norms from the device once.
+    has a gradient, the choice is put off to the next step. Frozen ones do not count. Choosing needs all gradients at
+    once, so ``per_layer`` refuses it; it reads their norms from the device once.
 
     Args:
         params: As ``torch.optim.AdamW`` takes them, factors among them.

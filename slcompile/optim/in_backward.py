@@ -36,8 +36,8 @@ def per_layer(
 
     - The learning rate must be set before ``backward()``; gradients are gone after it. What a step does not reach is
       left as it is, also with ``zero_grad(set_to_none=False)``, after which a plain optimizer steps it with zeros.
-    - A parameter is updated once all its gradients came. A checkpoint that reads it detached, and is recomputed later in
-      the same pass, sees it updated.
+    - A parameter is updated once all its gradients came. A checkpoint that reads it detached, and is recomputed later
+      in the same pass, sees it updated.
     - A backward pass that fails may have updated some parameters. ``zero_grad()`` and ``step()`` end what it began.
     - Clipping is per parameter. ``clip_grad_norm_`` over a model finds no gradients.
     - With ``accumulate=k``, the gradients of the first k - 1 backward passes are added up as ever, and the k-th pass

@@ -161,3 +161,30 @@ def test_per_layer_updates_are_refused(model):
 def test_bad_options_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         BlockAdamW(model.parameters(), **options)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_keeps_infinities_from_the_choice(model, fused):
+    optimizer = BlockAdamW(model.parameters(), share=0.25, update_every=1, fused=fused)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=2.0), copy.deepcopy(model)
+    scaler.scale(torch.zeros((), requires_grad=True))  # which makes the scale
+    gradients(model, 2)
+    model[1].weight.grad.fill_(float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    assert moved(model, before) == [False] * 4
+    gradients(model, 2)
+    scaler.step(optimizer)
+    assert moved(model, before) == [False, False, True, False]
+    assert optimizer.param_groups[0]["block_step"] == 1
+    assert optimizer.param_groups[0]["times_chosen"] == [0, 0, 0, 0, 1, 0, 0, 0]
+
+
+def test_frozen_matrices_do_not_count(model):
+    model[0].weight.requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    optimizer, before = BlockAdamW(model.parameters(), share=0.5), copy.deepcopy(model)
+    gradients(model, 3)
+    model[0].weight.grad = model[1].weight.grad = None
+    optimizer.step()
+    assert moved(model, before) == [False, False, False, True]  # half of two

@@ -187,3 +187,21 @@ def test_factors_are_stepped_plainly_and_dense_weights_are_projected(model):
 def test_bad_options_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         GaLoreAdamW(model.parameters(), **options)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_skips_infinities_and_takes_its_scale_away(model, fused):
+    plain, ids = copy.deepcopy(model), torch.arange(40).view(2, 20)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled, unscaled = (GaLoreAdamW(each.parameters(), fused=fused, **OPTIONS) for each in (model, plain))
+    for factor in (1.0, float("inf"), 1.0):
+        scaler.scale(model(ids).square().sum() * factor).backward()
+        scaler.step(scaled)
+        scaler.update()
+        scaled.zero_grad()
+        if factor == 1.0:
+            plain(ids).square().sum().backward()
+            unscaled.step()
+            unscaled.zero_grad()
+    assert scaler.get_scale() == 2.0**9
+    assert_equal(model, plain, rtol=0, atol=1e-6)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.checkpoint import checkpoint
@@ -396,6 +397,60 @@ def test_an_optimizer_that_writes_its_groups_is_refused(block, batch):
     assert "k" not in optimizer.param_groups[0]
 
 
+class StepCounter(torch.optim.SGD):
+    """Keeps how often it was called, as the attribute of one optimizer for all parameters."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        return super().step(closure)
+
+
+def test_an_optimizer_that_counts_its_steps_is_refused(block, batch):
+    """For n parameters it would count n steps in each."""
+    optimizer = per_layer(StepCounter, block.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"its step\(\) writes its attribute calls, for all its parameters together"):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    assert optimizer.calls == 1
+
+
+class Failing(torch.autograd.Function):
+    """The identity, whose backward pass fails once where ``fails`` is set."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if Failing.fails:
+            Failing.fails = False
+            raise MemoryError
+        return gradient
+
+
+def test_training_goes_on_after_a_pass_that_failed(block, batch):
+    optimizer = per_layer(torch.optim.SGD, block.parameters(), lr=0.1)
+    block.up.register_forward_hook(lambda module, args, output: Failing.apply(output))
+    Failing.fails = True
+    with pytest.raises(MemoryError):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"call step\(\) after so many backward passes, and after one that failed"):
+        F.cross_entropy(block(batch[0]), batch[1]).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    other = copy.deepcopy(block)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    for model, each in ((block, optimizer), (other, plain)):
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        each.step()
+    assert_same_state(block, other)
+
+
 def test_bad_arguments_are_refused_and_leave_no_hook(block, batch):
     parameters = list(block.parameters())
     with pytest.raises(ValueError, match=r"optimizer_cls must be a subclass of torch\.optim\.Optimizer, got 'adamw'"):
@@ -450,6 +505,14 @@ def test_matrix_only_optimizers_and_stale_parameters_are_refused_at_once(block):
         per_layer(torch.optim.Muon, [p for p in block.parameters() if p.dim() == 2])
     with pytest.raises(RuntimeError, match=r"up\.weight was converted to factors"):
         per_layer(torch.optim.SGD, stale, lr=0.1)
+
+
+def test_weights_that_torch_steps_in_the_backward_pass_are_refused_at_conversion(block):
+    """By hooks on the nodes that accumulate their gradients, which those of factors would not have."""
+    _apply_optimizer_in_backward(torch.optim.SGD, [block.up.weight], {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"up\.weight is stepped in the backward pass by torch's .* or take slcompile"):
+        slcompile.factorize_(block, CONFIG)
+    assert not slcompile.factors(block)
 
 
 def test_other_hooks_on_a_weight_are_still_refused_at_conversion(block):

@@ -119,3 +119,16 @@ def test_a_step_that_is_no_number_is_told_once_and_left(scale, caplog):
         "B is no number and is not shortened: training has diverged"
     ]
     assert not bool(model[0].weight_sl.B.isfinite().all())
+
+
+def test_the_wrapper_that_accelerate_puts_around_an_optimizer_is_looked_into():
+    accelerate = pytest.importorskip("accelerate")
+    model, optimizer = make(1.0)
+    prepared = accelerate.Accelerator(cpu=True).prepare_optimizer(optimizer)
+    assert prepared is not optimizer
+    limit = slcompile.limit_steps(model, prepared)
+    step(model, prepared, seed=1)
+    assert limit.limited == 1
+    per_layer = slcompile.optim.per_layer(torch.optim.SGD, make(1.0)[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="PerLayerSGD, whose updates come before step"):
+        slcompile.limit_steps(model, accelerate.Accelerator(cpu=True).prepare_optimizer(per_layer))

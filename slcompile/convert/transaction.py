@@ -163,6 +163,11 @@ def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
     if weight._backward_hooks or others:  # mend moves each Update to the factors
         hook = "a gradient hook (register_hook)" if weight._backward_hooks else "a post-accumulate-grad hook"
         raise ValueError(f"{name} carries {hook}, which would be lost; register it after conversion, on the factors")
+    if torch_private.is_stepped_in_backward(weight):
+        raise ValueError(
+            f"{name} is stepped in the backward pass by torch's _apply_optimizer_in_backward, which would not step its "
+            "factors: convert first, or take slcompile.optim.per_layer"
+        )
     if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
         raise ValueError(f"{name} contains NaN or Inf")
     if weight.grad is not None and bool(weight.grad.count_nonzero()):

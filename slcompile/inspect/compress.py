@@ -186,12 +186,15 @@ def _fitted(candidate: Candidate, config: SLConfig, known: Moments) -> tuple[SLW
     weight = SLWeight(
         dense.shape, config, name=candidate.name, input_dim=candidate.input_dim, device=dense.device, dtype=dense.dtype
     )
-    weight.fit(dense, known.inputs, known.gradients)
+    if dense.any():
+        weight.fit(dense, known.inputs, known.gradients)
+    else:
+        weight.start_at_zero()
     lost, whole = (
         loss(each, known.inputs, None, candidate.input_dim) for each in (weight.merged_wide() - dense, dense)
     )
     weight.stored_as(candidate.weight.shape)
-    error = (lost / whole).sqrt()
+    error = (lost / whole).sqrt() if whole else lost  # a weight that is zero, or gets inputs of zero, loses nothing
     size = sum(part.numel() for kind in ("factors", "values") for part in weight.parts()[kind])
     return weight, SuggestedRank(weight.stored_shape, weight.rank, size, float(error))
 

@@ -88,12 +88,15 @@ class FactorsLoader(HfQuantizer):
 class FactorizeCallback(TrainerCallback):
     """Factorizes and compiles Trainer's model as soon as Trainer is made; its checkpoints are ``from_pretrained``'s.
 
+    A model that Trainer makes anew before it trains (``model_init``) is factorized then.
+
     Args:
         config: Defaults to ``SLConfig()``.
         compile: Whether to compile the model with ``backend="sltrain"``.
         options: Of that backend, beside and above what ``config`` says: ``{"inductor": {...}}``.
 
-    Trainer raises what ``factorize_`` raises. A model that is factorized already is taken as it is.
+    Trainer raises what ``factorize_`` raises, and ValueError where its arguments ask for another compilation around
+    this one. A model that is factorized already is taken as it is.
     """
 
     def __init__(
@@ -103,6 +106,19 @@ class FactorizeCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Factorizes the model; Trainer calls it."""
+        if self.compile and args.torch_compile:
+            raise ValueError(
+                "torch_compile of TrainingArguments must be False: it compiles the model with another backend around "
+                "sltrain, which then does nothing. Or give FactorizeCallback compile=False"
+            )
+        self._factorize(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Factorizes a model that was made since; Trainer calls it."""
+        if not weights_in(model):
+            self._factorize(model)
+
+    def _factorize(self, model: Any) -> None:
         inner: Any = unwrapped(model)
         if not weights_in(inner):
             factorize_(inner, self.config)

@@ -24,8 +24,8 @@ class BlockAdamW(AdamW):
     processes choose the same, by the norm of the whole gradient. Vectors (biases, norms) are stepped always. Moments of
     a matrix that is chosen no more are dropped. A matrix without a gradient at that moment, as an expert that no token
     reached, counts as one whose gradient is zero: it is chosen where there is room after the others. Where no matrix
-    has a gradient, the choice is put off to the next step. Choosing needs all gradients at once, so ``per_layer``
-    refuses it; it reads their norms from the device once.
+    has a gradient, the choice is put off to the next step. Frozen ones do not count. Choosing needs all gradients at
+    once, so ``per_layer`` refuses it; it reads their norms from the device once.
 
     Args:
         params: As ``torch.optim.AdamW`` takes them, factors among them.
@@ -52,6 +52,7 @@ class BlockAdamW(AdamW):
         require_int("update_every", update_every)
         self.share, self.update_every = share, update_every
         super().__init__(params, lr, **kwargs)
+        self._step_supports_amp_scaling = False  # else GradScaler calls fused steps with infinities, to choose by
 
     @override
     @torch.no_grad()
@@ -90,7 +91,7 @@ class BlockAdamW(AdamW):
             Whether there was something to choose by, the gradient of a matrix, or nothing to choose among.
         """
         every = [(group, i, each) for group in self.param_groups for i, each in enumerate(group["params"])]
-        candidates = [each for each in every if each[2].dim() >= 2]
+        candidates = [each for each in every if each[2].dim() >= 2 and each[2].requires_grad]
         if candidates and all(each[2].grad is None for each in candidates):
             return False
         for group in self.param_groups:

@@ -59,6 +59,7 @@ class GaLoreAdamW(AdamW):
         self._own = {"rank": rank, "update_every": update_every, "scale": scale, "energy": energy}
         self._factors: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> whether it is one
         super().__init__(params, lr, **kwargs)
+        self._step_supports_amp_scaling = False  # else GradScaler leaves scales and infinities to AdamW's fused kernel
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

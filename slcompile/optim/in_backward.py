@@ -34,7 +34,11 @@ def per_layer(
     schedulers are those of that class, and so are the numbers, bit for bit. The training loop stays as it is:
     ``step()`` ends a step, and raises where something was not updated in the backward pass. What differs:
 
-    - The learning rate must be set before ``backward()``; gradients are gone after it.
+    - The learning rate must be set before ``backward()``; gradients are gone after it. What a step does not reach is
+      left as it is, also with ``zero_grad(set_to_none=False)``, after which a plain optimizer steps it with zeros.
+    - A parameter is updated once all its gradients came. A checkpoint that reads it detached, and is recomputed later
+      in the same pass, sees it updated.
+    - A backward pass that fails may have updated some parameters. ``zero_grad()`` and ``step()`` end what it began.
     - Clipping is per parameter. ``clip_grad_norm_`` over a model finds no gradients.
     - With ``accumulate=k``, the gradients of the first k - 1 backward passes are added up as ever, and the k-th pass
       updates. More than k passes before a ``step()`` are refused, in the first one too many, when an update was made
@@ -115,7 +119,6 @@ class PerLayer(Optimizer):
 
     max_grad_norm: float | None
     accumulate: int
-    _step_supports_amp_scaling = True  # GradScaler then calls step(), which says what is wrong, as no scaler would
 
     def __init__(self, params: Iterable[Any], **kwargs: Any) -> None:
         self._hook = Update(self)
@@ -127,6 +130,7 @@ class PerLayer(Optimizer):
         self._wrappers_known = True  # False: which wrappers hold the parameters is to be found out
         self._made = False
         super().__init__(params, **kwargs)
+        self._step_supports_amp_scaling = True  # GradScaler then calls step(), which says what is wrong, as none would
         self._made = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -202,8 +206,8 @@ class PerLayer(Optimizer):
         if id(parameter) in self._updated:
             raise RuntimeError(
                 f"{type(self).__name__} got more gradients of a parameter of shape {tuple(parameter.shape)} since its "
-                f"last step() than accumulate={self.accumulate}: call step() after so many backward passes. Several "
-                "reentrant checkpoints that share a parameter bring several in one pass"
+                f"last step() than accumulate={self.accumulate}: call step() after so many backward passes, and after "
+                "one that failed. Several reentrant checkpoints that share a parameter bring several in one pass"
             )
         self._passes[id(parameter)] = self._passes.get(id(parameter), 0) + 1
         if self._passes[id(parameter)] == self.accumulate:
@@ -213,22 +217,23 @@ class PerLayer(Optimizer):
         """Updates one parameter with its gradient, and frees the gradient.
 
         Raises:
-            ValueError: The optimizer's class keeps something for all parameters together.
+            ValueError: The optimizer's class keeps something for all parameters together, in a group or as a number.
         """
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
         groups = self.param_groups
         group = groups[self._group_of[id(parameter)]]
         alone = {**group, "params": [parameter]}
-        self.param_groups = [alone]
+        self.param_groups, own = [alone], _numbers(self)
         try:
             torch_private.step_without_hooks(self.plain)(self)
         finally:
             self.param_groups = groups
-        written = [key for key in alone if key != "params" and alone[key] is not group.get(key)]
+        written = [f"{key} of a group" for key in alone if key != "params" and alone[key] is not group.get(key)]
+        written += [f"its attribute {key}" for key, value in _numbers(self).items() if own.get(key) != value]
         if written:
             raise ValueError(
-                f"{self.plain.__name__} cannot be used per layer: its step() writes {', '.join(written)} of a group, "
+                f"{self.plain.__name__} cannot be used per layer: its step() writes {', '.join(written)}, "
                 "for all its parameters together"
             )
         parameter.grad = None
@@ -310,6 +315,11 @@ class PerLayer(Optimizer):
                     "the reduction of others may have begun. Make it after DistributedDataParallel"
                 )
             watch_buckets(each, _averaged)
+
+
+def _numbers(optimizer: Optimizer) -> dict[str, float]:
+    """Returns what an optimizer holds outside of groups and states, such as a count of its steps."""
+    return {key: value for key, value in vars(optimizer).items() if type(value) in (int, float)}
 
 
 @functools.cache

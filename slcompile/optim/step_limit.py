@@ -92,7 +92,7 @@ def limit_steps(model: nn.Module, optimizer: Optimizer, ratio: float = 0.1) -> S
 
     Args:
         model: Factorized now or by its first training step; torch.compile's wrapper may be around it.
-        optimizer: Any that steps all parameters in ``step()``.
+        optimizer: Any that steps all parameters in ``step()``; accelerate's wrapper may be around it.
         ratio: Above 0.
 
     Raises:
@@ -101,6 +101,8 @@ def limit_steps(model: nn.Module, optimizer: Optimizer, ratio: float = 0.1) -> S
     """
     if not 0 < ratio < math.inf:
         raise ValueError(f"ratio must be a finite number above 0, got {ratio!r}")
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner  # which steps, and has the hooks around that
     if isinstance(optimizer, PerLayer):
         raise ValueError(f"optimizer got {type(optimizer).__name__}, whose updates come before step()")
     return StepLimit(unwrapped(model), optimizer, ratio)

@@ -49,6 +49,11 @@ def post_accumulate_hooks(parameter: Tensor) -> list[Any]:
     return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
+def is_stepped_in_backward(parameter: Tensor) -> bool:
+    """Returns whether torch's ``_apply_optimizer_in_backward`` steps a parameter, by a hook that cannot be seen."""
+    return bool(getattr(parameter, "_in_backward_optimizers", None))
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Calls ``callback`` at the end of the backward pass that runs, before what is asked for after this."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)

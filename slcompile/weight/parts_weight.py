@@ -117,6 +117,12 @@ class PartsWeight(FactorizedWeight):
         for name, bound in zip(self.main, bounds, strict=True):
             getattr(self, name).uniform_(-bound, bound)
 
+    @torch.no_grad()
+    @override
+    def start_at_zero(self) -> None:
+        self.reset_parameters()
+        self.get_parameter(self.main[1 - self.input_dim]).zero_()
+
     @override
     def describe(self) -> dict[str, Any]:
         return {

@@ -246,6 +246,12 @@ class SLWeight(FactorizedWeight):
             self.values.uniform_(-bound, bound)
         self._restore_support()
 
+    @torch.no_grad()
+    @override
+    def start_at_zero(self) -> None:
+        self.reset_parameters()  # of which one factor is zero
+        self.values.zero_()
+
     @override
     def approximate(self, dense: Tensor) -> None:
         """Sets the factors to the truncated SVD of ``dense``, and the values to the residual at the support.

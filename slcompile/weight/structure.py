@@ -114,6 +114,10 @@ class FactorizedWeight(nn.Module):
         """Draws a random start, and restores buffers that are computed; a base stays as it is."""
         raise NotImplementedError
 
+    def start_at_zero(self) -> None:
+        """Draws a start whose composed matrix is zero and can be trained; the default, a random one, is not zero."""
+        self.reset_parameters()
+
     def approximate(self, dense: Tensor) -> None:
         """Sets the parameters so that the composed matrix is near ``dense``, of ``shape``."""
         raise NotImplementedError
@@ -231,7 +235,8 @@ class FactorizedWeight(nn.Module):
                 is initialised. With a frozen base, it is that, and shares its memory where it lies there row by row; a
                 packed one is made of it.
             config: The options.
-            how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation.
+            how: ``"kaiming"``: a random start, whatever ``dense`` holds; ``"spectral"``: its approximation. A weight
+                that is zero stays so, unless the options ask for the random start.
             name, input_dim: As for the class.
             convolved: Whether it is a convolution's.
         """
@@ -244,7 +249,9 @@ class FactorizedWeight(nn.Module):
             return weight
         if config.base in BITS:
             weight.base = nn.Parameter(quantize(dense.detach(), config.base), requires_grad=False)
-        if how == "spectral":
+        if config.init != "kaiming" and not bool(dense.any()):
+            weight.start_at_zero()  # its approximation would have no gradient, and a random start another output
+        elif how == "spectral":
             weight.approximate(dense)
         else:
             weight.reset_parameters()

@@ -260,3 +260,14 @@ def test_a_model_that_runs_without_gradients_is_compressed_by_what_its_weights_c
     found = slcompile.compress(model, inputs(0), rank=8, density=0.05)
     assert not found.by_outputs
     assert set(found.weights) == {"up.weight", "down.weight", "mix"}
+
+
+def test_a_weight_that_is_zero_loses_nothing_and_can_be_trained_further():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    nn.init.zeros_(model[1].weight)
+    found = slcompile.compress(model, inputs(1, 2), rank=8)
+    assert found.weights["1.weight"].error == 0
+    assert 0 < found.weights["0.weight"].error < 1
+    model(inputs(1)[0]).sum().backward()
+    assert not model[1].weight.any()
+    assert model[1].weight_sl.B.grad.any()

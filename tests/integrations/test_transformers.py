@@ -111,7 +111,7 @@ class Counting(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def trainer_of(model, folder, callback) -> transformers.Trainer:
+def trainer_of(model, folder, callback, model_init=None, **more: bool) -> transformers.Trainer:
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=4,
@@ -122,8 +122,9 @@ def trainer_of(model, folder, callback) -> transformers.Trainer:
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        **more,
     )
-    return transformers.Trainer(model, arguments, train_dataset=Counting(), callbacks=[callback])
+    return transformers.Trainer(model, arguments, train_dataset=Counting(), callbacks=[callback], model_init=model_init)
 
 
 @pytest.mark.slow
@@ -141,3 +142,23 @@ def test_one_callback_factorizes_trains_and_writes_checkpoints_to_load(tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_a_model_that_trainer_makes_anew_is_factorized_too(tmp_path):
+    callback = FactorizeCallback(CONFIG, compile=False)
+    trainer = trainer_of(None, tmp_path, callback, model_init=lambda: tiny("llama"))
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert len(slcompile.factors(trainer.model)) == 7
+    assert trainer.model.model.layers[0].mlp.up_proj.weight_sl.B.any()  # it began as zero
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_another_compilation_around_this_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"torch_compile of TrainingArguments must be False.* compile=False"):
+        trainer_of(tiny("llama"), tmp_path, FactorizeCallback(CONFIG), torch_compile=True)
+    trainer = trainer_of(tiny("llama"), tmp_path, FactorizeCallback(CONFIG, compile=False), torch_compile=True)
+    assert len(slcompile.factors(trainer.model)) == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.optim import _apply_optimizer_in_backward
 
 from slcompile import torch_private
 from tests.testing import process_group
@@ -46,6 +47,14 @@ def test_post_accumulate_hooks(block):
     assert torch_private.post_accumulate_hooks(block.mix) == hooks
     handles[0].remove()
     assert torch_private.post_accumulate_hooks(block.mix) == hooks[1:]
+
+
+def test_what_torch_steps_in_the_backward_pass(block):
+    _apply_optimizer_in_backward(torch.optim.SGD, [block.mix], {"lr": 0.1})
+    assert [torch_private.is_stepped_in_backward(each) for each in (block.mix, block.up.weight)] == [True, False]
+    before = block.mix.detach().clone()
+    block(torch.randn(4, 64)).sum().backward()
+    assert not torch.equal(block.mix, before)
 
 
 def test_a_step_without_its_hooks(block):

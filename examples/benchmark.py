@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from flags import option, whole
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -45,16 +46,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and activations")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--hidden", type=int, default=512, help="width of the LLaMA that is trained")
-    parser.add_argument("--intermediate", type=int, default=1376, help="width of its MLP")
-    parser.add_argument("--layers", type=int, default=4, help="its layers")
-    parser.add_argument("--vocab", type=int, default=8000, help="its vocabulary")
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--rank", type=int, default=128, help="of its factors")
-    parser.add_argument("--density", type=float, default=0.03, help="share of non-zeros")
+    parser.add_argument("--hidden", type=whole(1), default=512, help="width of the LLaMA that is trained")
+    parser.add_argument("--intermediate", type=whole(1), default=1376, help="width of its MLP")
+    parser.add_argument("--layers", type=whole(1), default=4, help="its layers")
+    parser.add_argument("--vocab", type=whole(1), default=8000, help="its vocabulary")
+    parser.add_argument("--batch", type=whole(1), default=8, help="sequences a step")
+    parser.add_argument("--seq-len", type=whole(2), default=256, help="tokens a sequence")
+    parser.add_argument("--rank", type=option("rank"), default=128, help="of its factors")
+    parser.add_argument("--density", type=option("density"), default=0.03, help="share of non-zeros")
     parser.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the non-zeros")
-    parser.add_argument("--vector", type=int, default=VECTOR, help="rows that share their columns; of --support vector")
+    parser.add_argument(
+        "--vector", type=option("vector"), default=VECTOR, help="rows that share their columns; of --support vector"
+    )
     parser.add_argument(
         "--save", choices=SAVES, default=SAVES[0], help="what the backward pass gets of factored matmuls"
     )

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from flags import whole
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -30,8 +31,10 @@ import slcompile
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="28 layers are a captured graph of about 2,000 nodes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--layers", type=whole(1), default=28, help="28 layers are a captured graph of about 2,000 nodes"
+    )
+    parser.add_argument("--rounds", type=whole(1), default=5)
     parser.add_argument("--model", choices=["7b"], help="explain it once: clock and memory")
     args = parser.parse_args()
     if args.model:

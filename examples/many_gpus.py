@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from flags import option, whole
 
 import slcompile
 from slcompile.memory.many import ManyReport, Share, estimate_many
@@ -49,9 +50,9 @@ def largest(shares: dict[str, Share], size: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS, choices=KNOWN)
-    parser.add_argument("--rank", type=float, default=0.25)
-    parser.add_argument("--density", type=float, default=0.03)
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rank", type=option("rank"), default=0.25)
+    parser.add_argument("--density", type=option("density"), default=0.03)
+    parser.add_argument("--length", type=whole(1), default=2048)
     args = parser.parse_args()
     config = slcompile.SLConfig(rank=args.rank, density=args.density)
     print("| | GPUs | GB on each, dense | sltrain | of dense | GB sent in a step, dense | sltrain | of dense |")

@@ -15,6 +15,7 @@ import os
 import socket
 import statistics
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from flags import option, whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,7 +32,7 @@ from transformers import LlamaForCausalLM
 import slcompile
 from slcompile.memory.many import Share, estimate_many
 from slcompile.memory.sharding import SCATTER, Layout
-from slcompile.models import known_config
+from slcompile.models import KNOWN, known_config
 from slcompile.ops.sparse_cpu import kept_bytes
 
 WAYS = ("ddp", "fsdp")
@@ -183,13 +185,15 @@ def over_gloo(share: Share) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama-60m")
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--density", type=float, default=0.03)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--model", choices=KNOWN, default="llama-60m")
+    parser.add_argument("--rank", type=option("rank"), default=128)
+    parser.add_argument("--density", type=option("density"), default=0.03)
+    parser.add_argument("--batch", type=whole(1), default=2)
+    parser.add_argument("--length", type=whole(1), default=256)
+    parser.add_argument("--steps", type=whole(1), default=7)
     args = parser.parse_args()
+    if "WORLD_SIZE" not in os.environ:
+        parser.error(f"start it by torchrun: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}")
     dist.init_process_group("gloo")
     say = print if dist.get_rank() == 0 else lambda *_: None
     config = known_config(args.model)

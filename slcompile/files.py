@@ -21,7 +21,8 @@ def writable_file(path: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         raise ValueError(f"path must be a file, got the directory {path}")
     if not path.parent.is_dir():
-        raise ValueError(f"path's directory {path.parent} does not exist")
+        what = "is a file" if path.parent.exists() else "does not exist"
+        raise ValueError(f"path's directory {path.parent} {what}")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"path's directory {path.parent} cannot be written")
     return path
@@ -31,11 +32,13 @@ def writable_directory(path: str | os.PathLike[str]) -> Path:
     """Returns the absolute path of a directory to be written, or to be made.
 
     Raises:
-        ValueError: It is a file, or the directory that it is in does not exist or cannot be written.
+        ValueError: It is a file, or it cannot be written, or the directory that it is in does not exist or cannot be.
     """
     path = Path(path).absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f"directory must be a directory, got the file {path}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"directory {path} cannot be written")
     writable_file(path.parent / "any")
     return path
 

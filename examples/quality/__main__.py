@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from examples.flags import above_0, chart, device, folder, whole
 from examples.quality import report
 from examples.quality.corpora import Corpus, find_texts, tokenize
 from examples.quality.records import RUNS, Records
@@ -47,28 +47,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         sub.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what is searched, of every row")
     run.add_argument("--rows", nargs="+", choices=[each.name for each in ROWS], help="of the table; default: all")
     length = run.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="of every run")
-    length.add_argument("--tokens-per-parameter", type=float, default=20.0, help="of the dense model (default: 20)")
-    run.add_argument("--seeds", type=int, default=3, help="at the chosen settings")
+    length.add_argument("--steps", type=whole(10), help="of every run")
+    length.add_argument("--tokens-per-parameter", type=above_0, default=20.0, help="of the dense model (default: 20)")
+    run.add_argument("--seeds", type=whole(1), default=3, help="at the chosen settings")
     one.add_argument("settings", nargs="+", metavar="NAME=VALUE", help="fields of Settings")
     for sub in (run, one):
         sub.add_argument("--text", nargs="+", default=[], metavar="CORPUS=FILE", help="UTF-8 files of a corpus")
-        sub.add_argument("--out", type=Path, default=Path("quality-run"), help="directory of checkpoints and tokens")
-        sub.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-        sub.add_argument("--threads", type=int, default=1, help="CPU threads")
+        sub.add_argument("--out", type=folder, default=Path("quality-run"), help="directory of checkpoints and tokens")
+        sub.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
+        sub.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
     for sub in (run, one, table):
         sub.add_argument("--runs", type=Path, default=RUNS, help="JSON-lines file of the runs")
-    table.add_argument("--plot", type=Path, help="draw loss curves, and perplexity against parameters (.png, .svg)")
+    table.add_argument("--plot", type=chart, help="draw loss curves, and perplexity against parameters (.png, .svg)")
     args = parser.parse_args(argv)
     try:
         if args.command != "table":
             args.files = text_files(args.text)
         if args.command == "one":
             args.settings = Settings.of(dict(map(setting, args.settings)))
-        if args.command == "run" and (args.seeds < 1 or (args.steps is not None and args.steps < 10)):
-            raise ValueError(f"--seeds must be at least 1 and --steps at least 10, got {args.seeds} and {args.steps}")
-        if args.command == "run" and not 0 < args.tokens_per_parameter < math.inf:
-            raise ValueError(f"--tokens-per-parameter must be a number above 0, got {args.tokens_per_parameter}")
+        if args.runs.is_dir():
+            raise ValueError(f"--runs must be a file, got the directory {args.runs}")
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     return args

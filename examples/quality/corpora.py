@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,5 +87,7 @@ def tokenize(texts: list[str], cache: Path) -> Corpus:
             raise ValueError(f"the text is too short: {len(ids)} tokens in its {name} part, a sequence has {SEQ_LEN}")
         parts[name] = torch.tensor(ids, dtype=torch.int32)
     cache.mkdir(parents=True, exist_ok=True)
-    torch.save(parts, kept)
+    partial = kept.with_suffix(".partial")
+    torch.save(parts, partial)
+    os.replace(partial, kept)
     return Corpus(digest, **parts)

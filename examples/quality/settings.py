@@ -72,12 +72,15 @@ class Settings:
     bits: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("width", "steps", "seed", "vector", "restart", "bits"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be an int, got {getattr(self, name)!r}")
         for name, allowed in (("kind", KINDS), ("width", tuple(RUNGS)), ("bits", BITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("lr", "embed_lr", "init_std", "b_rate", "a_rate", "values_rate", "values_start"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
         if self.restart < 0 or not 0 <= self.precondition < math.inf:
             raise ValueError(f"restart and precondition must be at least 0, got {self.restart}, {self.precondition!r}")

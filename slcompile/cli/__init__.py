@@ -13,7 +13,7 @@ an exit code."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; errors that a user can mend are one line on stderr and exit code 2."""
+    """Runs a command; errors that a user can mend are one line on stderr and exit code 2, Ctrl-C is one and 130."""
     parser = argparse.ArgumentParser(prog="slcompile", description="Inspect, estimate and export slcompile models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
@@ -24,3 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"slcompile: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("slcompile: interrupted", file=sys.stderr)
+        return 130  # as a shell says it of a program that SIGINT ended

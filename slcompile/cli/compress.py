@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None and args.merged is not None and args.out.resolve() == args.merged.resolve():
         raise ValueError(f"--out and --merged must be two directories, got {args.out} for both")
     settings = [each for each in args.config if each.partition("=")[0] != "support"]
+    for key in ("rank", *(["density"] if args.density else [])):
+        if any(each.partition("=")[0] == key for each in args.config):
+            raise ValueError(f"--config must leave {key} out: --{key}{' or --budget' * (key == 'rank')} gives it here")
     config = sl_config([*args.config, *([f"support={SUPPORT}"] if len(settings) == len(args.config) else [])])
     given = literals("--rank", [f"{key}={getattr(args, key)}" for key in ("rank", "density") if getattr(args, key)])
     model, _, _ = from_factory(args.factory)

@@ -31,9 +31,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "(model, args, kwargs); an ONNX file that was exported from the model; or two ONNX files",
     )
     parser.add_argument("--hf", type=Path, metavar="CONFIG", help="explain the transformers model of this config.json")
-    parser.add_argument(
-        "--shape", default="8x256", metavar="BATCHxLENGTH", help="shape the example input of --hf so (default: 8x256)"
-    )
+    parser.add_argument("--shape", metavar="BATCHxLENGTH", help="shape the example input of --hf so (default: 8x256)")
     parser.add_argument(
         "--config",
         nargs="+",
@@ -52,16 +50,25 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.html, args.json):
         if path is not None:
             writable_file(path)  # before the work, not after it
+    if args.html is not None and args.json is not None and args.html.resolve() == args.json.resolve():
+        raise ValueError(f"--html and --json must be two files, got {args.html} for both")
+    if args.shape is not None and args.hf is None:
+        raise ValueError(f"--shape is of --hf, got {args.shape!r} without it: a factory gives its own arguments")
     models = [each for each in args.what if not each.endswith(".onnx")] + [str(args.hf)] * (args.hf is not None)
     files = [each for each in args.what if each.endswith(".onnx")]
     if args.config and files:
         raise ValueError("--config is of what replaces weights; ONNX files are compared as they are")
+    missing = [each for each in files if not Path(each).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} is no file")
     result: Explanation | GraphDiff
     if (len(models), len(files)) == (0, 2):
         result = onnx_diff(*files)
     elif len(models) == 1 and len(files) <= 1:
         config = sl_config(args.config)
-        model, inputs, kwargs = from_hf(args.hf, args.shape) if args.hf is not None else from_factory(models[0])
+        model, inputs, kwargs = (
+            from_hf(args.hf, args.shape or "8x256") if args.hf is not None else from_factory(models[0])
+        )
         with errors_of(f"tracing {models[0]}"):
             found = explain(model, inputs, kwargs, config)
         result = export_diff(model, found, files[0]) if files else found

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slcompile.cli.sources import DTYPES, errors_of, from_factory
+from slcompile.cli.sources import DTYPES, errors_of, from_factory, literals
 from slcompile.config import BASES, LOWERINGS, SAVES, STRUCTURES, SUPPORTS, SLConfig
 from slcompile.files import writable_file, write_text
 from slcompile.memory.estimate import COMPILED, DEVICES, estimate_memory
@@ -136,5 +136,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"chart in {plot_memory(report, args.plot)}")
 
 
-def _rank(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)
+def _rank(text: str) -> Any:
+    """Returns an int or a float where the text reads as one; SLConfig refuses what is none."""
+    return literals("--rank", [f"rank={text}"])["rank"]

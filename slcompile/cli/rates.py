@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device must be cpu, or cuda where there is a GPU, got {args.device}")
-    if args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    cores = os.cpu_count() or 1
+    if not 1 <= args.threads <= cores:
+        raise ValueError(f"--threads must be in [1, {cores}], the machine's cores, got {args.threads}")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.measure:

@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if args.json is not None:
         writable_file(args.json)  # before the work, not after it
+    if any(each.partition("=")[0] == "rank" for each in args.config):
+        raise ValueError("--config must leave rank out here: it is what is suggested")
     config = sl_config(args.config)
     model, inputs, kwargs = from_factory(args.factory)
     has_call = bool(inputs) or bool(kwargs)

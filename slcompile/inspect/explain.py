@@ -59,36 +59,43 @@ def explain(
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
     collector = _Collector(model, config)
-    with (
-        _left_as_it_is(model),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch_private.unlimited_recompiles(),
-        torch_private.collector_paused(),
-        torch_private.skipped_frames() as skipped,
-    ):
-        torch.compile(lambda: model(*positional(args), **(kwargs or {})), backend=collector)()
-    rows = [*collector.rows(), *not_captured(model, collector.weights, skipped)]
-    breaks = [*collector.breaks, *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped)]
-    changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]
-    made = weights_in(model)
-    changes += [(each.parameters, each.bytes, False) for each in map(_factorized, made)]
-    return Explanation(
-        base_class(model).__name__,
-        {"slcompile": version("slcompile"), "torch": torch.__version__},
-        config.to_options(),
-        Summary(
-            sum(row.decision == "replaced" for row in rows),
-            len(rows),
-            _total(sum(each.numel() for each in model.parameters()), [(each, dense) for each, _, dense in changes]),
-            _total(_training_bytes(model), [(each, dense) for _, each, dense in changes]),
-            Change(sum(row.flops.before for row in rows), sum(row.flops.after for row in rows)),
-        ),
-        tuple(rows),
-        tuple(collector.passes),
-        tuple(dict.fromkeys(breaks)),  # what is skipped broke the graph of its caller before
-        tuple(collector.graphs),
-    )
+    try:
+        with (
+            _left_as_it_is(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch_private.unlimited_recompiles(),
+            torch_private.collector_paused(),
+            torch_private.skipped_frames() as skipped,
+        ):
+            # Dynamo would take the sizes of another model that was explained before for earlier ones of this.
+            torch.compile(lambda: model(*positional(args), **(kwargs or {})), backend=collector, dynamic=False)()
+        rows = [*collector.rows(), *not_captured(model, collector.weights, skipped)]
+        breaks = [
+            *collector.breaks,
+            *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped),
+        ]
+        changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]
+        made = weights_in(model)
+        changes += [(each.parameters, each.bytes, False) for each in map(_factorized, made)]
+        return Explanation(
+            base_class(model).__name__,
+            {"slcompile": version("slcompile"), "torch": torch.__version__},
+            config.to_options(),
+            Summary(
+                sum(row.decision == "replaced" for row in rows),
+                len(rows),
+                _total(sum(each.numel() for each in model.parameters()), [(each, dense) for each, _, dense in changes]),
+                _total(_training_bytes(model), [(each, dense) for _, each, dense in changes]),
+                Change(sum(row.flops.before for row in rows), sum(row.flops.after for row in rows)),
+            ),
+            tuple(rows),
+            tuple(collector.passes),
+            tuple(dict.fromkeys(breaks)),  # what is skipped broke the graph of its caller before
+            tuple(collector.graphs),
+        )
+    finally:
+        vars(collector).clear()  # Dynamo holds every backend, which must hold neither weights nor graphs
 
 
 def _total(now: float, changes: Iterable[tuple[Change, bool]]) -> Change:

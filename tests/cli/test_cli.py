@@ -177,7 +177,7 @@ def test_rates_are_measured_stored_and_shown(tmp_path, monkeypatch, capsys):
         stored._rates.cache_clear()
 
 
-@pytest.mark.parametrize("flags", [["--device", "tpu"], ["--threads", "0"]])
+@pytest.mark.parametrize("flags", [["--device", "tpu"], ["--threads", "0"], ["--threads", "100000"]])
 def test_rates_refuse_a_bad_flag(capsys, flags):
     assert main(["rates", *flags]) == 2
     assert f"{flags[0]} must be" in capsys.readouterr().err
@@ -216,6 +216,8 @@ def test_memory_prints_writes_json_and_draws(tmp_path, capsys):
         (["--structure", "cp", "--density", "0.1"], "density=0.1 means nothing for structure='cp'"),
         (["--structure", "tensor_train", "--blocks", "4"], "which is not cut into blocks"),
         (["--density", "2"], "density must be a number in (0, 1], or 0 with base='frozen', got 2.0"),
+        (["--rank", "many"], "rank must be an int >= 1, or a fraction of min(rows, columns) in (0, 1), got 'many'"),
+        (["--rank", "-3"], "rank must be an int >= 1, or a fraction of min(rows, columns) in (0, 1), got -3"),
     ],
 )
 def test_memory_refuses_before_it_estimates(flags, message, capsys, monkeypatch):
@@ -272,3 +274,32 @@ def test_drawing_without_matplotlib_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["memory", "--model", "llama-60m", "--plot", "chart.png"]) == 2
     assert 'pip install "slcompile[plot]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("diff any:make --html page --json ./page", "--html and --json must be two files, got page for both"),
+        ("diff any:make --shape 3x3", "--shape is of --hf, got '3x3' without it"),
+        ("diff any:make missing.onnx", "missing.onnx is no file"),
+        ("suggest any:make --budget 0.5 --config rank=8", "--config must leave rank out"),
+        ("compress any:make --calibration any:texts --merged out --rank 4 --config rank=8", "must leave rank out"),
+        (
+            "compress any:make --calibration any:texts --merged out --density 0.1 --config density=1",
+            "leave density out",
+        ),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused_before_any_work(command, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2  # any is no module: importing it would be work
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_command_is_one_line_and_exit_code_130(capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.memory, "estimate_memory", interrupted)
+    assert main(["memory", "--model", "llama-60m"]) == 130
+    assert capsys.readouterr().err == "slcompile: interrupted\n"

@@ -78,6 +78,8 @@ def test_bad_flags_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
         (("--hidden", "65"), "--hidden must be"),
         (("--device", "tpu"), "--device must be"),
         (("--plot", "spectra.pdf"), "--plot must be a .png or .svg file"),
+        (("--plot", "missing/spectra.png"), "--plot must be a .png or .svg file in a directory that is there"),
+        (("--out", f"{__file__}/sub"), "--out must be a directory that can be written or made"),
     ):
         monkeypatch.setattr(sys, "argv", command(tmp_path / "run", *flags)[1:])
         with pytest.raises(SystemExit) as stopped:
@@ -85,3 +87,14 @@ def test_bad_flags_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"junk", b""])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "sltrain.pt").write_bytes(content)
+    monkeypatch.setattr(sys, "argv", command(tmp_path, "--steps", "5", "--only", "sltrain")[1:])
+    with pytest.raises(
+        SystemExit, match=r"sltrain\.pt is no checkpoint of this script .*: give another --out, or --fresh"
+    ):
+        example("pretrain").main()
+    assert [each.name for each in tmp_path.iterdir()] == ["sltrain.pt"]

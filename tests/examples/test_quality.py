@@ -268,8 +268,17 @@ class TestCommands:
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=1"], "embed_lr"),
             (["one", "rate=3"], "settings must be NAME=VALUE with one of"),
             (["run", "--text", "prose=missing.txt"], "--text must be CORPUS=FILE with an existing file"),
-            (["run", "--steps", "1"], "--steps at least 10"),
-            (["run", "--tokens-per-parameter", "0"], "--tokens-per-parameter must be a number above 0"),
+            (
+                ["one", "kind=sl", "corpus=a", "width=128", "steps=10.5", "lr=1", "embed_lr=1"],
+                "steps must be an int, got",
+            ),
+            (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=x", "embed_lr=1"], "lr must be a finite"),
+            (["run", "--steps", "1"], "--steps: must be an int of at least 10, got '1'"),
+            (["run", "--tokens-per-parameter", "0"], "--tokens-per-parameter: must be a finite number above 0"),
+            (["run", "--out", f"{__file__}/sub"], "--out: must be a directory that can be written or made"),
+            (["run", "--device", "tpu"], "--device: must be one of ['cpu'"),
+            (["run", "--runs", str(Path(__file__).parent)], "--runs must be a file, got the directory"),
+            (["table", "--plot", "missing/curves.png"], "--plot: must be a .png or .svg file in a directory that is"),
         ],
     )
     def test_bad_flags_are_refused(self, flags, message, capsys):

@@ -237,7 +237,7 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
     [
         ("", "path must be a file, got the directory"),
         ("missing/model.onnx", "does not exist"),
-        ("file/model.onnx", "does not exist"),
+        ("file/model.onnx", "file is a file"),
     ],
 )
 def test_bad_targets_are_named(target, message, tmp_path):
@@ -252,6 +252,14 @@ def test_a_read_only_directory_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"{tmp_path.name} cannot be written"):
         slcompile.export_onnx(network(), X, tmp_path / "model.onnx")
     assert names(tmp_path) == []
+
+
+def test_a_read_only_directory_in_another_that_can_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "dense").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "dense")
+    with pytest.raises(ValueError, match=r"directory .*/dense cannot be written"):
+        slcompile.save_merged(network(), tmp_path / "dense")
+    assert names(tmp_path / "dense") == []
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,21 @@ def test_a_model_is_explained_without_being_changed(block, batch):
     assert torch.equal(block.up.weight.grad, torch.ones_like(block.up.weight))
     for name, value in block.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_no_weight_is_kept_after_it(block, batch):
+    held = weakref.ref(block.up.weight)
+    found = explain(block, (batch[0],), config=CONFIG)
+    slcompile.factorize_(block, CONFIG)
+    gc.collect()
+    assert held() is None
+    assert found.summary.total == len(found.matmuls) == 4
+
+
+def test_sizes_are_those_of_the_arguments_whatever_was_explained_before(batch):
+    for tokens, width in ((6, 32), (10, 48), (14, 64)):
+        found = explain(nn.Sequential(nn.Linear(width, 64)), (torch.randn(tokens, width),), config=CONFIG)
+        assert [row.tokens for row in found.matmuls] == [tokens]
 
 
 @pytest.mark.slow

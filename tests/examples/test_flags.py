@@ -1,0 +1,66 @@
+"""Flags that a program cannot use end it before any work, with one line that names the flag and what is allowed."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.testing import example
+
+pytestmark = pytest.mark.slow
+
+REFUSED = {
+    "benchmark": [
+        (["--rank", "0"], "--rank: rank must be an int >= 1"),
+        (["--density", "4"], "--density: density must be a number in (0, 1]"),
+        (["--vector", "5"], "--vector: vector must be one of"),
+        (["--batch", "-1"], "--batch: must be an int of at least 1, got '-1'"),
+    ],
+    "explain_cost": [(["--rounds", "0"], "--rounds: must be an int of at least 1, got '0'")],
+    "finetune": [
+        (["--rank", "0"], "--rank: must be an int of at least 2, got '0'"),
+        (["--lr", "1e-3", "-1"], "--lr: must be a finite number above 0, got '-1'"),
+        (["--steps", "x"], "--steps: must be an int of at least 1, got 'x'"),
+        (["--passages", "0"], "--passages: must be an int of at least 1"),
+    ],
+    "many_gpus": [
+        (["--rank", "0"], "--rank: rank must be an int >= 1"),
+        (["--length", "0"], "--length: must be an int of at least 1"),
+    ],
+    "many_processes": [
+        (["--model", "llama"], "--model: invalid choice: 'llama'"),
+        ([], "start it by torchrun: torchrun --standalone --nproc-per-node 2 many_processes.py"),
+    ],
+    "onnx_figures": [
+        (["--repeats", "0"], "--repeats: must be an int of at least 1"),
+        (["--hidden", "100"], "--hidden must be a multiple of 8, the heads, got 100"),
+    ],
+    "pretrain_distributed": [
+        (["--steps", "-1"], "--steps: must be an int of at least 1, got '-1'"),
+        (["--text", "missing.txt"], "--text: must be a file, got 'missing.txt'"),
+        (["--out", f"{__file__}/sub"], "--out: must be a directory that can be written or made, got"),
+        ([], "start it by torchrun: torchrun --standalone --nproc-per-node 2 pretrain_distributed.py"),
+    ],
+    "recover": [
+        (["--steps", "0"], "--steps: must be an int of at least 1, got '0'"),
+        (["--budget", "7"], "--budget: must be a number in (0, 1), got '7'"),
+        (["--model", "missing"], "--model: must be a file, got 'missing/tokenizer.json'"),
+        (["--text", __file__], "--text must be more than 4 files, of which the last 4 are held out"),
+        (["--moves", "5"], "--moves needs --budget"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_flags_are_refused_before_any_work(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    program = example(name)
+    for flags, message in REFUSED[name]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        with pytest.raises(SystemExit) as stopped:
+            program.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -53,9 +53,6 @@ class GaLoreAdamW(AdamW):
         energy: float | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("amsgrad", False), ("maximize", False), ("capturable", False), ("differentiable", False)):
-            if kwargs.get(name, value) != value:
-                raise ValueError(f"{name} must be {value} for GaLoreAdamW, got {kwargs[name]!r}")
         self._own = {"rank": rank, "update_every": update_every, "scale": scale, "energy": energy}
         self._factors: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> whether it is one
         super().__init__(params, lr, **kwargs)
@@ -173,6 +170,9 @@ class GaLoreAdamW(AdamW):
 
 
 def _require_allowed(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+        if group[name]:
+            raise ValueError(f"{name} must be False for GaLoreAdamW, got {group[name]!r}")
     require_int("rank", group["rank"], optional=True)
     require_int("update_every", group["update_every"])
     if not 0 < group["scale"] < float("inf"):

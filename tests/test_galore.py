@@ -194,6 +194,15 @@ def test_bad_options_are_refused(model, options, message):
     assert len(optimizer.param_groups) == 1
 
 
+def test_the_state_of_adamw_is_refused(model):
+    plain, optimizer = torch.optim.AdamW(model.parameters()), GaLoreAdamW(model.parameters(), **OPTIONS)
+    stepped(plain, model, range(1))
+    with pytest.raises(ValueError, match="state must be that of a GaLoreAdamW, got groups without rank, update_every"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert not optimizer.state
+    stepped(optimizer, model, range(1, 3))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler_skips_infinities_and_takes_its_scale_away(model, fused):
     plain, ids = copy.deepcopy(model), torch.arange(40).view(2, 20)

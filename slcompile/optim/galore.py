@@ -110,8 +110,8 @@ class GaLoreAdamW(AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if any(name not in group for group in state["param_groups"] for name in OPTIONS):
             raise ValueError(
-                f"state must be that of a GaLoreAdamW, got groups without {', '.join(OPTIONS)}: moments of AdamW are of "
-                "whole gradients, and cannot go on as those of projected ones"
+                f"state must be that of a GaLoreAdamW, got groups without {', '.join(OPTIONS)}: moments of AdamW are "
+                "of whole gradients, and cannot go on as those of projected ones"
             )
         are_factors = state.get("are_factors")  # of a copy: its parameters are others, and modules may not own them yet
         super().__setstate__({name: value for name, value in state.items() if name != "are_factors"})

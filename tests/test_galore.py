@@ -182,11 +182,25 @@ def test_factors_are_stepped_plainly_and_dense_weights_are_projected(model):
         ({"scale": 0}, "scale must be a finite number above 0, got 0"),
         ({"energy": 2}, r"energy must be in \(0, 1\] or None, got 2"),
         ({"amsgrad": True}, "amsgrad must be False for GaLoreAdamW, got True"),
+        ({"maximize": True}, "maximize must be False for GaLoreAdamW, got True"),
     ],
 )
 def test_bad_options_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         GaLoreAdamW(model.parameters(), **options)
+    optimizer = GaLoreAdamW([model.up.bias])
+    with pytest.raises(ValueError, match=message):  # a group that maximizes was minimized
+        optimizer.add_param_group({"params": [model.up.weight], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_the_state_of_adamw_is_refused(model):
+    plain, optimizer = torch.optim.AdamW(model.parameters()), GaLoreAdamW(model.parameters(), **OPTIONS)
+    stepped(plain, model, range(1))
+    with pytest.raises(ValueError, match="state must be that of a GaLoreAdamW, got groups without rank, update_every"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert not optimizer.state
+    stepped(optimizer, model, range(1, 3))
 
 
 @pytest.mark.parametrize("fused", [False, True])

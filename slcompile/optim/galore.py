@@ -16,6 +16,9 @@ from slcompile.config import require_int
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.structure import FactorizedWeight
 
+OPTIONS = ("rank", "update_every", "scale", "energy")
+"""What a group has beside AdamW's options."""
+
 
 class GaLoreAdamW(AdamW):
     """AdamW whose moments of a matrix are those of its gradient's projection on the leading singular vectors.
@@ -53,9 +56,6 @@ class GaLoreAdamW(AdamW):
         energy: float | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("amsgrad", False), ("maximize", False), ("capturable", False), ("differentiable", False)):
-            if kwargs.get(name, value) != value:
-                raise ValueError(f"{name} must be {value} for GaLoreAdamW, got {kwargs[name]!r}")
         self._own = {"rank": rank, "update_every": update_every, "scale": scale, "energy": energy}
         self._factors: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter -> whether it is one
         super().__init__(params, lr, **kwargs)
@@ -108,6 +108,11 @@ class GaLoreAdamW(AdamW):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if any(name not in group for group in state["param_groups"] for name in OPTIONS):
+            raise ValueError(
+                f"state must be that of a GaLoreAdamW, got groups without {', '.join(OPTIONS)}: moments of AdamW are "
+                "of whole gradients, and cannot go on as those of projected ones"
+            )
         are_factors = state.get("are_factors")  # of a copy: its parameters are others, and modules may not own them yet
         super().__setstate__({name: value for name, value in state.items() if name != "are_factors"})
         if are_factors is not None:
@@ -173,6 +178,9 @@ class GaLoreAdamW(AdamW):
 
 
 def _require_allowed(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+        if group[name]:
+            raise ValueError(f"{name} must be False for GaLoreAdamW, got {group[name]!r}")
     require_int("rank", group["rank"], optional=True)
     require_int("update_every", group["update_every"])
     if not 0 < group["scale"] < float("inf"):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -46,6 +47,7 @@ import slcompile
 from slcompile.optim.low_bit import LowBitPlanner
 
 VOCABULARY = 256
+FLAGS_OF_NO_EFFECT = {"steps", "save_every", "log_every", "timeout", "out"}  # on what a step computes
 
 
 class Block(nn.Module):
@@ -150,6 +152,25 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> in
     return int(state["step"])
 
 
+def require_flags(args: argparse.Namespace) -> None:
+    """Notes the flags of a training that begins; ends one that would go on with others.
+
+    The optimizer's state brings its learning rate, and the batches those of other steps: nothing else would be said.
+    """
+    path = args.out / "flags.json"
+    flags = {name: str(value) for name, value in vars(args).items() if name not in FLAGS_OF_NO_EFFECT}
+    if checkpoints(args.out / "checkpoints"):
+        for name, before in json.loads(path.read_text()).items():
+            if before != flags.get(name):
+                flag = f"--{name.replace('_', '-')}"
+                sys.exit(
+                    f"{args.out} was made with {flag} {before}, got {flags.get(name)}: give that, or another --out"
+                )
+    elif int(os.environ["RANK"]) == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(flags, indent=1) + "\n")
+
+
 @contextlib.contextmanager
 def naming_absent(group: dist.ProcessGroup, seconds: float) -> Iterator[None]:
     """Calls the roll of a gloo group before and, where something failed, after: the error names who did not answer."""
@@ -214,6 +235,7 @@ def train(
 
 def main() -> dict[int, float]:
     args = parse_args()
+    require_flags(args)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -117,3 +117,29 @@ def test_every_reason_of_the_policy_is_documented():
 def test_pages_that_the_sources_mention_exist():
     mentioned = {path for file in SOURCES for path in re.findall(r"\b[\w/]+\.md\b", file.read_text())}
     assert [path for path in mentioned if not (ROOT / path).exists()] == []
+
+
+HOW_TOS = """
+import howto_op, howto_pass, howto_structure, slcompile, torch
+D = torch.randn(3, 4, 5)
+assert torch.equal(howto_op.block_diagonal(D), howto_op.block_diagonal_reference(D))
+torch.library.opcheck(howto_op.block_diagonal, (D,))
+assert howto_pass.verb_noun(torch.fx.symbolic_trace(torch.nn.ReLU())).replaced == []
+model, x = torch.nn.Sequential(torch.nn.Linear(64, 96)), torch.randn(8, 64)
+slcompile.factorize_(model, slcompile.SLConfig(structure="diagonal_low_rank", rank=8))
+model(x).square().sum().backward()
+assert all(each.grad is not None for each in model.parameters())
+before = model(x)
+slcompile.merge_(model)
+torch.testing.assert_close(model(x), before)
+"""
+
+
+@pytest.mark.slow
+def test_the_code_of_the_how_tos_works(tmp_path):
+    for page in ("op", "pass", "structure"):  # in a process of its own: what is registered stays
+        code = next(blocks(ROOT / "docs" / "howto" / f"{page}.md", "python"))
+        (tmp_path / f"howto_{page}.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", HOW_TOS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

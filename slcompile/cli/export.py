@@ -38,6 +38,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if args.onnx is None and args.merged is None:
         raise ValueError("give --onnx FILE, --merged DIR, or both")
+    for flag, given in (("compact", args.compact), ("opset", args.opset is not None), ("no-verify", args.no_verify)):
+        if given and args.onnx is None:
+            raise ValueError(f"--{flag} is of the ONNX file: give --onnx FILE, too")
     if args.onnx is not None:
         writable_file(args.onnx)  # before the work, not after it
     if args.merged is not None:

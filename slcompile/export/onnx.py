@@ -141,9 +141,13 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     _require_libraries()
+    import onnx  # an extra
+
     path = files.writable_file(path)
     if shard_size is not None and shard_size <= 0:
         raise ValueError(f"shard_size must be a number of bytes above 0, got {shard_size}")
+    latest = onnx.defs.onnx_opset_version()
+    _require_opset(opset, opset is None or 1 <= opset <= latest)  # before torch tries, which prints how that fails
     model = unwrapped(model)
     for name, _ in model.named_modules():
         if not _UNWRITABLE.isdisjoint(name):
@@ -221,6 +225,12 @@ _exporting = threading.Lock()
 sources, of which torch's exporter parses its operators', in one thread at a time."""
 
 
+def _require_opset(opset: int | None, is_one: bool) -> None:
+    """Raises ValueError for an operator set that there is not."""
+    if not is_one:
+        raise ValueError(f"opset must be one to which this torch converts graphs, got {opset}; nothing was written")
+
+
 def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
     """Returns the twin's graph as an ``onnx_ir.Model`` of standard operators; its weights have no values yet."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -245,8 +255,7 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
                 verbose=False,
             )
     assert program is not None
-    if opset is not None and program.model.opset_imports.get("") != opset:
-        raise ValueError(f"opset must be one to which this torch converts graphs, got {opset}; nothing was written")
+    _require_opset(opset, opset in (None, program.model.opset_imports.get("")))
     # torch names the axes itself only where every argument is a tensor.
     renamed: dict[Any, str] = {}
     for value, names in zip(program.model.graph.inputs, call.axis_names, strict=True):

@@ -279,6 +279,8 @@ def test_drawing_without_matplotlib_says_what_to_install(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        ("export any --merged out --compact", "--compact is of the ONNX file: give --onnx FILE, too"),
+        ("export any --merged out --opset 18", "--opset is of the ONNX file: give --onnx FILE, too"),
         ("diff any:make --html page --json ./page", "--html and --json must be two files, got page for both"),
         ("diff any:make --shape 3x3", "--shape is of --hf, got '3x3' without it"),
         ("diff any:make missing.onnx", "missing.onnx is no file"),

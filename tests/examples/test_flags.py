@@ -17,6 +17,11 @@ REFUSED = {
         (["--vector", "5"], "--vector: vector must be one of"),
         (["--batch", "-1"], "--batch: must be an int of at least 1, got '-1'"),
     ],
+    "c4": [
+        (["--size", "tiny", "--data", "hub", "--weight-decay", "-1"], "--weight-decay: must be a finite number of at"),
+        (["--size", "tiny", "--data", "hub", "--out", __file__], "--out: must be a directory that can be written or"),
+        (["--size", "tiny", "--data", "hub", "--device", "tpu"], "--device: must be one of ['cpu'"),
+    ],
     "explain_cost": [(["--rounds", "0"], "--rounds: must be an int of at least 1, got '0'")],
     "finetune": [
         (["--rank", "0"], "--rank: must be an int of at least 2, got '0'"),
@@ -64,3 +69,20 @@ def test_bad_flags_are_refused_before_any_work(name, tmp_path, monkeypatch, caps
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_distributed_training_goes_on_with_its_own_flags_alone(tmp_path, monkeypatch):
+    script = example("pretrain_distributed")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+
+    def start(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["pretrain_distributed.py", "--out", str(tmp_path), *flags])
+        script.require_flags(script.parse_args())
+
+    start("--lr", "1e-3")
+    start("--lr", "3e-3")  # nothing was saved
+    (tmp_path / "checkpoints" / "step-00000050").mkdir(parents=True)
+    start("--lr", "3e-3", "--steps", "200")
+    with pytest.raises(SystemExit, match=r"was made with --lr 0.003, got 0.001: give that, or another --out"):
+        start("--lr", "1e-3")

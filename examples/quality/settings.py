@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import slcompile
+from slcompile.config import FULL_STEP_INPUTS
 
 BATCH, SEQ_LEN, VOCAB = 8, 128, 1024
 WARMUP = 0.1  # of the steps, before a cosine to a tenth
@@ -41,7 +42,8 @@ class Settings:
         corpus, width, steps, seed: Of the run; a width is a rung of the ladder.
         lr, embed_lr: Peak learning rates of the projections, and of embedding, head and norms.
         init_std: Of random dense weights; embedding and head have it in every row.
-        rank, density, alpha, support, vector, init: Of the factors, as in ``slcompile.SLConfig``.
+        rank, density, alpha, support, vector, init: Of the factors, as in ``slcompile.SLConfig``. An alpha of
+            ``"dense"`` makes each step as large as a dense weight's, which ``"auto"`` does up to 128 inputs only.
         b_rate, a_rate, values_rate: Learning rates of the factors relative to ``lr``.
         values_start: The values' start is multiplied by it.
         restart: Steps between restarts of the factors; 0: none.
@@ -102,7 +104,16 @@ class Settings:
     def sl_config(self) -> slcompile.SLConfig:
         """The options of the conversion."""
         names = ("rank", "density", "alpha", "support", "vector", "init", "seed")
-        return slcompile.SLConfig(**{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        if self.alpha == "dense":
+            wide = RUNGS[self.width].intermediate
+            given["alpha"] = {"*down_proj*": self.dense_alpha(wide), "*": self.dense_alpha(self.width)}
+        return slcompile.SLConfig(**given)
+
+    def dense_alpha(self, inputs: int) -> float:
+        """The alpha of steps as large as a dense weight's of so many inputs."""
+        rank = slcompile.SLConfig(rank=self.rank).rank_for(self.width, self.width)
+        return rank * slcompile.SLConfig().scale_for(rank, inputs) * max(1.0, inputs / FULL_STEP_INPUTS)
 
     def deciding(self) -> dict[str, Any]:
         """The settings that have an effect on a run of this kind; two runs with equal ones are one."""

@@ -40,14 +40,6 @@ def above_0(text: str) -> float:
     return value
 
 
-def at_least_0(text: str) -> float:
-    """A finite number of at least 0."""
-    value = _number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
-    return value
-
-
 def _number(text: str) -> float:
     """A float, NaN where the text is none."""
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
+import time
 
 import pytest
 import torch
@@ -523,3 +525,43 @@ def test_other_hooks_on_a_weight_are_still_refused_at_conversion(block):
     handle.remove()
     slcompile.factorize_(block, CONFIG)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in block.parameters()]
+
+
+class SlowSGD(torch.optim.SGD):
+    """Other threads run while it steps, as they do while a device is waited for."""
+
+    def step(self, closure=None):
+        time.sleep(0.02)
+        super().step(closure)
+        time.sleep(0.02)
+
+
+def test_threads_that_run_backward_at_once_update_each_their_own():
+    """Autograd has a thread for each device, so that the hooks of a model on several devices are called at once."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+    expected = copy.deepcopy(layers)
+    x = torch.randn(5, 3)
+    optimizer = per_layer(SlowSGD, layers.parameters(), lr=0.1)
+    plain = torch.optim.SGD(expected.parameters(), lr=0.1)
+    barrier, errors = threading.Barrier(len(layers)), []
+
+    def backward(layer: nn.Module) -> None:
+        try:
+            loss = layer(x).square().sum()
+            barrier.wait()
+            loss.backward()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=backward, args=(layer,)) for layer in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    optimizer.step()
+    assert not errors
+    sum(layer(x).square().sum() for layer in expected).backward()
+    plain.step()
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in layers.parameters()]
+    assert_same_state(layers, expected)

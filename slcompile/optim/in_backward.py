@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -121,6 +122,7 @@ class PerLayer(Optimizer):
     accumulate: int
 
     def __init__(self, params: Iterable[Any], **kwargs: Any) -> None:
+        self._lock = threading.RLock()  # autograd has a thread for each device, and each calls the hooks of its own
         self._hook = Update(self)
         self._handles: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> of the hook on it
         self._group_of: dict[int, int] = {}  # id of a parameter -> position of its group
@@ -190,10 +192,11 @@ class PerLayer(Optimizer):
         Raises:
             ValueError: A wrapper that is refused holds a parameter.
         """
-        if not self._wrappers_known:
-            self.watch_wrappers()
-            self._wrappers_known = True
-        wrapper = self._averaged_by.get(id(parameter))
+        with self._lock:
+            if not self._wrappers_known:
+                self.watch_wrappers()
+                self._wrappers_known = True
+            wrapper = self._averaged_by.get(id(parameter))
         return wrapper is not None and wrapper() is not None
 
     def arrived(self, parameter: Tensor) -> None:
@@ -203,15 +206,17 @@ class PerLayer(Optimizer):
             RuntimeError: The parameter was updated already since the last ``step()``.
             ValueError: As ``update``.
         """
-        if id(parameter) in self._updated:
-            raise RuntimeError(
-                f"{type(self).__name__} got more gradients of a parameter of shape {tuple(parameter.shape)} since its "
-                f"last step() than accumulate={self.accumulate}: call step() after so many backward passes, and after "
-                "one that failed. Several reentrant checkpoints that share a parameter bring several in one pass"
-            )
-        self._passes[id(parameter)] = self._passes.get(id(parameter), 0) + 1
-        if self._passes[id(parameter)] == self.accumulate:
-            self.update(parameter)
+        with self._lock:
+            if id(parameter) in self._updated:
+                raise RuntimeError(
+                    f"{type(self).__name__} got more gradients of a parameter of shape {tuple(parameter.shape)} since "
+                    f"its last step() than accumulate={self.accumulate}: call step() after so many backward passes, "
+                    "and after one that failed. Several reentrant checkpoints that share a parameter bring several in "
+                    "one pass"
+                )
+            self._passes[id(parameter)] = self._passes.get(id(parameter), 0) + 1
+            if self._passes[id(parameter)] == self.accumulate:
+                self.update(parameter)
 
     def update(self, parameter: Tensor) -> None:
         """Updates one parameter with its gradient, and frees the gradient.

@@ -40,6 +40,8 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any]
                 submodule.meta[_SUBGRAPH] = True
         return compile_fx_inner(gm, [_with_symbolic_strides(each) for each in inputs], **kwargs)
 
+    for placeholder in gm.graph.find_nodes(op="placeholder"):
+        placeholder.meta.pop("val", None)  # with cpp_wrapper, it would be taken for the input, on whatever device it is
     _mend_inductor()
     return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=inner, config_patches=settings))
 

@@ -80,3 +80,16 @@ def test_estimates_and_checks_are_of_training_wherever_they_are_called(mode: typ
         assert slcompile.check(model, (x,), config=CONFIG).is_healthy
         found = slcompile.compress(other, [x, x], rank=8, density=0.05)
     assert found.by_outputs
+
+
+def test_the_first_step_converts_with_inductors_cpp_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads what placeholders are said to be, as of a graph that was exported."""
+    # C++ with its wrapper takes 15 s to compile.
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", lambda gm, inputs, **_: gm.forward)
+    model, x = nn.Linear(64, 64), batch()
+    options = {"rank": 8, "density": 0.05, "lowering": "composed", "inductor": {"cpp_wrapper": True}}
+    result = torch.compile(model, backend="sltrain", options=options)(x)
+    result.sum().backward()
+    assert len(slcompile.factors(model)) == 1
+    assert all(each.grad is not None for each in model.parameters())
+    torch.testing.assert_close(result, model(x))

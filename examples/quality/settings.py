@@ -43,7 +43,7 @@ class Settings:
         lr, embed_lr: Peak learning rates of the projections, and of embedding, head and norms.
         init_std: Of random dense weights; embedding and head have it in every row.
         rank, density, alpha, support, vector, init: Of the factors, as in ``slcompile.SLConfig``. An alpha of
-            ``"dense"`` makes each step as large as a dense weight's, which ``"auto"`` does up to 128 inputs only.
+            ``"dense"`` makes each step as large as a dense weight's, which ``"auto"`` does up to 64 inputs only.
         b_rate, a_rate, values_rate: Learning rates of the factors relative to ``lr``.
         values_start: The values' start is multiplied by it.
         restart: Steps between restarts of the factors; 0: none.

@@ -76,8 +76,7 @@ def explain(
             *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped),
         ]
         changes = [(each.parameters, each.bytes, True) for each in collector.weights.values() if each.is_dense]
-        made = weights_in(model)
-        changes += [(each.parameters, each.bytes, False) for each in map(_factorized, made)]
+        changes += [(each.parameters, each.bytes, False) for each in map(_factorized, weights_in(model))]
         return Explanation(
             base_class(model).__name__,
             {"slcompile": version("slcompile"), "torch": torch.__version__},

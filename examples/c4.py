@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     factors.add_argument("--density", type=float, default=0.03, help="share of non-zeros in the sparse part")
     factors.add_argument("--alpha", type=alpha, default="auto", help="'auto', 'paper' for the paper's, or a number")
     factors.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the sparse part")
-    factors.add_argument("--values-rate", type=float, default=4.0, help="learning rate of the values, relative to --lr")
+    factors.add_argument("--values-rate", type=float, default=1.0, help="learning rate of the values, relative to --lr")
     running = parser.add_argument_group("running")
     running.add_argument("--out", type=Path, default=Path("c4-run"), help="directory of checkpoints and logs")
     running.add_argument("--eval-every", type=int, default=1000, help="steps between evaluations and checkpoints")

@@ -35,7 +35,7 @@ STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""
 AUTO = "auto"
 BASES = ("frozen", "int8", "nf4")
-FULL_STEP_INPUTS = 64
+FULL_STEP_INPUTS = 128
 """Inputs up to which ``alpha="auto"`` gives a weight steps as large as a dense one's; docs/quality.md has the runs."""
 BY_PATTERN = ("rank", "density", "alpha")
 """Options that may be a mapping from fnmatch patterns on names to values."""

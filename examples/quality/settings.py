@@ -26,6 +26,8 @@ class Rung:
 RUNGS = {128: Rung(344, 3, 4), 192: Rung(512, 4, 4), 256: Rung(688, 5, 4)}
 """By width: 0.6, 1.8 and 4.0 million weights in the projections."""
 
+STEPS = {"dense": math.inf, "half": FULL_STEP_INPUTS / 2}
+"""Up to how many inputs an alpha of this name makes steps as large as a dense weight's."""
 CORPORA = ("prose", "code")
 KINDS = ("dense", "sl", "low rank")
 
@@ -42,8 +44,8 @@ class Settings:
         corpus, width, steps, seed: Of the run; a width is a rung of the ladder.
         lr, embed_lr: Peak learning rates of the projections, and of embedding, head and norms.
         init_std: Of random dense weights; embedding and head have it in every row.
-        rank, density, alpha, support, vector, init: Of the factors, as in ``slcompile.SLConfig``. An alpha of
-            ``"dense"`` makes each step as large as a dense weight's, which ``"auto"`` does up to 64 inputs only.
+        rank, density, alpha, support, vector, init: Of the factors, as in ``slcompile.SLConfig``, and the other rules
+            of alpha that runs had, ``STEPS``.
         b_rate, a_rate, values_rate: Learning rates of the factors relative to ``lr``.
         values_start: The values' start is multiplied by it.
         restart: Steps between restarts of the factors; 0: none.
@@ -105,15 +107,18 @@ class Settings:
         """The options of the conversion."""
         names = ("rank", "density", "alpha", "support", "vector", "init", "seed")
         given = {name: getattr(self, name) for name in names}
-        if self.alpha == "dense":
-            wide = RUNGS[self.width].intermediate
-            given["alpha"] = {"*down_proj*": self.dense_alpha(wide), "*": self.dense_alpha(self.width)}
+        if self.alpha in STEPS:
+            given["alpha"] = {
+                "*down_proj*": self.alpha_of(RUNGS[self.width].intermediate),
+                "*": self.alpha_of(self.width),
+            }
         return slcompile.SLConfig(**given)
 
-    def dense_alpha(self, inputs: int) -> float:
-        """The alpha of steps as large as a dense weight's of so many inputs."""
+    def alpha_of(self, inputs: int) -> float:
+        """The alpha, by one of the other rules, of a weight that reads so many inputs."""
         rank = slcompile.SLConfig(rank=self.rank).rank_for(self.width, self.width)
-        return rank * slcompile.SLConfig().scale_for(rank, inputs) * max(1.0, inputs / FULL_STEP_INPUTS)
+        size = min(inputs, STEPS[str(self.alpha)]) / min(inputs, FULL_STEP_INPUTS)
+        return rank * slcompile.SLConfig().scale_for(rank, inputs) * size
 
     def deciding(self) -> dict[str, Any]:
         """The settings that have an effect on a run of this kind; two runs with equal ones are one."""

@@ -22,8 +22,10 @@ def parameter_groups(
     S has so few entries that at the factors' rate it hardly moves: an optimizer that moves each entry by about its
     rate moves a dense weight by ``lr * sqrt(rows * columns)`` in the Frobenius norm and S by ``sqrt(density)`` times
     that. Decoupled weight decay, which goes with the rate, is divided by ``values_rate`` and so stays what it was.
-    ``docs/quality.md`` has what it brought. A scheduler that is given one rate for all groups, as OneCycleLR's and
-    CyclicLR's ``max_lr``, makes them equal again: give it a list, ``[group["lr"] for group in groups]``.
+    ``docs/quality.md`` has what it brought: give values a faster rate only where embeddings have one, too.
+
+    A scheduler that is given one rate for all groups, as OneCycleLR's and CyclicLR's ``max_lr``, makes them equal
+    again: give it a list, ``[group["lr"] for group in groups]``.
 
     Args:
         params_or_groups: As optimizers take them, of a model that is factorized already: parameters, or dicts with

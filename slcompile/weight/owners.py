@@ -33,7 +33,7 @@ class LiveObjects:
             elif issubclass(kind, Optimizer) and "param_groups" in thing.__dict__:
                 live.optimizers.append(thing)
         for module in live.modules:
-            for child in list(module._modules.values()):  # another thread may be building its own model
+            for child in module._modules.copy().values():  # another thread may be building its own model
                 if child is not None:
                     live.parents.setdefault(id(child), []).append(module)
         return live
@@ -87,7 +87,7 @@ def owners_among(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> 
     """Returns the (module, attribute) pairs among these modules that hold each parameter, by the parameter's id."""
     wanted: dict[int, list[tuple[nn.Module, str]]] = {id(parameter): [] for parameter in parameters}
     for module in modules:
-        for name, parameter in list(module._parameters.items()):  # as above
+        for name, parameter in module._parameters.copy().items():  # as above
             if id(parameter) in wanted:
                 wanted[id(parameter)].append((module, name))
     return wanted

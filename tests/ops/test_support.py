@@ -209,7 +209,7 @@ class TestStratifiedLooksRandom:
     def test_nearby_seeds_overlap_as_much_as_chance_gives(self, first_seed: int) -> None:
         found = torch.stack([columns_of(first_seed + each, self.ROWS, self.COLUMNS, self.GROUPS) for each in range(50)])
         mean, variance = self.overlap_of_one_pair()
-        overlaps = torch.tensor([(a == b).sum() for a, b in itertools.combinations(found, 2)], dtype=torch.float64)
+        overlaps = torch.tensor([int((a == b).sum()) for a, b in itertools.combinations(found, 2)], dtype=torch.float64)
         neighbours = (found[1:] == found[:-1]).sum((1, 2)).double()
         # Pairs of pairs are uncorrelated, as two supports coincide at 1 / width whatever the first of them is.
         for pooled in (overlaps, neighbours):
@@ -220,7 +220,7 @@ class TestStratifiedLooksRandom:
         distant = [1 << bit for bit in range(24)] + [draw_seed(0, str(each)) for each in range(24)]
         found = [columns_of(seed, self.ROWS, self.COLUMNS, self.GROUPS) for seed in distant]
         mean, variance = self.overlap_of_one_pair()
-        overlaps = torch.tensor([(a == b).sum() for a, b in itertools.combinations(found, 2)], dtype=torch.float64)
+        overlaps = torch.tensor([int((a == b).sum()) for a, b in itertools.combinations(found, 2)], dtype=torch.float64)
         assert float((overlaps - mean).abs().max()) < SIGMAS * math.sqrt(variance)
 
     @pytest.mark.parametrize("distance", [1, 2, 3, 4, 7, 8, 16, 32])

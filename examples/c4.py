@@ -32,6 +32,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from flags import device, folder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -99,10 +100,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     factors.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the sparse part")
     factors.add_argument("--values-rate", type=float, default=1.0, help="learning rate of the values, relative to --lr")
     running = parser.add_argument_group("running")
-    running.add_argument("--out", type=Path, default=Path("c4-run"), help="directory of checkpoints and logs")
+    running.add_argument("--out", type=folder, default="c4-run", help="directory of checkpoints and logs")
     running.add_argument("--eval-every", type=int, default=1000, help="steps between evaluations and checkpoints")
     running.add_argument("--eval-tokens", type=int, default=10_000_000, help="of the validation part")
-    running.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    running.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
     for name in ("steps", "lr", "rank"):
@@ -132,12 +133,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0, got {getattr(args, name)}")
     if not 0 <= args.weight_decay < math.inf:
         raise ValueError(f"--weight-decay must be a finite number of at least 0, got {args.weight_decay}")
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ["cpu"] + ([accelerator.type] if accelerator else [])
-    if args.device.partition(":")[0] not in kinds:
-        raise ValueError(f"--device must be one of {kinds} here, got {args.device!r}")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out must be a directory, got the file {args.out}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.total_batch % (world * args.batch):
         of_each = f"--batch {args.batch}" + (f" times the {world} processes" if world > 1 else "")

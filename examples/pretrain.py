@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flags import chart, device, folder
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -83,10 +84,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     running = parser.add_argument_group("running")
     running.add_argument("--only", choices=["dense", "sltrain", "both"], default="both", help="which to train")
-    running.add_argument("--out", type=Path, default=Path("pretrain-run"), help="directory of what is written")
-    running.add_argument("--plot", type=Path, metavar="FILE", help="draw the factorized weights' spectra (.png, .svg)")
+    running.add_argument("--out", type=folder, default="pretrain-run", help="directory of what is written")
+    running.add_argument("--plot", type=chart, metavar="FILE", help="draw the factorized weights' spectra (.png, .svg)")
     running.add_argument("--fresh", action="store_true", help="start over, whatever --out holds")
-    running.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    running.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
     running.add_argument("--threads", type=int, help="CPU threads; torch decides by default")
     args = parser.parse_args(argv)
     if args.sl_lr is None:
@@ -99,9 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not fit together or this machine."""
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ["cpu"] + ([accelerator.type] if accelerator else [])
+    """Raises ValueError for flags that are out of range or do not fit together."""
     rates = ["lr", "sl_lr", "embed_lr", "init_std", "clip"]
     above_0 = ["intermediate", "layers", "heads", "batch", "steps", "eval_every", "eval_batches", *rates]
     conditions = {
@@ -112,11 +111,8 @@ def check(args: argparse.Namespace) -> None:
         "warmup": ("at least 0 and less than --steps", 0 <= args.warmup < args.steps),
         "weight_decay": ("a finite number of at least 0", 0 <= args.weight_decay < math.inf),
         "seed": ("in [0, 2**31)", 0 <= args.seed < 2**31),
-        "device": (f"one of {kinds} here", args.device.split(":")[0] in kinds),
         "threads": ("above 0", args.threads is None or args.threads > 0),
         "text": ("files", all(Path(path).is_file() for path in args.text or [])),
-        "plot": ("a .png or .svg file in a directory that is there", args.plot is None or can_be_drawn(args.plot)),
-        "out": ("a directory that can be written or made", can_be_written(args.out)),
     }
     for name, (allowed, holds) in conditions.items():
         if not holds:
@@ -125,17 +121,6 @@ def check(args: argparse.Namespace) -> None:
     if args.only != "dense":  # a rehearsal on the meta device finds what is impossible for these sizes
         with torch.device("meta"):
             slcompile.factorize_(make_model(args, device="meta"), config)
-
-
-def can_be_drawn(path: Path) -> bool:
-    """Whether a chart can be written there."""
-    return path.suffix in (".png", ".svg") and not path.is_dir() and path.absolute().parent.is_dir()
-
-
-def can_be_written(folder: Path) -> bool:
-    """Whether files can be written into a directory, which may have to be made."""
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def auto_or_number(text: str) -> float | str:

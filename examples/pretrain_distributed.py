@@ -195,7 +195,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-every", type=whole(1), default=50, help="steps")
     parser.add_argument("--log-every", type=whole(1), default=10, help="steps")
     parser.add_argument("--timeout", type=above_0, default=600, help="seconds that a process may be late")
-    parser.add_argument("--out", type=folder, default=Path("runs/distributed"))
+    parser.add_argument("--out", type=folder, default="runs/distributed")
     args = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
         parser.error(f"start it by torchrun: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}")

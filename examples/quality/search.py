@@ -48,6 +48,7 @@ PAPER = {"kind": "sl", "alpha": 16.0, "support": "uniform"}
 LOW_RANK = {"kind": "low rank", "init": "spectral", "init_std": 0.02}
 ROWS = (
     Row("dense, tuned", {"kind": "dense"}, (5e-4, 1e-3, 2e-3, 4e-3), ("init_std", (0.006, 0.002, 0.02))),
+    Row("GaLore, tuned", {"kind": "galore"}, (2e-3, 4e-3, 8e-3, 1.6e-2), ("init_std", (0.006, 0.002, 0.02))),
     Row("low rank alone, tuned", LOW_RANK, (5e-4, 1e-3, 2e-3, 4e-3), ("init_std", (0.02, 0.006, 0.05))),
     Row("SL as in the paper, tuned", PAPER, (1e-3, 2e-3, 4e-3, 8e-3), ("alpha", (16.0, 32.0, 8.0))),
     Row("SL as in the paper, dense's rates", PAPER, follows="dense, tuned"),

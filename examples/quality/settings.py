@@ -29,9 +29,7 @@ RUNGS = {128: Rung(344, 3, 4), 192: Rung(512, 4, 4), 256: Rung(688, 5, 4)}
 STEPS = {"dense": math.inf, "half": FULL_STEP_INPUTS / 2}
 """Up to how many inputs an alpha of this name makes steps as large as a dense weight's."""
 CORPORA = ("prose", "code")
-KINDS = ("dense", "sl", "low rank")
-
-
+KINDS = ("dense", "sl", "low rank", "galore")
 BITS = (32, 8, 4)
 
 
@@ -40,7 +38,8 @@ class Settings:
     """Everything that decides the numbers of a run but the code and the corpus' text.
 
     Args:
-        kind: ``"dense"``; ``"sl"``; ``"low rank"``: sl whose sparse part is zero and stays so.
+        kind: ``"dense"``; ``"sl"``; ``"low rank"``: sl whose sparse part is zero and stays so; ``"galore"``: dense, and
+            AdamW's moments are those of gradients projected to the rank.
         corpus, width, steps, seed: Of the run; a width is a rung of the ladder.
         lr, embed_lr: Peak learning rates of the projections, and of embedding, head and norms.
         init_std: Of random dense weights; embedding and head have it in every row.
@@ -99,6 +98,11 @@ class Settings:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     @property
+    def has_dense_weights(self) -> bool:
+        """Whether no weight is factorized."""
+        return self.kind in ("dense", "galore")
+
+    @property
     def tokens(self) -> int:
         """Tokens that the run trains on."""
         return self.steps * BATCH * SEQ_LEN
@@ -123,12 +127,14 @@ class Settings:
     def deciding(self) -> dict[str, Any]:
         """The settings that have an effect on a run of this kind; two runs with equal ones are one."""
         values = asdict(self)
-        factors = ("rank", "density", "alpha", "support", "init", "b_rate", "a_rate", "values_rate", "values_start")
-        if self.kind == "dense" or self.support != "vector":
+        factors = ("density", "alpha", "support", "init", "b_rate", "a_rate", "values_rate", "values_start")
+        if self.has_dense_weights or self.support != "vector":
             del values["vector"]
-        if self.kind == "dense":
+        if self.has_dense_weights:
             for name in (*factors, "restart", "precondition"):
                 del values[name]
+        if self.kind == "dense":
+            del values["rank"]
         if self.bits == BITS[0]:
             del values["bits"]  # which runs of before do not say
         return values

@@ -68,7 +68,7 @@ def make_model(settings: Settings, device: str = "cpu") -> LlamaForCausalLM:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
-    if settings.kind != "dense":
+    if not settings.has_dense_weights:
         slcompile.factorize_(model, settings.sl_config())
         with torch.no_grad():
             for factors in slcompile.factors(model).values():
@@ -80,20 +80,23 @@ def make_model(settings: Settings, device: str = "cpu") -> LlamaForCausalLM:
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """The parameters by their learning rates."""
+    """The parameters by their learning rates; those of GaLore also by the rank of its projections, None for none."""
     relative = {"B": settings.b_rate, "A": settings.a_rate, "values": settings.values_rate}
-    groups: dict[float, list[nn.Parameter]] = {}
+    rank = settings.sl_config().rank_for(settings.width, settings.width) if settings.kind == "galore" else None
+    groups: dict[tuple[float, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = name.rpartition("_sl.")[2]
-            rate = settings.lr * relative.get(part, 1.0) if "_proj." in name else settings.embed_lr
-            groups.setdefault(rate, []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+            part, is_projection = name.rpartition("_sl.")[2], "_proj." in name
+            rate = settings.lr * relative.get(part, 1.0) if is_projection else settings.embed_lr
+            groups.setdefault((rate, rank if is_projection else None), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "rank": rank} for (rate, rank), parameters in groups.items()]
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW without decay; with fewer than 32 bits a state, torchao's."""
+    """AdamW without decay; with fewer than 32 bits a state, torchao's; GaLore's with its authors' scale and period."""
     groups = parameter_groups(model, settings)
+    if settings.kind == "galore":
+        return slcompile.optim.GaLoreAdamW(groups, betas=BETAS, weight_decay=0.0)
     if settings.bits == BITS[0]:
         return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
     try:

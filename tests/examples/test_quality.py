@@ -153,6 +153,21 @@ def test_states_of_few_bits_are_torchaos_and_another_run():
     assert type(training.make_optimizer(model, plain)) is torch.optim.AdamW
 
 
+def test_galore_projects_the_gradients_of_the_projections_alone():
+    settings = replace(SHORT, kind="galore", support="vector", alpha=3.0)
+    assert {"rank", "init_std"} < settings.deciding().keys()
+    assert not {"alpha", "support", "vector", "restart"} & settings.deciding().keys()
+    model = make_model(settings)
+    assert not slcompile.factors(model)
+    optimizer = training.make_optimizer(model, settings)
+    ids = torch.arange(64).view(2, 32)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        narrow = 32 if "_proj." in name else None  # a quarter of the width
+        assert (narrow in optimizer.state[parameter]["exp_avg"].shape) == (narrow is not None), name
+
+
 @pytest.mark.usefixtures("aten_kernels")
 class TestRun:
     @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 The rows of a block share their columns, so S times a tile of tokens is a product of small dense matrices, one of whose
 operands is read through the columns: ``kernels/vector.cpp``. It takes and makes matrices as other matmuls do, and no
-transposed copy is needed. Inductor's compiler compiles it, once for each dtype and length of blocks, when a model first
-runs it; it lies in Inductor's cache. The columns of the blocks are kept: 4 bytes for ``vector`` non-zeros.
+transposed copy is needed. Inductor's compiler compiles it, once for each dtype and length of blocks, beside the rest of
+a graph that will run it (``begin_compiling``), else when it is first run; it lies in Inductor's cache. The columns of
+the blocks are kept: 4 bytes for ``vector`` non-zeros.
 
 One token's products take some 50 µs, which is why calls are short here: ops without ``custom_op``'s layers of Python,
 and ``out=``, which autocast leaves alone, in the place of a context.
@@ -11,7 +12,9 @@ and ``out=``, which autocast leaves alone, in the place of a context.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from pathlib import Path
@@ -167,6 +170,17 @@ def _compiled(name: str, dtype: torch.dtype, vector: int, few: bool) -> tuple[An
 
 def _function(name: str, x: Tensor, vector: int) -> tuple[Any, bool]:
     return _compiled(name, x.dtype, vector, x.shape[0] <= FEW_TOKENS[name])
+
+
+@functools.cache
+def begin_compiling(dtype: torch.dtype, vector: int) -> None:
+    """Compiles what products of a dtype call, in a thread of its own; a call that comes before it ends waits for it."""
+
+    def compile_library() -> None:
+        with contextlib.suppress(Exception):  # the call that needs it raises it again
+            _library(dtype if dtype in _STORED else torch.float32, vector)
+
+    threading.Thread(target=compile_library, name="slcompile vector.cpp", daemon=True).start()
 
 
 @functools.cache

@@ -4,8 +4,10 @@ import ctypes
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,9 +204,50 @@ def nothing_compiled() -> Iterator[Callable[[], None]]:
     def forget() -> None:
         vector_cpu._library.cache_clear()
         vector_cpu._compiled.cache_clear()
+        vector_cpu.begin_compiling.cache_clear()
 
     yield forget
     forget()
+
+
+def test_what_was_begun_to_be_compiled_is_what_a_call_waits_for(
+    monkeypatch: pytest.MonkeyPatch, nothing_compiled: Callable[[], None]
+) -> None:
+    begun, real = [], torch_private.cpp_library
+
+    def library(source: str) -> Any:
+        begun.append(threading.current_thread().name)
+        return real(source)
+
+    monkeypatch.setattr(torch_private, "cpp_library", library)
+    nothing_compiled()
+    vector_cpu.begin_compiling(torch.float16, 32)  # multiplied in float32
+    vector_cpu.begin_compiling(torch.float16, 32)
+    for thread in threading.enumerate():
+        if thread.name == "slcompile vector.cpp":
+            thread.join()
+    assert begun == ["slcompile vector.cpp"]
+    operands = addmm_operands((33, 65), 5, torch.float16, False)
+    exact = dense_addmm(*wide(operands), False, 32)
+    torch.testing.assert_close(vector_addmm(*operands, False, 32).double(), exact, rtol=1e-2, atol=1e-2)
+    assert len(begun) == 1
+
+
+def test_what_cannot_be_compiled_is_an_error_of_the_call_alone(
+    monkeypatch: pytest.MonkeyPatch, nothing_compiled: Callable[[], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def library(source: str) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch_private, "cpp_library", library)
+    nothing_compiled()
+    vector_cpu.begin_compiling(torch.float32, 32)
+    for thread in threading.enumerate():
+        if thread.name == "slcompile vector.cpp":
+            thread.join()
+    assert "no compiler" not in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="no compiler"):
+        vector_addmm(*addmm_operands((33, 65), 5, torch.float32, False), False, 32)
 
 
 @pytest.mark.parametrize("vector", [16, 64])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_a_result_that_a_higher_order_op_may_read_keeps_its_layout(stratified_jo
     *got, sine = gm(*inputs)
     stratified_joint.assert_close(got, expected)
     torch.testing.assert_close(sine, expected[0].sin())
+
+
+def test_the_cpp_of_the_vector_support_is_compiled_beside_the_graph(joint, monkeypatch):
+    calls = []
+    module = sys.modules["slcompile.passes.lower_ops"]
+    monkeypatch.setattr(module, "begin_compiling", lambda *of: calls.append(of))
+    gm, _ = joint.graph(lambda x, w: x @ w.t())
+    fuse_weight_grads(gm)
+    choose_lowering(gm, "factored")
+    lower_ops(gm)
+    assert set(calls) == ({(torch.float32, 16)} if joint.vector == 16 else set())
 
 
 def test_composed_ops_on_cpu(stratified_joint):

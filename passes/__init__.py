@@ -28,6 +28,7 @@
 3. On the forward and the backward graph, after they were partitioned (``post_grad_custom_pre_pass``), ``post_passes``:
 
    lower_ops               our ops become ATen on CPU and Triton launches on GPUs; Inductor compiles them with the rest
+   read_transposed         matmuls read the transposed copy that our kernels need of an activation: it alone is written
 
 4. When weights are merged to dense again:
 
@@ -57,6 +58,7 @@ from slcompile.passes.group_projections import group_projections
 from slcompile.passes.lower_ops import lower_ops
 from slcompile.passes.merge_weights import merge_weights
 from slcompile.passes.parameterize_weights import parameterize_weights
+from slcompile.passes.read_transposed import read_transposed
 from slcompile.passes.recompute_inputs import recompute_inputs
 from slcompile.passes.recompute_weights import recompute_weights
 from slcompile.passes.save_low_rank import save_low_rank
@@ -82,7 +84,7 @@ def joint_passes(config: SLConfig, device: torch.device | None = None) -> tuple[
 
 def post_passes(config: SLConfig) -> tuple[GraphPass, ...]:
     """Returns the passes on the forward and the backward graph, in order."""
-    return _without_skipped(config, functools.partial(lower_ops, autotune=config.autotune))
+    return _without_skipped(config, functools.partial(lower_ops, autotune=config.autotune), read_transposed)
 
 
 def _without_skipped(config: SLConfig, *passes: GraphPass) -> tuple[GraphPass, ...]:
@@ -105,6 +107,7 @@ __all__ = [
     "merge_weights",
     "parameterize_weights",
     "post_passes",
+    "read_transposed",
     "recompute_inputs",
     "recompute_weights",
     "run",

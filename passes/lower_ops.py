@@ -32,15 +32,15 @@ _TOLD_STRIDES = frozenset((
 def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
     """Replaces each of our ops by its implementation, traced, so that Inductor sees it and fuses what is around it.
 
-    The last pass: it runs on the forward and the backward graph after they were partitioned, so that a composed weight
-    is recomputed as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written.
-    On CPU ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place:
-    Inductor would lower that to slow scatters. So they do on GPUs for float64, and where no kernel runs. Those of other
-    structures are calls everywhere, and their ``grads`` a product and a call.
+    It runs on the forward and the backward graph after they were partitioned, so that a composed weight is recomputed
+    as one node. A cast that is all that reads a composed weight becomes the dtype in which it is written. On CPU
+    ``compose`` and ``compose_backward`` stay calls of their ATen implementation, which writes in place: Inductor would
+    lower that to slow scatters. So they do on GPUs for float64, and where no kernel runs. Those of other structures are
+    calls everywhere, and their ``grads`` a product and a call.
 
-    The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in
-    every op but higher-order ones, which take operands, and whose graphs return results, in the layout that was traced:
-    attention in a checkpointed region is run by one, which saves the state of the random numbers, and would misread
+    The CPU's factored matmul is traced with its result transposed, for which Inductor makes up in every op but
+    higher-order ones, which take operands, and whose graphs return results, in the layout that was traced: attention
+    in a checkpointed region is run by one, which saves the state of the random numbers, and would misread
     it; the branches of ``torch.cond`` must agree on it. In a graph with such an op, and in such an op's graph, it
     stays a call: its result is contiguous. It stays one, too, in a graph with an op that is told strides (as_strided)
     or demands them (view_as_complex). So nothing reads a transposed result but what Inductor itself compiles, or

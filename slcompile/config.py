@@ -28,6 +28,7 @@ SKIPPABLE = (
     "recompute_inputs",
     "save_low_rank",
     "lower_ops",
+    "read_transposed",
 )
 """Passes without which a graph computes the same: those on the joint graph, and the lowering of our ops."""
 

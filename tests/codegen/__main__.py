@@ -29,7 +29,7 @@ TOKENS = (4096, 16384, 65536)
 FEW = 16
 MANY = TOKENS[1]
 SUPPORTS = {"stratified": {"support": "stratified"}} | {
-    f"vector {vector}": {"support": "vector", "vector": vector} for vector in (16, 64)
+    f"vector {vector}": {"support": "vector", "vector": vector} for vector in (16, 64, 128)
 }
 """Names and options of supports."""
 FEW_OR_COMPOSED = [
@@ -37,8 +37,9 @@ FEW_OR_COMPOSED = [
     for support in ("stratified", "vector 16")
     for lowering, tokens in (("composed", MANY), ("factored", FEW))
 ]
-FACTORED = [("factored", "vector 16", MANY), ("factored", "vector 64", MANY)]
-CHOSEN = [("auto", "vector 16", MANY), ("auto", "vector 64", MANY)]
+FACTORED, CHOSEN = (
+    [(lowering, support, MANY) for support in SUPPORTS if support != "stratified"] for lowering in ("factored", "auto")
+)
 """Lowering, support and tokens."""
 
 
@@ -123,7 +124,7 @@ def kernel_rows() -> Iterator[str]:
 def step_rows() -> Iterator[str]:
     """Estimated steps over dense ones."""
     for name, size in SIZES.items():
-        for lowering, support in (("composed", "stratified"), ("auto", "vector 16"), ("auto", "vector 64")):
+        for lowering, support, _ in (("composed", "stratified", MANY), *CHOSEN):
             ratios = " | ".join(f"{ratio(size, tokens, lowering, support):.2f}" for tokens in TOKENS)
             yield f"| {name} | {lowering} | {support} | {ratios} |"
 
@@ -159,9 +160,10 @@ The paper's 1B has the odd width 5461. A dense weight of that width is read with
 one is written with aligned rows, which is why it is estimated to be faster there. At even widths composing costs time.
 
 Factored with the vector support, no weight is composed and no dense gradient made: products are those of the rank, and
-S is multiplied on matrix units with columns that are gathered from a transposed copy of the input. With 64 rows a block
-that pays for nearly every product; with 16, four times as much is gathered, and for gradients it seldom does. Our own
-products are taken to reach {H100.rates.own} of the vendor's rate, and gathers {H100.rates.gathers / 1e12:.0f} TB/s.
+S is multiplied on matrix units with columns that are gathered from a transposed copy of the input, which takes the
+input's place where an activation function or a norm makes it: it alone is written (`read_transposed`). With 64 rows a
+block that pays for nearly every product; with 16, four times as much is gathered, and for gradients it seldom does. Our
+own products are taken to reach {H100.rates.own} of the vendor's rate, and gathers {H100.rates.gathers / 1e12:.0f} TB/s.
 
 ## A layer, forward and backward
 

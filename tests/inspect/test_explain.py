@@ -100,7 +100,9 @@ def test_passes_show_what_they_changed(block, batch):
         ("captured", "parameterize_weights", True),
         *(("joint", name, name in changed) for name in map(pass_name, joint_passes(CONFIG))),
         ("forward", "lower_ops", False),
+        ("forward", "read_transposed", False),
         ("backward", "lower_ops", True),
+        ("backward", "read_transposed", False),
     ]
     first = found.passes[0]
     assert (first.created, first.erased, first.replaced, first.left) == (15, 3, 3, 0)

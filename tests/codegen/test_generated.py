@@ -73,7 +73,8 @@ def reads_unaligned(call: Call) -> bool:
 @pytest.mark.parametrize("inner", [EVEN, ODD])
 def test_composed(inner: int, support: str) -> None:
     """Three weights: W twice, a product with it in each direction, a dense gradient and two projections of it."""
-    forward, backward = calls(step(inner=inner, options={"support": support}))
+    # save="all": else what norms and activation functions make is written again in the backward pass.
+    forward, backward = calls(step(inner=inner, options={"support": support, "save": "all"}))
     assert counted(forward) == {"product": 3 + 3, "add_kernel": 3}
     assert counted(backward) == {"product": 3 + 3 + 9, "add_kernel": 3, "read_kernel": 3}
     dense_forward, dense_backward = calls(step(inner=inner, backend="inductor"))
@@ -208,7 +209,7 @@ def test_cudagraphs_take_all_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "most"), [("1B", 0.97), pytest.param("7B", 1.12, marks=pytest.mark.slow)]
+    ("size", "most"), [("1B", 0.97), pytest.param("7B", 1.12, marks=pytest.mark.long)]
 )  # fmt: skip
 def test_estimated_steps(size: str, most: float) -> None:
     """An estimate by the rules of ``estimate``: it says that nothing is called that need not be, no more."""
@@ -251,6 +252,7 @@ def test_kernels_for_many_tokens_multiply_matrices(tmp_path: Path) -> None:
         assert usage.has_mma == name.startswith(("vector_product", "vector_values", "vector_blocks")), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lowering", ["composed", "factored"])
 @pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
 @pytest.mark.parametrize(

@@ -123,9 +123,10 @@ def test_factored_for_many_tokens(inner: int) -> None:
     assert counted(backward) == {"product": 3 + 6, "vector_values_kernel": 3, "sum_splits_kernel": 3, **transposed}
     dense_forward, dense_backward = calls(step(inner=inner, backend="inductor"))
     # The inputs of gate and up, and of down, are written transposed alone, and again for the backward pass, for which a
-    # dense model saves them. A dense model adds x in its last product.
+    # dense model saves them. A dense model adds x in its last product. Of odd gradients torch 2.11 pads the two.
     for ours, dense, copies in ((forward, dense_forward, 1), (backward, dense_backward, 2)):
-        assert large_writes(ours, TOKENS * HIDDEN) == large_writes(dense, TOKENS * HIDDEN) + copies
+        more = large_writes(ours, TOKENS * HIDDEN) - large_writes(dense, TOKENS * HIDDEN) - copies
+        assert more in {0, 2 * (inner == ODD and backward is ours)}
 
 
 def test_results_have_the_layout_that_the_user_was_told() -> None:

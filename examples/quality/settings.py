@@ -23,8 +23,9 @@ class Rung:
     heads: int
 
 
-RUNGS = {128: Rung(344, 3, 4), 192: Rung(512, 4, 4), 256: Rung(688, 5, 4)}
-"""By width: 0.6, 1.8 and 4.0 million weights in the projections."""
+RUNGS = {96: Rung(256, 3, 4), 128: Rung(344, 3, 4), 192: Rung(512, 4, 4), 256: Rung(688, 5, 4)}
+"""By width: 0.3, 0.6, 1.8 and 4.0 million weights in the projections. A dense model of 96 has as many parameters in all
+as a factorized one of 128 with rank and density as they are by default."""
 
 STEPS = {"dense": math.inf, "half": FULL_STEP_INPUTS / 2}
 """Up to how many inputs an alpha of this name makes steps as large as a dense weight's."""

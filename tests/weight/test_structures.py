@@ -375,8 +375,8 @@ def test_a_weight_of_the_structure_is_found_again(structure):
 
 @STRUCTURE
 def test_transforms_see_the_formula(structure):
-    weight = factorized(structure).up.weight_sl
-    (x,) = drawn([(5, 64)], torch.float32)
+    weight = factorized(structure).up.weight_sl.double()  # sums of squares of some hundreds, in another order
+    (x,) = drawn([(5, 64)], torch.float64)
     parts = dict(weight.named_parameters())
 
     def loss(parts: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import fx
 
@@ -39,10 +41,10 @@ def read_transposed(gm: fx.GraphModule) -> PassReport:
         if why := _why_not(x, readers):
             report.left.append(Decision(name_of(x), *why, shape, node=x.name))
             continue
-        for node, after in zip(chain, (x, *chain), strict=False):  # x may be read before the kernel that needs the copy
-            after.append(node)
-        back = insert.transpose(chain[-1].next, chain[-1])
-        back = insert.call(chain[-1].next.next, _ATEN.slice.Tensor, back, 0, 0, shape[0])
+        for before, node in itertools.pairwise([x, *chain]):  # x may be read before the kernel that needs the copy
+            before.append(node)
+        after = chain[-1].next
+        back = insert.call(after, _ATEN.slice.Tensor, insert.transpose(after, chain[-1]), 0, 0, shape[0])
         for reader in readers:
             reader.replace_input_with(x, back)
         report.replaced.append(Decision(name_of(x), "", ", ".join(each.name for each in readers), shape, node=x.name))

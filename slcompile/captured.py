@@ -421,9 +421,7 @@ def _recognizable(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphMo
         torch_private.traced_as(node, each) if node in operands else each
         for node, each in zip(placeholders, inputs, strict=True)
     ]
-    renamed = fx.GraphModule(gm, graph)
-    renamed.meta = dict(gm.meta)
-    return renamed, shown
+    return _module(gm, graph), shown
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -431,9 +429,14 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
-    copied = fx.GraphModule(gm, graph)
-    copied.meta = dict(gm.meta)
-    return copied
+    return _module(gm, graph)
+
+
+def _module(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """Returns a module like ``gm`` with another graph."""
+    module = fx.GraphModule(gm, graph)
+    module.meta = dict(gm.meta)
+    return module
 
 
 def _like(meta: torch.Tensor, device: torch.device) -> torch.Tensor:

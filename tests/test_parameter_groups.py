@@ -18,7 +18,7 @@ def model_of_one() -> nn.Module:
 def test_values_have_a_rate_of_their_own_and_decay_as_the_others():
     model = model_of_one()
     weight = model[0].weight_sl
-    others, values = parameter_groups(model.parameters(), lr=1e-3, weight_decay=0.1)
+    others, values = parameter_groups(model.parameters(), lr=1e-3, values_rate=4, weight_decay=0.1)
     assert {id(p) for p in others["params"]} == {id(p) for p in (weight.B, weight.A, model[0].bias)}
     assert [id(p) for p in values["params"]] == [id(weight.values)]
     assert (others["lr"], others["weight_decay"]) == (1e-3, 0.1)
@@ -38,7 +38,7 @@ def test_groups_keep_their_order_and_what_they_have():
 
 def test_named_parameters_are_grouped_as_optimizers_take_them():
     model = model_of_one()
-    groups = parameter_groups(model.named_parameters(), lr=1e-3)
+    groups = parameter_groups(model.named_parameters(), lr=1e-3, values_rate=4)
     assert [[name for name, _ in group["params"]] for group in groups] == [
         ["0.bias", "0.weight_sl.B", "0.weight_sl.A"],
         ["0.weight_sl.values"],
@@ -49,7 +49,7 @@ def test_named_parameters_are_grouped_as_optimizers_take_them():
 def test_a_step_moves_the_values_by_so_much_more():
     model = model_of_one()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), lr=1e-3))
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), lr=1e-3, values_rate=4))
     model(torch.randn(8, 64)).sum().backward()
     optimizer.step()
     moved = {name: (p.detach() - before[name]).abs().max() for name, p in model.named_parameters()}
@@ -76,7 +76,7 @@ def test_values_are_known_after_a_start_on_the_meta_device():
         model = model_of_one()
     model.to_empty(device="cpu")
     model[0].weight_sl.reset_parameters()
-    _, values = parameter_groups(iter(model.parameters()), lr=1e-3)
+    _, values = parameter_groups(iter(model.parameters()), lr=1e-3, values_rate=4)
     assert [id(p) for p in values["params"]] == [id(model[0].weight_sl.values)]
     with pytest.raises(RuntimeError, match="Muon orthogonalises matrices"):
         torch.optim.Muon([model[0].weight_sl.values]).step()
@@ -89,7 +89,7 @@ def test_values_are_known_in_shards(groups_first, tmp_path):
         torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
         sharded = model[0].weight_sl.values
         if groups_first:
-            _, values = parameter_groups([{"params": iter(model.parameters())}], lr=1e-3)
+            _, values = parameter_groups([{"params": iter(model.parameters())}], lr=1e-3, values_rate=4)
             assert [id(p) for p in values["params"]] == [id(sharded)]
         with pytest.raises(RuntimeError, match="Muon orthogonalises matrices"):
             torch.optim.Muon([sharded]).step()
@@ -98,7 +98,7 @@ def test_values_are_known_in_shards(groups_first, tmp_path):
 @pytest.mark.slow
 def test_what_has_no_values_and_a_rate_that_is_none_are_refused():
     with pytest.raises(ValueError, match="must be of a factorized model"):
-        parameter_groups(nn.Linear(4, 4).parameters(), lr=1e-3)
+        parameter_groups(nn.Linear(4, 4).parameters(), lr=1e-3, values_rate=4)
     for rate in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="values_rate must be a finite number above 0"):
             parameter_groups(model_of_one().parameters(), lr=1e-3, values_rate=rate)

@@ -15,14 +15,15 @@ RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 def parameter_groups(
-    params_or_groups: Iterable[Any], *, lr: float, weight_decay: float = 0.0, values_rate: float = 4.0
+    params_or_groups: Iterable[Any], *, lr: float, values_rate: float, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Groups parameters for an optimizer so that the sparse parts' values learn faster than the factors B and A.
+    """Groups parameters for an optimizer so that the sparse parts' values have a rate of their own beside B's and A's.
 
     S has so few entries that at the factors' rate it hardly moves: an optimizer that moves each entry by about its
     rate moves a dense weight by ``lr * sqrt(rows * columns)`` in the Frobenius norm and S by ``sqrt(density)`` times
     that. Decoupled weight decay, which goes with the rate, is divided by ``values_rate`` and so stays what it was.
-    ``docs/quality.md`` has what it brought: give values a faster rate only where embeddings have one, too.
+    ``docs/quality.md`` has what four times the rate brought, which is why there is no default: something in short runs, next to
+    nothing in longer ones, and harm where embeddings do not have a faster rate, too.
 
     A scheduler that is given one rate for all groups, as OneCycleLR's and CyclicLR's ``max_lr``, makes them equal
     again: give it a list, ``[group["lr"] for group in groups]``.
@@ -31,8 +32,9 @@ def parameter_groups(
         params_or_groups: As optimizers take them, of a model that is factorized already: parameters, or dicts with
             "params" and what a group has. Groups keep their order; each with values is followed by one of its values,
             in which the rates that a scheduler noted (``initial_lr`` and the like) are multiplied, too.
-        lr, weight_decay: Of the groups that have none.
+        lr: Learning rate of the groups that have none.
         values_rate: Learning rate of values relative to their group's.
+        weight_decay: Of the groups that have none.
 
     Returns:
         Groups that all have "lr" and "weight_decay".

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import running
 import torch
 import torch.distributed as dist
 from flags import device, folder
@@ -84,6 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--steps", type=int, help="of both models; the size decides by default")
     training.add_argument("--stop-at", type=int, help="end there, as Ctrl-C would; the schedule stays that of --steps")
     training.add_argument("--lr", type=float, help="peak learning rate of both models; the size decides by default")
+    training.add_argument("--embed-lr", type=float, help="of embeddings, head and norms; that of --lr by default")
     training.add_argument("--total-batch", type=int, default=512, help="sequences a step")
     training.add_argument("--batch", type=int, default=64, help="sequences at a time, in each process")
     training.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
@@ -128,9 +129,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("steps", "total_batch", "batch", "eval_every", "eval_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("lr", "clip", "values_rate"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0, got {getattr(args, name)}")
+    for name in ("lr", "embed_lr", "clip", "values_rate"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
     if not 0 <= args.weight_decay < math.inf:
         raise ValueError(f"--weight-decay must be a finite number of at least 0, got {args.weight_decay}")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -284,14 +286,6 @@ def make_model(kind: str, args: argparse.Namespace, vocabulary: int) -> LlamaFor
     return model.to(args.device)
 
 
-def relative_lr(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    warmup = round(WARMUP * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
 def loss_sum(model: Any, ids: Tensor, mask: Tensor, device: str) -> Tensor:
     """The summed loss in nats over all predicted tokens, which are all but the first and padding."""
     ids, mask = ids.to(device), mask.to(device)
@@ -322,22 +316,6 @@ def evaluate(model: nn.Module, args: argparse.Namespace, tokenizer: PreTrainedTo
     return total / tokens
 
 
-class Stop:
-    """Holds SIGINT and SIGTERM back until a step is complete: a checkpoint must not hold half of one."""
-
-    def __enter__(self) -> Stop:
-        self.asked = 0
-        self.before = {each: signal.signal(each, self.handle) for each in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number: int, _: Any) -> None:
-        self.asked = number
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def train(kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], int]:
     """Trains one model, from its checkpoint where there is one.
 
@@ -349,12 +327,14 @@ def train(kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     """
     model = make_model(kind, args, len(tokenizer))
     compiled = compiled_and_sharded(model, "sltrain" if kind == "sltrain" else "inductor")
-    groups: Any = model.parameters()
+    groups = running.parameter_groups(model, args.lr, args.embed_lr or args.lr)
     if kind == "sltrain":
         rates = {"lr": args.lr, "weight_decay": args.weight_decay, "values_rate": args.values_rate}
         groups = slcompile.optim.parameter_groups(groups, **rates)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, args.steps))
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: running.relative_lr(step, args.steps, round(WARMUP * args.steps))
+    )
     path = args.out / f"{args.size}-{kind}.pt"
     run: dict[str, Any] = {"flags": flags(kind, args), "step": 0, "read": 0, "tokens": 0, "seconds": 0.0, "curve": []}
     if path.exists():
@@ -372,7 +352,7 @@ def train(kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     sequences = Sequences(documents(args.data, "train"), tokenizer, args.seq_len, skip=run["read"])
     _, world = processes()
     asked = 0
-    with Stop() as stop:
+    with running.Stop() as stop:
         while run["step"] < last and not asked:
             begin, before = time.perf_counter(), sequences.read
             batches = [sequences.take(args.batch) for _ in range(args.total_batch // (args.batch * world))]
@@ -462,11 +442,9 @@ def log(args: argparse.Namespace, kind: str, values: dict[str, Any]) -> None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint beside the old one and puts it in its place, so that there is always a whole one."""
+    """Writes a checkpoint, of several processes by the first."""
     if processes()[0] == 0:
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        running.save(path, state)
     if dist.is_initialized():
         dist.barrier()
 

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import running
 import torch
 from flags import chart, device, folder
 from rich.console import Console
@@ -221,8 +222,12 @@ def train(kind: str, args: argparse.Namespace, ids: Tensor, held_out: Tensor, sa
     else:
         compiled, lr = torch.compile(model), args.lr
     # Made while the weights are dense; the first step of sltrain puts the factors in their place, group by group.
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, args.embed_lr), weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, args))
+    # The rest has a rate of its own: with one for all, this comparison would mostly be one of rates.
+    groups = running.parameter_groups(model, lr, args.embed_lr)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: running.relative_lr(step, args.steps, args.warmup)
+    )
     if first:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -256,25 +261,10 @@ def train(kind: str, args: argparse.Namespace, ids: Tensor, held_out: Tensor, sa
                 states = {"model": model, "optimizer": optimizer, "schedule": schedule}
                 saved |= {name: each.state_dict() for name, each in states.items()}
                 saved["sizes"] = sizes(model, optimizer)
-                save(args.out / f"{kind}.pt", saved)
+                running.save(args.out / f"{kind}.pt", saved)
             if ctrl_c.asked:
                 raise KeyboardInterrupt
     return saved
-
-
-def parameter_groups(model: nn.Module, lr: float, embed_lr: float) -> list[dict[str, Any]]:
-    """The projections and the rest: with one rate for all, this comparison would mostly be one of rates."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups["_proj." in name].append(parameter)
-    return [{"params": groups[True], "lr": lr}, {"params": groups[False], "lr": embed_lr}]
-
-
-def relative_lr(step: int, args: argparse.Namespace) -> float:
-    """Linear warmup, then a cosine down to a tenth."""
-    if step < args.warmup:
-        return (step + 1) / (args.warmup + 1)
-    return 0.55 + 0.45 * math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))
 
 
 @torch.no_grad()
@@ -326,13 +316,6 @@ def progress_bar() -> Progress:
     columns = "{task.description:>8}", "loss {task.fields[loss]:.3f}", "{task.fields[seconds]:.2f} s/step"
     name, loss, seconds = (TextColumn(each) for each in columns)
     return Progress(name, BarColumn(), MofNCompleteColumn(), loss, seconds, TimeRemainingColumn(), console=console)
-
-
-def save(path: Path, saved: dict[str, Any]) -> None:
-    """Writes a checkpoint beside the old one and puts it in its place, so that there is always a whole one."""
-    partial = path.with_suffix(".partial")
-    torch.save(saved, partial)
-    os.replace(partial, path)
 
 
 def load(kind: str, args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:

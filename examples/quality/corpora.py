@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from examples import running
 from examples.quality.settings import SEQ_LEN, VOCAB
 
 HELD_OUT = 0.04  # of each text, twice at its end: for the choice of rates, and for the figures that are reported
@@ -86,8 +86,5 @@ def tokenize(texts: list[str], cache: Path) -> Corpus:
         if len(ids) < SEQ_LEN:
             raise ValueError(f"the text is too short: {len(ids)} tokens in its {name} part, a sequence has {SEQ_LEN}")
         parts[name] = torch.tensor(ids, dtype=torch.int32)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    torch.save(parts, partial)
-    os.replace(partial, kept)
+    running.save(kept, parts)
     return Corpus(digest, **parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import signal
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
+from examples import running
 from examples.quality import recipes
 from examples.quality.corpora import Corpus
 from examples.quality.settings import BATCH, BETAS, BITS, CLIP, RUNGS, SEQ_LEN, VOCAB, WARMUP, Settings
@@ -24,22 +24,6 @@ from examples.quality.settings import BATCH, BETAS, BITS, CLIP, RUNGS, SEQ_LEN, 
 CURVE_POINTS = 20
 EVAL_BATCHES = 64
 CHECKPOINT_SECONDS = 120.0
-
-
-class Stop:
-    """Holds SIGTERM and SIGINT back until a step is complete: a checkpoint must not hold half of one."""
-
-    def __enter__(self) -> Stop:
-        self.asked = 0
-        self.before = {each: signal.signal(each, self.handle) for each in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number: int, _: Any) -> None:
-        self.asked = number
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 class Stopped(Exception):
@@ -106,14 +90,6 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     return {8: optim.AdamW8bit, 4: optim.AdamW4bit}[settings.bits](groups, betas=BETAS, weight_decay=0.0)
 
 
-def relative_lr(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    warmup = round(WARMUP * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
-
-
 def windows(ids: Tensor, starts: Tensor, device: str) -> Tensor:
     """The sequences that begin at ``starts``, [len(starts), SEQ_LEN]."""
     return ids[starts[:, None] + torch.arange(SEQ_LEN)].long().to(device)
@@ -149,7 +125,10 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
     corpus.require(settings.tokens)
     model = make_model(settings, device)
     optimizer = make_optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_lr(step, settings.steps))
+    warmup = round(WARMUP * settings.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: running.relative_lr(step, settings.steps, warmup)
+    )
     state: dict[str, Any] = {"step": 0, "curve": [], "recent": [], "seconds": 0.0}
     identity = {**settings.deciding(), "text": corpus.digest}
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -162,14 +141,11 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
 
     def save() -> None:
         states = {name: part.state_dict() for name, part in parts.items()}
-        partial = checkpoint.with_suffix(".partial")
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"identity": identity, "state": state, **states}, partial)
-        os.replace(partial, checkpoint)
+        running.save(checkpoint, {"identity": identity, "state": state, **states})
 
     diverged = None
     every = max(1, settings.steps // CURVE_POINTS)
-    with Stop() as stop:
+    with running.Stop() as stop:
         saved_at = time.monotonic()
         while state["step"] < settings.steps:
             begin = time.process_time()
@@ -188,7 +164,7 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
             value = loss.item()
             state["step"] = step
             state["recent"].append(value)
-            if not math.isfinite(value) or (step > WARMUP * settings.steps and value > math.log(VOCAB) + 1):
+            if not math.isfinite(value) or (step > warmup and value > math.log(VOCAB) + 1):
                 diverged = step
                 break
             if step % every == 0:

@@ -22,8 +22,8 @@ def parameter_groups(
     S has so few entries that at the factors' rate it hardly moves: an optimizer that moves each entry by about its
     rate moves a dense weight by ``lr * sqrt(rows * columns)`` in the Frobenius norm and S by ``sqrt(density)`` times
     that. Decoupled weight decay, which goes with the rate, is divided by ``values_rate`` and so stays what it was.
-    ``docs/quality.md`` has what four times the rate brought, which is why there is no default: something in short runs, next to
-    nothing in longer ones, and harm where embeddings do not have a faster rate, too.
+    ``docs/quality.md`` has what four times the rate brought, which is why there is no default: something in short runs,
+    next to nothing in longer ones, and harm where embeddings do not have a faster rate, too.
 
     A scheduler that is given one rate for all groups, as OneCycleLR's and CyclicLR's ``max_lr``, makes them equal
     again: give it a list, ``[group["lr"] for group in groups]``.

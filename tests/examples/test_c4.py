@@ -167,6 +167,7 @@ def test_sizes_have_the_papers_parameters():
         (["--size", "60m", "--data", __file__], "--validation must name files"),
         (["--size", "60m", "--data", "hub", "--batch", "48"], "--total-batch must be a multiple of --batch 48"),
         (["--size", "60m", "--data", "hub", "--lr", "nan"], "--lr must be a finite number"),
+        (["--size", "60m", "--data", "hub", "--embed-lr", "0"], "--embed-lr must be a finite number"),
         (["--size", "60m", "--data", "hub", "--stop-at", "20000"], "--stop-at must be in"),
         (["--size", "60m", "--data", "hub", "--alpha", "-1"], "alpha must be"),
         (["--size", "7b", "--data", "hub"], "invalid choice: '7b'"),
@@ -176,6 +177,17 @@ def test_bad_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         c4.parse_args(flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_embeddings_and_values_have_their_own_rates(place, tmp_path):
+    rates = ["--lr", "1e-3", "--embed-lr", "5e-3", "--values-rate", "2"]
+    assert c4.main(command(place, tmp_path, *rates, "--only", "sltrain", "--steps", "1")) == 0
+    groups = torch.load(tmp_path / "tiny-sltrain.pt", weights_only=True)["optimizer"]["param_groups"]
+    peak = {name: group["initial_lr"] for group in groups for name in group["params"]}
+    assert sorted(set(peak.values())) == [1e-3, 2e-3, 5e-3]
+    for name, rate in peak.items():
+        assert rate == (2e-3 if name.endswith("_sl.values") else 1e-3 if "_proj." in name else 5e-3), name
 
 
 def test_a_line_without_a_text_and_a_tokenizer_that_is_none_are_named(place, tmp_path):

@@ -4,18 +4,23 @@
     python examples/benchmark.py --only train decode --dtype bfloat16 --device cuda --hidden 2048 --intermediate 5461
 
 ``train`` and ``decode`` are ``slcompile.bench`` on a LLaMA and on the linear layers of a block; ``slcompile bench``
-does the same with a model of yours. Needs ``pip install "slcompile[examples]"``. A few minutes on two CPU cores.
+does the same with a model of yours. ``first`` is the LLaMA's first training step with empty caches, in a process of its
+own. Needs ``pip install "slcompile[examples]"``. Some ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
+import multiprocessing
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -26,13 +31,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slcompile
+from slcompile import torch_private
 from slcompile.benchmark import interleaved
 from slcompile.cli.bench import show as show_report
 from slcompile.config import SAVES, SUPPORTS, VECTOR
+from slcompile.measure import synchronize
 from slcompile.ops import compose, linear_factored, project, values_grad
 from slcompile.ops.support import groups_per_row
 
-PARTS = ("train", "decode", "matmul", "sparse")
+PARTS = ("train", "decode", "matmul", "sparse", "first")
+STARTS = ("dense", "factorized", "string")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 console = Console(highlight=False, width=120 if not sys.stdout.isatty() else None)
@@ -239,6 +247,46 @@ def sparse(args: argparse.Namespace) -> None:
     show(f"S in a step: S x, S^T g, gradient of values ({rows_}x{columns}, {tokens} tokens)", rows, "ms", "stratified")
 
 
+def first(args: argparse.Namespace) -> None:
+    """The first step: of the dense model, of one that is factorized before, and of one that the string converts."""
+    rows = {}
+    for dtype in args.dtype:
+        rows[dtype] = {}
+        for start in STARTS:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                rows[dtype][start] = process.submit(first_step, args, dtype, start).result()
+    show("First training step, empty caches, one run each in a process of its own", rows, "s", "dense")
+
+
+def first_step(args: argparse.Namespace, dtype: str, start: str) -> float:
+    """Seconds of the first step, and by how many the second is longer than a third: the string traces twice."""
+    torch.compile(nn.Linear(8, 8))(torch.ones(4, 8)).sum().backward()  # loads the compiler
+    model, config = make_model(args, dtype), config_of(args)
+    if start == "factorized":
+        slcompile.factorize_(model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    backend = {"dense": {"backend": "inductor"}, "factorized": {"backend": "sltrain"}}
+    compiled = torch.compile(model, **backend.get(start, {"backend": "sltrain", "options": dataclasses.asdict(config)}))
+    ids = torch.randint(args.vocab, (args.batch, args.seq_len), device=args.device)
+
+    def step() -> None:
+        compiled(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch_private.fresh_cache():
+        first, second, third = (seconds_of(step, args.device) for _ in range(3))
+    return first + max(0.0, second - third)
+
+
+def seconds_of(step: Callable[[], None], device: str) -> float:
+    """What one step takes."""
+    begin = time.perf_counter()
+    step()
+    synchronize(torch.device(device))
+    return time.perf_counter() - begin
+
+
 def check(runs: Runs, dtype: str) -> None:
     """A variant that computes something else is not timed."""
     results = {name: run() for name, run in runs.items()}
@@ -253,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU"
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     console.print(f"{device}{threads}, torch {torch.__version__}, slcompile {slcompile.__version__}\n")
-    parts = {"train": train, "decode": decode, "matmul": matmul, "sparse": sparse}
+    parts = {"train": train, "decode": decode, "matmul": matmul, "sparse": sparse, "first": first}
     for name in args.only:
         parts[name](args)
         console.print()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,43 @@ def test_on_a_gpu_products_are_timed_as_they_are_compiled(benchmark, monkeypatch
     assert runs.keys() == eager.keys()
     benchmark.check(runs, "float32")
     assert not any(run().requires_grad for run in runs.values())
+
+
+def test_first_steps_are_each_of_a_process(benchmark, monkeypatch, capsys):
+    asked = []
+
+    class Process:
+        def __init__(self, workers, mp_context):
+            assert (workers, mp_context.get_start_method()) == (1, "spawn")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, args, dtype, start):
+            assert function is benchmark.first_step
+            asked.append(start)
+            return types.SimpleNamespace(result=lambda: {"dense": 20.0, "factorized": 21.0, "string": 22.0}[start])
+
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Process)
+    benchmark.console.file = sys.stdout
+    benchmark.main([*TINY, "--only", "first"])
+    assert rows_of(capsys.readouterr().out)["float32"] == [20.0, 21.0, 22.0, 1.05, 1.1]
+    assert asked == list(benchmark.STARTS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", ["dense", "factorized", "string"])
+def test_a_first_step_holds_what_the_string_compiles_in_the_second(benchmark, monkeypatch, start):
+    taken = []
+    seconds_of = benchmark.seconds_of
+    monkeypatch.setattr(benchmark, "seconds_of", lambda *args: taken.append(seconds_of(*args)) or taken[-1])
+    found = benchmark.first_step(benchmark.parse_args(TINY), "float32", start)
+    first, second, third = taken
+    assert found == first + max(0, second - third)
+    assert first > second  # which compiles nothing, but by the string what was compiled under other names
 
 
 def test_a_variant_that_computes_something_else_is_not_timed(benchmark):

@@ -108,6 +108,11 @@ class Settings:
         """Tokens that the run trains on."""
         return self.steps * BATCH * SEQ_LEN
 
+    @property
+    def square_rank(self) -> int:
+        """The rank of the width's square weights, which no weight exceeds."""
+        return slcompile.SLConfig(rank=self.rank).rank_for(self.width, self.width)
+
     def sl_config(self) -> slcompile.SLConfig:
         """The options of the conversion."""
         names = ("rank", "density", "alpha", "support", "vector", "init", "seed")
@@ -121,9 +126,8 @@ class Settings:
 
     def alpha_of(self, inputs: int) -> float:
         """The alpha, by one of the other rules, of a weight that reads so many inputs."""
-        rank = slcompile.SLConfig(rank=self.rank).rank_for(self.width, self.width)
         size = min(inputs, STEPS[str(self.alpha)]) / min(inputs, FULL_STEP_INPUTS)
-        return rank * slcompile.SLConfig().scale_for(rank, inputs) * size
+        return self.square_rank * slcompile.SLConfig().scale_for(self.square_rank, inputs) * size
 
     def deciding(self) -> dict[str, Any]:
         """The settings that have an effect on a run of this kind; two runs with equal ones are one."""

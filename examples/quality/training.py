@@ -66,7 +66,7 @@ def make_model(settings: Settings, device: str = "cpu") -> LlamaForCausalLM:
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """The parameters by their learning rates; those of GaLore also by the rank of its projections, None for none."""
     relative = {"B": settings.b_rate, "A": settings.a_rate, "values": settings.values_rate}
-    rank = settings.sl_config().rank_for(settings.width, settings.width) if settings.kind == "galore" else None
+    rank = settings.square_rank if settings.kind == "galore" else None
     groups: dict[tuple[float, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

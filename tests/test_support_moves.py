@@ -18,6 +18,7 @@ from slcompile.optim.support_moves import best_moves
 from slcompile.torch_private import Watching, memory_of
 from slcompile.weight.sl_weight import SLWeight
 from tests.conftest import CountingBackend
+from tests.testing import some_of
 
 CONFIG: dict[str, Any] = {"rank": 4, "density": 0.0625, "support": "largest", "init": "spectral", "seed": 0}
 
@@ -81,7 +82,7 @@ class TestATeacherWhoseSparsePartIsElsewhere:
                 moves.step(error)
         return loss.item(), [copy.deepcopy(part.state_dict()) for part in parts]
 
-    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("seed", some_of(range(3), [0]))
     def test_it_is_found(self, seed):
         fixed, moving = self.run(seed, None)[0], self.run(seed, 0.4)[0]
         assert moving < 0.2 * fixed
@@ -239,7 +240,7 @@ def test_what_moved_starts_again_and_all_else_stays(block):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("aten_kernels")
-@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.parametrize("lowering", some_of(["composed", "factored"], ["factored"]))
 def test_compiled_graphs_stay_and_are_as_exact_as_eager(assert_eager, block, batch, lowering):
     backend = CountingBackend()
     factorized(block)

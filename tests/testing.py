@@ -9,11 +9,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -30,6 +31,19 @@ OPTIONS: dict[str, Any] = {"rank": 8, "density": 0.05}
 CONFIG = slcompile.SLConfig(**OPTIONS)
 SPECTRAL = {**OPTIONS, "init": "spectral"}
 SUPPORTS = ("stratified", "vector", "uniform")
+
+
+def some_of(cases: Iterable[Any], first: Iterable[Any]) -> list[Any]:
+    """The cases of a test in their order; those that are not among the first ones are run with the long tests."""
+    cases, first = list(cases), list(first)
+    assert all(each in cases for each in first), "a case that there is not"
+
+    def param(case: Any) -> Any:
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+
+    return [case if case in first else param(case) for case in cases]
+
+
 LITE = {"inductor": {**torch._inductor.list_mode_options()["lite"], **dict.fromkeys(REQUIRED_SETTINGS, True)}}
 """Options with which our passes run and Inductor calls ATen instead of compiling C++, which takes most time."""
 

@@ -19,6 +19,7 @@ import slcompile
 from slcompile.cli import main
 from slcompile.health import share_of_budget
 from slcompile.passes.lower_ops import _aten
+from tests.testing import some_of
 
 WIDTH = 64
 CONFIG = slcompile.SLConfig(rank=8, density=0.1, seed=3, support="stratified")
@@ -240,18 +241,12 @@ def owner_of(name: str) -> ModuleType | type:
     return sys.modules[name]
 
 
-# One of each kind of run; the others are run with the long tests.
-SOME = {
-    "parameterize_weights: scale",
-    "weight_grads",
-    "merged_wide",
-}
+# Of the kinds of run, merging is seen by the command line's test.
+SOME = {"parameterize_weights: scale", "weight_grads"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "planted", [each if each in SOME else pytest.param(each, marks=pytest.mark.long) for each in PLANTED]
-)
+@pytest.mark.parametrize("planted", some_of(PLANTED, SOME))
 def test_a_planted_defect_is_found(planted, net, batch, aten_kernels, monkeypatch):
     where, attribute, plant, run = PLANTED[planted]
     owner = owner_of(where)

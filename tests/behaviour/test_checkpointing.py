@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slcompile
-from tests.testing import saved_for_backward
+from tests.testing import saved_for_backward, some_of
 from tests.zoo import tiny
 
 pytestmark = pytest.mark.slow
@@ -61,11 +62,21 @@ def transformers(layers: int = 1) -> tuple[nn.Module, Callable[[nn.Module], Tens
     return model, lambda forward: forward(input_ids=ids, labels=ids, use_cache=False).loss, switch
 
 
-@pytest.mark.parametrize("make", [functional, transformers])
-@pytest.mark.parametrize("lowering", ["composed", "factored"])
-@pytest.mark.parametrize("keep_weights", [False, True], ids=["recompute", "keep"])
-def test_gradients_are_eagers_and_weights_are_saved_only_on_request(make, lowering, keep_weights, aten_kernels):
+@pytest.mark.parametrize(
+    ("kept", "lowering", "make"),
+    some_of(
+        itertools.product(("recompute", "keep"), ("composed", "factored"), (functional, transformers)),
+        [
+            ("recompute", "composed", functional),
+            ("recompute", "factored", transformers),
+            ("keep", "composed", transformers),
+            ("keep", "factored", functional),
+        ],
+    ),
+)
+def test_gradients_are_eagers_and_weights_are_saved_only_on_request(make, lowering, kept, aten_kernels):
     model, loss_of, switch = make()
+    keep_weights = kept == "keep"
     options = {"rank": RANK, "density": DENSITY, "lowering": lowering, "keep_weights": keep_weights}
     slcompile.factorize_(model, slcompile.SLConfig(rank=RANK, density=DENSITY))
     weights = [each for each in model.modules() if isinstance(each, slcompile.SLWeight)]

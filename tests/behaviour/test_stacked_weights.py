@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import pickle
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import slcompile
 from slcompile.ops import compose
 from slcompile.ops.support import groups_per_row
 from slcompile.weight.start import looks_trained, spectral_factors
-from tests.testing import OPTIONS
+from tests.testing import OPTIONS, SUPPORTS, some_of
 
 EXPERTS, WIDTH, HIDDEN = 4, 64, 96
 
@@ -53,7 +54,7 @@ def grouped(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 WAYS = {"bmm": all_experts, "gathered": each_tokens_expert, "grouped_mm": grouped}
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture
 def experts(request: pytest.FixtureRequest) -> Experts:
     # Inductor lowers grouped_mm for bfloat16 only.
     return Experts(WAYS[request.param]).to(torch.bfloat16 if request.param == "grouped_mm" else torch.float32)
@@ -65,7 +66,13 @@ def tokens(experts: Experts) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
+@pytest.mark.parametrize(
+    ("experts", "support"),
+    some_of(
+        itertools.product(WAYS, SUPPORTS), [("bmm", "uniform"), ("gathered", "vector"), ("grouped_mm", "stratified")]
+    ),
+    indirect=["experts"],
+)
 def test_the_string_factorizes_them_and_trains_as_eager_does(experts, tokens, support):
     config = {**OPTIONS, "support": support}
     compiled = torch.compile(experts, backend="sltrain", options=config)
@@ -94,7 +101,7 @@ def test_the_string_factorizes_them_and_trains_as_eager_does(experts, tokens, su
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
+@pytest.mark.parametrize("support", some_of(SUPPORTS, ["vector", "uniform"]))
 def test_what_a_factorized_weight_can_do_a_stack_can(support, tmp_path):
     model = Experts(all_experts)
     tokens = torch.randn(32, WIDTH), torch.arange(32)

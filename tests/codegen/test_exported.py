@@ -16,15 +16,14 @@ import slcompile
 from tests.codegen.generate import generate
 from tests.codegen.launches import compiled_kernels, counted, launches
 from tests.codegen.models import Mlp
-from tests.kernels.harness import require_compiler
+from tests.kernels.harness import SUPPORTS, require_compiler
+from tests.testing import some_of
 
 HIDDEN, INNER, TOKENS = 256, 1365, 512
 
 
-@pytest.mark.parametrize(
-    "support",
-    ["stratified", pytest.param("vector", marks=pytest.mark.slow), pytest.param("uniform", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("support", some_of(SUPPORTS, ["vector"]))
 def test_an_exported_program_compiles_for_a_gpu(support: str, tmp_path: Path) -> None:
     require_compiler()
     config = slcompile.SLConfig(rank=64, density=0.03, support=support, seed=0)

@@ -6,6 +6,7 @@ read before it was written; see ``launches``. What the kernels take is read from
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from tests.codegen.estimate import SIZES, is_unaligned, product_operands
 from tests.codegen.generate import generate
 from tests.codegen.launches import Call, compiled_kernels, counted, large_writes, launches, run
 from tests.codegen.models import Experts, Mlp, PackedConv1D, Reference
-from tests.kernels.harness import WIDE, require_compiler
+from tests.kernels.harness import SUPPORTS, WIDE, require_compiler
+from tests.testing import some_of
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
@@ -69,8 +71,10 @@ def reads_unaligned(call: Call) -> bool:
     return any(map(is_unaligned, product_operands(call)[:2]))
 
 
-@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
-@pytest.mark.parametrize("inner", [EVEN, ODD])
+@pytest.mark.parametrize(
+    ("inner", "support"),
+    some_of(itertools.product((EVEN, ODD), SUPPORTS), [(ODD, "stratified"), (EVEN, "vector"), (ODD, "uniform")]),
+)
 def test_composed(inner: int, support: str) -> None:
     """Three weights: W twice, a product with it in each direction, a dense gradient and two projections of it."""
     # save="all": else what norms and activation functions make is written again in the backward pass.
@@ -114,7 +118,7 @@ def test_factored_is_for_few_tokens() -> None:
 GATHERED = {"lowering": "factored", "support": "vector", "vector": 32}
 
 
-@pytest.mark.parametrize("inner", [EVEN, ODD])
+@pytest.mark.parametrize("inner", some_of([EVEN, ODD], [ODD]))
 def test_factored_for_many_tokens(inner: int) -> None:
     """The vector support's: no weight is composed, no dense gradient made."""
     forward, backward = calls(step(inner=inner, options=GATHERED))
@@ -193,7 +197,7 @@ def test_plain_ops_compute_the_support_in_64_bits() -> None:
 MAX_AUTOTUNE = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", some_of([torch.bfloat16, torch.float32], [torch.bfloat16]))
 def test_max_autotune_reads_only_what_was_written(dtype: torch.dtype) -> None:
     """Inductor's own matmuls multiply what they are given as a bias by beta, zero or not: ``launches`` would raise."""
     forward, backward = calls(step(options={"inductor": MAX_AUTOTUNE}, dtype=dtype))
@@ -209,9 +213,7 @@ def test_cudagraphs_take_all_of_it() -> None:
         assert module.code.count("def partition_") <= 1
 
 
-@pytest.mark.parametrize(
-    ("size", "most"), [("1B", 0.97), pytest.param("7B", 1.12, marks=pytest.mark.long)]
-)  # fmt: skip
+@pytest.mark.parametrize(("size", "most"), some_of([("1B", 0.97), ("7B", 1.12)], [("1B", 0.97)]))
 def test_estimated_steps(size: str, most: float) -> None:
     """An estimate by the rules of ``estimate``: it says that nothing is called that need not be, no more."""
     assert ratio(SIZES[size], 16384) <= most
@@ -240,12 +242,14 @@ def test_composed_kernels_spill_nothing(tmp_path: Path) -> None:
     assert all(usage.registers <= most for usage in found.values())
 
 
+@pytest.mark.long
 def test_factored_kernels_multiply_matrices(tmp_path: Path) -> None:
     found = assert_kernels_fit(step(tokens=48, options={"lowering": "factored"}), tmp_path)
     for name, usage in found.items():
         assert usage.has_mma == name.startswith(("project", "linear_factored")), name
 
 
+@pytest.mark.long
 def test_kernels_for_many_tokens_multiply_matrices(tmp_path: Path) -> None:
     found = assert_kernels_fit(step(inner=ODD, options=GATHERED), tmp_path)
     assert len({name.rsplit("_kernel")[0] for name in found}) == 6
@@ -271,7 +275,7 @@ def test_all_kernels_spill_nothing(
     assert found
 
 
-@pytest.mark.parametrize("inner", [EVEN, ODD])
+@pytest.mark.parametrize("inner", some_of([EVEN, ODD], [ODD]))
 def test_lora_beside_a_frozen_base_is_products_alone(inner: int) -> None:
     """Composed: W twice, by a product that is added to W0. Factored: two thin products beside each with W0."""
     lora = {"base": "frozen", "rank": 16, "density": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -150,9 +151,23 @@ CASES = {
 BOTH = [name for name in CASES if name.startswith(("slices", "W @ W", "a product", "fused QKV, split", "no"))]
 
 
+# What is told apart in the same places as another case is.
+ALIKE = {
+    "einsum of [in, out]", "einsum, weight first", "einsum of three", "vector @ W", "tensordot", "multi_dot",
+    "addmm with a matrix", "baddbmm", "every second row", "two matmuls, one direction", "a matmul and a gate",
+    "a product of weights", "a sum of weights", "a view returned beside a matmul", "weight norm", "orthogonal",
+    "MultiheadAttention with weights",
+}  # fmt: skip
+assert CASES.keys() > ALIKE
+
+
+def marks(name: str) -> Any:
+    return pytest.mark.long if name in ALIKE else () if name in BOTH else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("name", "lowering"),
-    [pytest.param(name, "factored", marks=() if name in BOTH else pytest.mark.slow) for name in CASES]
+    [pytest.param(name, "factored", marks=marks(name)) for name in CASES]
     + [pytest.param(name, "composed", marks=pytest.mark.slow) for name in BOTH],
 )
 def test_every_use_of_a_weight_trains_as_in_eager_mode(name, lowering, assert_eager):

@@ -53,7 +53,10 @@ def test_one_size_and_one_target() -> None:
     assert rows["add", "1B 2048x2048"][7] == f"{2048 * 61 * (2 + 2 * 32) / 1e6:.2f}"
 
 
-@pytest.mark.parametrize(("flag", "wrong", "nearest"), [("--targets", "sm_91", "sm_90"), ("--sizes", "7b", "7B")])
+@pytest.mark.parametrize(
+    ("flag", "wrong", "nearest"),
+    [("--targets", "sm_91", "sm_90"), pytest.param("--sizes", "7b", "7B", marks=pytest.mark.long)],
+)
 def test_unknown_names_are_refused(flag: str, wrong: str, nearest: str) -> None:
     done = run(flag, wrong)
     assert done.returncode == 2

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import slcompile
-from tests.testing import CONFIG
+from tests.testing import CONFIG, some_of
 from tests.zoo import tiny
 
 BATCH, LENGTH = {0: "batch_size"}, {0: "batch_size", 1: "sequence_length"}
@@ -103,12 +103,12 @@ def initializers(path: Any) -> dict[str, np.ndarray]:
     return {each.name: numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
 
 
-QUICK = ("llama", "cnn")
+MARKS: dict[str, Any] = {"llama": (), "cnn": (), "bert": pytest.mark.long, "vit": pytest.mark.long}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES],
+    params=[pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in ARCHITECTURES],
 )
 def architecture(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module]]:
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ def test_round_trip(architecture, dtype, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", some_of([True, False], [True]))
 def test_a_head_tied_to_the_embedding_is_stored_once(tied, tmp_path):
     inputs = causal(2, 17)
     model = trained(tiny("llama", tie_word_embeddings=tied), inputs)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import slcompile
-from tests.testing import Plain
+from tests.testing import Plain, some_of
+
+TRAINED = ["stratified", "uniform"]
 
 
-@pytest.fixture(params=["stratified", "uniform"])
+@pytest.fixture(params=TRAINED)
 def trained(request: pytest.FixtureRequest) -> nn.Module:
     """A model in eval mode after a training step, factorized with the support of the parameter."""
     model = slcompile.factorize_(Plain(), slcompile.SLConfig(rank=8, density=0.05, support=request.param))
@@ -45,6 +47,7 @@ def test_a_program_holds_the_factors_and_aten_alone(trained, strict):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", some_of(TRAINED, ["uniform"]), indirect=True)
 def test_a_saved_program_runs_where_slcompile_is_not_installed(trained, tmp_path):
     x = torch.randn(8, 64)
     torch.export.save(torch.export.export(trained, (x,)), tmp_path / "model.pt2")
@@ -72,6 +75,7 @@ def test_torch_onnx_export(trained, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", some_of(TRAINED, ["stratified"]), indirect=True)
 def test_aot_inductor(trained, tmp_path):
     x = torch.randn(8, 64)
     program = torch.export.export(trained, (x,))

@@ -298,8 +298,18 @@ def test_the_file_describes_itself(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("support", ["stratified", "vector", "uniform"])
+@pytest.mark.parametrize(
+    ("support", "dtype"),
+    [
+        ("stratified", torch.float16),
+        ("vector", torch.float32),
+        ("uniform", torch.float32),
+        pytest.param("stratified", torch.float32, marks=pytest.mark.long),
+        pytest.param("vector", torch.float16, marks=pytest.mark.long),
+        pytest.param("uniform", torch.float16, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_compact(support, dtype, tmp_path):
     config = slcompile.SLConfig(rank=8, density=0.02, support=support)
     model = slcompile.factorize_(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)), config)

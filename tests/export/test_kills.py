@@ -95,10 +95,10 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("first", "then", "load"),
     [
-        (merged, merged, pretrained),
+        pytest.param(merged, merged, pretrained, marks=pytest.mark.long),
         (merged, merged_shards, pretrained),
-        (merged_shards, merged, pretrained),
-        (merged_shards, merged_shards, pretrained),
+        pytest.param(merged_shards, merged, pretrained, marks=pytest.mark.long),
+        pytest.param(merged_shards, merged_shards, pretrained, marks=pytest.mark.long),
         (merged_shards, fewer_shards, pretrained),
         (factors, merged, pretrained),
         (merged, factors, pretrained),

@@ -20,16 +20,30 @@ modes = st.sampled_from(MODES)
 ALIKE = {"rank": 1, "density": 0.02, "support": "stratified", "lowering": "factored"}
 
 
-@settings(max_examples=100, **few)
+@settings(max_examples=40, **few)
 @given(modes, programs, widths, shapes, options)
 @example("training", [("cast", 37, 1, 0)], 37, (15,), ALIKE)
 def test_random_graphs_after_every_pass(mode, steps, width, shape, options):
     check("traced", mode, steps, width, shape, options)
 
 
-@settings(max_examples=10, **few)
+@pytest.mark.long
+@settings(max_examples=100, **few)
+@given(modes, programs, widths, shapes, options)
+def test_more_random_graphs_after_every_pass(mode, steps, width, shape, options):
+    check("traced", mode, steps, width, shape, options)
+
+
+@settings(max_examples=5, **few)
 @given(modes, programs, widths, shapes, options)
 def test_random_graphs_that_the_backend_captures(mode, steps, width, shape, options):
+    check("captured", mode, steps, width, shape, options)
+
+
+@pytest.mark.long
+@settings(max_examples=10, **few)
+@given(modes, programs, widths, shapes, options)
+def test_more_random_graphs_that_the_backend_captures(mode, steps, width, shape, options):
     check("captured", mode, steps, width, shape, options)
 
 

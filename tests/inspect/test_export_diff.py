@@ -9,7 +9,7 @@ from torch import nn
 import slcompile
 from slcompile.cli import main
 from slcompile.inspect.export_diff import export_diff
-from tests.testing import CONFIG
+from tests.testing import CONFIG, some_of
 from tests.zoo import tiny, tiny_config
 
 onnx = pytest.importorskip("onnx")
@@ -26,7 +26,7 @@ def model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_factorized", [False, True])
+@pytest.mark.parametrize("is_factorized", some_of([False, True], [True]))
 def test_matmuls_are_linked_by_the_weights_names(block, batch, tmp_path, is_factorized):
     if is_factorized:
         slcompile.factorize_(block, CONFIG, example_args=(batch[0],))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
+
+from tests.kernels.harness import name_of
+
+Case = TypeVar("Case", bound=tuple[Any, ...])
 
 
 def save_results(make: Callable[[], dict[str, Any]]) -> None:
@@ -16,6 +20,11 @@ def save_results(make: Callable[[], dict[str, Any]]) -> None:
     torch.use_deterministic_algorithms(True)
     assert bool(torch.empty(3).isnan().all())
     torch.save(make(), sys.argv[1])
+
+
+def asked(cases: Iterable[Case]) -> dict[str, Case]:
+    """The cases that the command line names after the file, or all if it names none, by their names."""
+    return {name: case for case in cases if (name := name_of(case)) in sys.argv[2:] or not sys.argv[2:]}
 
 
 def repair_interpreter() -> None:

@@ -67,7 +67,7 @@ def test_interpreted_kernel_equals_torch_bit_for_bit(interpreted: list[Tensor], 
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_package_is_imported_without_triton() -> None:
     blocked = "import sys; sys.modules['triton'] = None; import slcompile, slcompile.kernels, slcompile.ops.support"
     subprocess.run([sys.executable, "-c", blocked], check=True)

@@ -23,6 +23,7 @@ from slcompile.passes.liveness import Plan
 from slcompile.passes.partition import BudgetedPartitioner
 from slcompile.passes.recomputable import find_recomputable
 from tests.passes.saved import Net
+from tests.testing import some_of
 
 OPTIONS = {"rank": 4, "density": 0.1, "min_dim": 8, "lowering": "factored", "seed": 0, "init": "kaiming"}
 HELD = 1000
@@ -130,7 +131,10 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("options", "fits"),
-    [({"save": "auto"}, []), ({"memory_budget": "129kB"}, [True]), ({"memory_budget": 1}, [False])],
+    some_of(
+        [({"save": "auto"}, []), ({"memory_budget": "129kB"}, [True]), ({"memory_budget": 1}, [False])],
+        [({"memory_budget": "129kB"}, [True]), ({"memory_budget": 1}, [False])],
+    ),
 )
 def test_the_same_numbers(options, fits, caplog):
     torch.manual_seed(0)

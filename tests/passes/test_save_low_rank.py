@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import slcompile
 from slcompile.passes import save_low_rank
 from tests.passes.saved import OPTIONS, Net, compiled_reports
+from tests.testing import some_of
 
 
 class Chain(nn.Module):
@@ -31,7 +32,11 @@ def gradients(model: nn.Module, x: Tensor, **options: object) -> list[Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "support"), [(Net, "stratified"), (Net, "vector"), (Net, "uniform"), (Chain, "stratified")]
+    ("make", "support"),
+    some_of(
+        [(Net, "stratified"), (Net, "vector"), (Net, "uniform"), (Chain, "stratified")],
+        [(Net, "vector"), (Chain, "stratified")],
+    ),
 )
 def test_the_same_numbers(make, support):
     model = make()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import slcompile
+from tests.testing import some_of
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +18,7 @@ def trained(model: torch.nn.Module) -> list[float]:
     return ranks.train(model, torch.optim.AdamW(model.parameters(), lr=3e-3), range(2))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("checkpointed", some_of([False, True], [True]), ids=["plain", "checkpointed"])
 def test_equal_blocks_compile_once_and_train_as_eager_does(tmp_path, counting, checkpointed):
     config = slcompile.SLConfig(rank=8, density=0.05, seed=1)
     torch.manual_seed(0)

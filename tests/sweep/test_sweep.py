@@ -33,7 +33,7 @@ QUICK = {
 }
 COMPARED = ["llama", "vit", "nn.GRUCell", "mixtral", "t5"]
 COMPILED = ["resnet"]
-LONG = {"qwen3", "gpt2", "mixtral", "t5", "resnet", "albert", "convnext", "whisper"}
+LONG = {"qwen3", "gpt2", "mixtral", "t5", "resnet", "albert", "convnext", "whisper", "clip", "mamba", "vit"}
 
 
 def marked(names):

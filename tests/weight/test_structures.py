@@ -25,14 +25,15 @@ from slcompile.ops.quantized import dequantize
 from slcompile.weight import BlockLowRankWeight, CPWeight, TensorTrainWeight
 from slcompile.weight.structure import FactorizedWeight
 from slcompile.weight.tensor_train import modes
-from tests.testing import drawn, randomize, text_of
+from tests.testing import drawn, randomize, some_of, text_of
 from tests.weight.test_toy_structure import SIZES, Net
 
 RANK = 4
 STRUCTURE = pytest.mark.parametrize("structure", ["block_low_rank", "tensor_train", "cp"])
-CASES = pytest.mark.parametrize(
-    ("structure", "base"), [("block_low_rank", "frozen"), ("tensor_train", None), ("cp", "frozen")]
-)
+BESIDE = [("block_low_rank", "frozen"), ("tensor_train", None), ("cp", "frozen")]
+CASES = pytest.mark.parametrize(("structure", "base"), BESIDE)
+TWO = pytest.mark.parametrize(("structure", "base"), some_of(BESIDE, BESIDE[:2]))
+LOWERED = [(lowering, *each) for lowering in ("composed", "factored") for each in BESIDE]
 BASE = pytest.mark.parametrize("base", [None, "frozen"])
 SHAPES = {
     "block_low_rank": {"B": (4, 24, RANK), "A": (4, RANK, 16)},
@@ -124,7 +125,7 @@ def test_parts_and_size(structure, base):
 
 
 @pytest.mark.slow
-@CASES
+@TWO
 def test_the_string_converts_and_trains(structure, base, aten_kernels):
     model = Net()
     dense = copy.deepcopy(model)
@@ -167,8 +168,9 @@ def test_random_starts_have_the_variance_of_linear_layers(structure, input_dim):
 
 
 @pytest.mark.slow
-@CASES
-@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.parametrize(
+    ("lowering", "structure", "base"), some_of(LOWERED, [("composed", "tensor_train", None), *LOWERED[3:]])
+)
 def test_both_lowerings_are_as_exact_as_eager_mode(structure, base, lowering, assert_eager, aten_kernels):
     model = factorized(structure, base)
     asked = options(structure, base, lowering=lowering)
@@ -180,7 +182,13 @@ def test_both_lowerings_are_as_exact_as_eager_mode(structure, base, lowering, as
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("structure", "base"), [("block_low_rank", "int8"), ("tensor_train", "nf4"), ("cp", "int8")])
+@pytest.mark.parametrize(
+    ("structure", "base"),
+    some_of(
+        [("block_low_rank", "int8"), ("tensor_train", "nf4"), ("cp", "int8")],
+        [("block_low_rank", "int8"), ("tensor_train", "nf4")],
+    ),
+)
 def test_beside_a_base_of_few_bits(structure, base, tmp_path, assert_eager, aten_kernels):
     model = factorized(structure, base)
     weight = model.up.weight_sl
@@ -195,8 +203,10 @@ def test_beside_a_base_of_few_bits(structure, base, tmp_path, assert_eager, aten
 
 
 @pytest.mark.slow
-@CASES
-@pytest.mark.parametrize("lowering", ["composed", "factored"])
+@pytest.mark.parametrize(
+    ("lowering", "structure", "base"),
+    some_of(LOWERED, [("composed", "cp", "frozen"), ("factored", "block_low_rank", "frozen")]),
+)
 def test_under_autocast_too(structure, base, lowering, assert_eager, aten_kernels):
     model = factorized(structure, base)
     compiled = torch.compile(model, backend="sltrain", options=options(structure, base, lowering=lowering))
@@ -227,7 +237,7 @@ def test_the_formula_has_the_gradients(structure):
 
 
 @pytest.mark.slow
-@STRUCTURE
+@pytest.mark.parametrize("structure", some_of(SHAPES, ["block_low_rank", "tensor_train"]))
 def test_what_the_factored_lowering_computes(structure):
     found = slcompile.explain(
         factorized(structure),
@@ -243,14 +253,14 @@ def test_what_the_factored_lowering_computes(structure):
 
 
 @pytest.mark.slow
-def test_generated_code_computes_the_same(assert_eager):
+@pytest.mark.parametrize("lowering", some_of(["composed", "factored"], ["factored"]))
+def test_generated_code_computes_the_same(lowering, assert_eager):
     model = nn.Sequential(
         *(slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), SLConfig(**options(name))) for name in SHAPES)
     )
     randomize(model, 0.3)
-    for lowering in ("composed", "factored"):
-        compiled = torch.compile(model, backend="sltrain", options={"lowering": lowering})
-        assert_eager(compiled, model, [torch.randn(16, 64)])
+    compiled = torch.compile(model, backend="sltrain", options={"lowering": lowering})
+    assert_eager(compiled, model, [torch.randn(16, 64)])
 
 
 @pytest.mark.slow
@@ -274,7 +284,7 @@ def test_state_dicts_copies_and_merging(structure, base):
 
 
 @pytest.mark.slow
-@CASES
+@TWO
 def test_onnx(structure, base, tmp_path):
     model = factorized(structure, base)
     report = slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "net.onnx")
@@ -308,7 +318,7 @@ def test_checkpoints_of_transformers_models(structure, base, tmp_path):
 
 
 @pytest.mark.slow
-@CASES
+@TWO
 def test_explain_and_memory(structure, base):
     config = SLConfig(**options(structure, base))
     sizes = sum(STRUCTURES[structure].size(shape, config) for shape in SIZES.values())

@@ -106,7 +106,7 @@ def compress(student: nn.Module, texts: Encoded, args: argparse.Namespace) -> No
     chosen = torch.randperm(len(texts[0]))[: args.calibration]
     batches = zip(*(each[chosen].split(64) for each in texts), strict=True)
     calibration = [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches]
-    print(slcompile.compress(student, calibration, budget=args.budget, density=args.density))
+    print(slcompile.compress(student, calibration, budget=args.budget, density=args.density, refine=args.refine))
 
 
 def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse.Namespace) -> None:
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=whole(1), default=1024, help="passages to compress for, of the training texts"
     )
+    parser.add_argument("--refine", action="store_true", help="fit weights once more, as compress does; with --budget")
     parser.add_argument("--density", type=option("density"), default=0.05)
     parser.add_argument("--init", choices=["spectral", "kaiming"], default="spectral", help="where from")
     parser.add_argument("--steps", type=whole(1), default=200)
@@ -173,6 +174,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.moves is not None and args.budget is None:
         parser.error("--moves needs --budget, whose support is one that moves")
+    if args.refine and args.budget is None:
+        parser.error("--refine needs --budget, by which weights are compressed")
     if args.text and len(args.text) <= HELD_OUT:
         parser.error(f"--text must be more than {HELD_OUT} files, of which the last {HELD_OUT} are held out")
     torch.manual_seed(0)

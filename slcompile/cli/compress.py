@@ -28,6 +28,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, help="take this share of the weights' parameters, rank distributed")
     parser.add_argument("--rank", help="or give each weight this rank: an int, a fraction, or a mapping by pattern")
     parser.add_argument("--density", help="put this share of each weight's entries into S")
+    parser.add_argument(
+        "--refine", action="store_true", help="fit weights once more, each behind those that are approximated"
+    )
     parser.add_argument("--distill-steps", type=int, default=0, metavar="N", help="then train so many steps")
     parser.add_argument("--lr", type=float, default=3e-4, help="train with this learning rate")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the factors of a transformers model here")
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
             calibration,
             budget=args.budget,
             config=config,
+            refine=args.refine,
             distill_steps=args.distill_steps,
             lr=args.lr,
             **given,

@@ -84,7 +84,7 @@ def use_moments(
         By the id of the weight. One that no product reads is missing, and the gradients are zero where none came.
     """
     weights = list(weights)
-    reads = _Reads(weights)
+    reads = Reads(weights)
     chosen = {id(weight) for weight, _ in weights}
     eager = torch.compiler.set_stance("force_eager")  # what is compiled computes without ATen
     with _differentiable(model) as parameters, torch.enable_grad(), eager:
@@ -123,8 +123,8 @@ def _differentiable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
             each.requires_grad_(False)
 
 
-class _Reads:
-    """What ``Watching`` calls: knows which memory is a weight's."""
+class Reads:
+    """What ``Watching`` calls: knows which memory is a weight's, and adds up the moments of its inputs."""
 
     def __init__(self, weights: Iterable[tuple[nn.Parameter, int]]) -> None:
         self.moments: dict[int, Moments] = {}
@@ -137,10 +137,12 @@ class _Reads:
         self._copies: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def forget_copies(self) -> None:
+        """Lets go of the copies of weights that were seen, whose memory others may get."""
         self._copies.clear()
 
     @torch.no_grad()
     def see(self, name: str, args: Sequence[Any], result: Any) -> None:
+        """Takes note of a call of ATen."""
         if name in _COPIES or name in _GATHERS:
             if isinstance(args[0], Tensor) and self._key(args[0]) is not None:
                 self._copied(name, args, result)
@@ -244,18 +246,29 @@ class _Reads:
         index, across = (place % columns, place // columns) if contracted == 1 else (place // columns, place % columns)
         if bool((across != across[0]).any()) or bool((matrix != matrix[0]).any()) or bool((entries < 0).any()):
             return  # it contracts the other dimension, or another weight's entries, too
+        with torch.autocast(x.device.type, enabled=False):
+            self.take(key, int(matrix[0]) if weight.dim() > 2 else None, x.float(), index)
+
+    def take(self, key: int, matrix: int | None, x: Tensor, index: Tensor) -> None:
+        """Adds up the moment of x [tokens, features], float32.
+
+        Args:
+            key: Of the weight.
+            matrix: Which one of a stack; None for a weight that is none.
+            x: What is multiplied with it.
+            index: Which inputs (backward: outputs) of the weight the features are.
+        """
+        weight, input_dim = self._weights[key]
         inputs, outputs = (weight.shape[-2:][dim] for dim in (input_dim, 1 - input_dim))
         held = self._held(key, outputs, inputs, weight.shape[:-2])
         moment = held.gradients if self.backward else held.inputs
         assert moment is not None
-        moment = moment if weight.dim() == 2 else moment[int(matrix[0])]
+        moment = moment if matrix is None else moment[matrix]
         held.tokens += 0 if self.backward else len(x)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if torch.equal(index, torch.arange(len(moment), device=index.device)):
-                moment.addmm_(x.t(), x)
-            else:
-                moment.index_put_((index.unsqueeze(1), index), x.t() @ x, accumulate=True)
+        if torch.equal(index, torch.arange(len(moment), device=index.device)):
+            moment.addmm_(x.t(), x)
+        else:
+            moment.index_put_((index.unsqueeze(1), index), x.t() @ x, accumulate=True)
 
 
 def patches(

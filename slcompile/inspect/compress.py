@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slcompile.config import SLConfig, checked_config, require_int
 from slcompile.convert.candidates import Candidate
+from slcompile.convert.drift import Drift, drifts
 from slcompile.convert.ledger import ledger
 from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
 from slcompile.factorize import factorize_model, named_weights
@@ -35,12 +36,15 @@ class Compression:
             computes on the calibration inputs, before distillation.
         by_outputs: Whether the weights were weighed by what they do to the model's outputs. False where to some no
             gradient came: then by what each weight computes, relative to that.
+        refined: Relative squared error of the model's outputs on the calibration batches, before ``refine`` and after
+            it; None without.
         distilled: Relative squared error of the model's outputs on the first and on the last batch of the
             distillation; None without one.
     """
 
     weights: Mapping[str, SuggestedRank]
     by_outputs: bool
+    refined: tuple[float, float] | None = None
     distilled: tuple[float, float] | None = None
 
     @property
@@ -53,6 +57,8 @@ class Compression:
         lines = [table(self.weights), f"{self.share:.1%} of the parameters of {len(self.weights)} weights are left"]
         if not self.by_outputs:
             lines.append("no gradient of the outputs came to some weights: each counted by what it computes itself")
+        if self.refined is not None:
+            lines.append("squared error of the outputs {:.4f}, refined to {:.4f}".format(*self.refined))
         if self.distilled is not None:
             lines.append("squared error of the outputs {:.4f}, distilled to {:.4f}".format(*self.distilled))
         return "\n".join(lines)
@@ -67,6 +73,7 @@ def compress(
     rank: int | float | Mapping[str, int | float] | None = None,
     density: float | Mapping[str, float] | None = None,
     config: SLConfig | None = None,
+    refine: bool = False,
     distill_steps: int = 0,
     lr: float = 3e-4,
 ) -> Compression:
@@ -85,6 +92,10 @@ def compress(
             distributed.
         rank, density: As in ``SLConfig``.
         config: The other options; by default ``SLConfig(support="largest")``.
+        refine: Fit weights once more, in the order of their use: each gets inputs that approximated weights before it
+            made, and is fitted to give for those what the dense one gives for its own, where that lowers the squared
+            error of the model's outputs. Takes a forward pass of both models over all batches for each set of weights
+            with the same inputs. Weights of convolutions are left, and those that get another number of inputs then.
         distill_steps: Steps of AdamW on the factors, each on a calibration batch, toward the dense model's outputs,
             which are held.
         lr: Its learning rate.
@@ -99,6 +110,8 @@ def compress(
     """
     model = unwrapped(model)
     config = _options(budget, rank, density, config)
+    if type(refine) is not bool:
+        raise ValueError(f"refine must be True or False, got {refine!r}")
     require_int("distill_steps", distill_steps, least=0)
     if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise ValueError(f"lr must be a finite number > 0, got {lr!r}")
@@ -125,12 +138,14 @@ def compress(
             ranks = distribute(budget, chosen, energies)
             options = {name: replace(own, rank=ranks[name]) for name, own in options.items()}
             config = replace(config, rank={glob.escape(name): rank for name, rank in ranks.items()})
-        made, found = {}, {}
-        for each in chosen:
-            made[id(each.weight)], found[each.name] = _fitted(each, options[each.name], uses[id(each.weight)])
+        fits = {each.name: _fitted(each, options[each.name], uses[id(each.weight)]) for each in chosen}
+        refined = None
+        if refine:
+            fits, refined = _refined(model, batches, chosen, options, uses, fits)
+        made = {id(each.weight): fits[each.name][0] for each in chosen}
         factorize_model(model, config, *example, ledger, made)
         distilled = _distill(model, batches, targets, distill_steps, lr) if distill_steps else None
-    return Compression(found, by_outputs, distilled)
+    return Compression({name: found for name, (_, found) in fits.items()}, by_outputs, refined, distilled)
 
 
 def _options(
@@ -179,15 +194,63 @@ def _energies(candidate: Candidate, known: Moments) -> Tensor:
     return (found * matrices / known.tokens if known.gradients is not None else found / found.sum()).cpu()
 
 
+Fits = dict[str, tuple[SLWeight, SuggestedRank]]
+
+
+def _refined(
+    model: nn.Module,
+    batches: Sequence[Any],
+    chosen: Sequence[Candidate],
+    options: Mapping[str, SLConfig],
+    uses: Mapping[int, Moments],
+    fits: Fits,
+) -> tuple[Fits, tuple[float, float]]:
+    """Fits weights again, each behind the approximations that there are; returns the outputs' errors before and after.
+
+    The first fits are returned where these do not lower the error.
+    """
+    refined = dict(fits)
+    approximations = {each.weight: fits[each.name][0].merged_wide() for each in chosen}
+    errors = []
+    for together in _in_order_of_use(chosen, uses):
+        watched = [(each.weight, each.input_dim) for each in together]
+        found, error = drifts(model, watched, approximations, batches)
+        errors.append(error)
+        for each in together:
+            if id(each.weight) in found:
+                known, drift = uses[id(each.weight)], found[id(each.weight)]
+                refined[each.name] = _fitted(each, options[each.name], known, drift)
+                approximations[each.weight] = refined[each.name][0].merged_wide()
+    before, (_, after) = errors[0], drifts(model, [], approximations, batches)
+    return (refined, (before, after)) if after < before else (fits, (before, before))
+
+
+def _in_order_of_use(chosen: Iterable[Candidate], uses: Mapping[int, Moments]) -> list[list[Candidate]]:
+    """Returns the weights in the order in which the model uses them; those that follow with equal inputs together."""
+    order = {key: place for place, key in enumerate(uses)}
+    together: list[list[Candidate]] = []
+    inputs = None
+    for each in sorted(chosen, key=lambda each: order[id(each.weight)]):
+        own = uses[id(each.weight)].inputs
+        if inputs is None or not torch.equal(inputs, own):
+            together.append([])
+        together[-1].append(each)
+        inputs = own
+    return together
+
+
 @torch.no_grad()
-def _fitted(candidate: Candidate, config: SLConfig, known: Moments) -> tuple[SLWeight, SuggestedRank]:
-    """Makes the factors of a weight; says what it got, and the relative error of what it computes."""
+def _fitted(
+    candidate: Candidate, config: SLConfig, known: Moments, drift: Drift | None = None
+) -> tuple[SLWeight, SuggestedRank]:
+    """Makes the factors of a weight; says what it got, and the relative error of what it computes for dense inputs."""
     dense = candidate.matrix
     weight = SLWeight(
         dense.shape, config, name=candidate.name, input_dim=candidate.input_dim, device=dense.device, dtype=dense.dtype
     )
     if dense.any():
-        weight.fit(dense, known.inputs, known.gradients)
+        target = dense if drift is None else drift.corrected(dense, candidate.input_dim)
+        weight.fit(target, known.inputs if drift is None else drift.inputs, known.gradients)
     else:
         weight.start_at_zero()
     lost, whole = (

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import slcompile
 from slcompile.cli import main
 from slcompile.config import SLConfig
+from slcompile.convert.drift import Drift
 from slcompile.weight.sl_weight import SLWeight
 
 
@@ -113,6 +114,35 @@ def test_rank_goes_where_the_outputs_need_it():
 
 
 @pytest.mark.slow
+def test_fits_behind_approximated_weights_bring_the_outputs_nearer():
+    dense, plain, model = Net(), Net(), Net()
+    slcompile.compress(plain, inputs(1, 16), rank=4)
+    found = slcompile.compress(model, inputs(1, 16), rank=4, refine=True)
+    assert found.refined is not None
+    before, after = found.refined
+    assert after < 0.9 * before
+    assert outputs_error(model, dense) < 0.97 * outputs_error(plain, dense)  # for inputs that it was not fitted to
+    assert f"squared error of the outputs {before:.4f}, refined to {after:.4f}" in str(found)
+    with torch.no_grad():
+        target = [dense(x) for x in inputs(1, 16)]
+        error = sum((model(x) - y).square().sum() for x, y in zip(inputs(1, 16), target, strict=True))
+    assert after == pytest.approx(float(error / sum(y.square().sum() for y in target)), rel=1e-4)
+    first = found.weights["up.weight"].error  # before it nothing was approximated: fitted as it was
+    assert first == pytest.approx(slcompile.compress(Net(), inputs(1, 16), rank=4).weights["up.weight"].error, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_refinement_that_does_not_lower_the_error_is_left(monkeypatch):
+    plain, model = Net(), Net()
+    slcompile.compress(plain, inputs(1), rank=4)
+    monkeypatch.setattr(Drift, "corrected", lambda self, weight, input_dim: -weight)
+    found = slcompile.compress(model, inputs(1), rank=4, refine=True)
+    assert found.refined is not None
+    assert found.refined[0] == found.refined[1]
+    assert all(torch.equal(each, plain.state_dict()[name]) for name, each in model.state_dict().items())
+
+
+@pytest.mark.slow
 def test_a_distillation_brings_the_outputs_nearer():
     dense, model, other = Net(), Net(), Net()
     slcompile.compress(other, inputs(1, 16), rank=4)
@@ -154,6 +184,7 @@ def test_the_random_state_stays():
         ({"budget": 0.05}, r"budget=0\.05 cannot be met: rank 1 and density=0\.03 take 0\.0[0-9]+"),
         ({"budget": 1.5}, r"budget must be a number in \(0, 1\), got 1\.5"),
         ({"rank": 4, "distill_steps": -1}, "distill_steps must be an int >= 0, got -1"),
+        ({"rank": 4, "refine": 1}, "refine must be True or False, got 1"),
         ({"rank": 4, "lr": 0}, "lr must be a finite number > 0, got 0"),
         ({"rank": 4, "calibration": []}, "calibration must have a batch, got none"),
         (

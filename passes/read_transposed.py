@@ -21,8 +21,8 @@ def read_transposed(gm: fx.GraphModule) -> PassReport:
     written nor read: the vendor's matmuls take an operand of either layout. Legal because the copy holds x, and a
     product does not depend on how its operand lies.
 
-    Left: x that a matmul, a kernel or the caller made, which is there anyway; x that something else reads, too; a
-    symbolic number of tokens.
+    Left: x that a matmul, a kernel or the caller made, which is there anyway; x that something else reads, too. No
+    candidates: copies of symbolic sizes, which the graph reads, too; those of the model's own that do not hold x.
 
     Args:
         gm: A forward or a backward graph, lowered; changed in place.
@@ -58,10 +58,23 @@ def _copy_of(clone: fx.Node) -> list[fx.Node] | None:
     (permute,), after = clone.all_input_nodes, list(clone.users)
     if not transposes(permute) or [op_name(each) for each in after] != ["as_strided"]:
         return None
+    made, read = _layout(clone), _layout(after[0])
+    if read != made or not all(isinstance(each, int) for each in made):
+        return None
     (pad,) = permute.all_input_nodes
-    if op_name(pad) != "constant_pad_nd" or arguments(pad)[1][:3] != [0, 0, 0] or [*pad.users] != [permute]:
+    if op_name(pad) != "constant_pad_nd" or [*pad.users] != [permute]:
+        return None
+    *others, tokens = arguments(pad)[1]
+    if others != [0, 0, 0] or not isinstance(tokens, int) or tokens < 0:
         return None
     return [pad, permute, clone, *after]
+
+
+def _layout(node: fx.Node) -> tuple[int | str, ...]:
+    """Returns sizes, strides and offset; what is symbolic as text, since comparing it would guard the graph."""
+    value = node.meta["val"]
+    found = (*value.shape, *value.stride(), value.storage_offset())
+    return tuple(each if isinstance(each, int) else str(each) for each in found)
 
 
 def _why_not(x: fx.Node, readers: list[fx.Node]) -> tuple[str, str] | None:
@@ -71,6 +84,4 @@ def _why_not(x: fx.Node, readers: list[fx.Node]) -> tuple[str, str] | None:
     for reader in readers:
         if op_name(reader) not in _PRODUCTS or x not in arguments(reader)[-2:]:
             return "read", f"{op_name(reader)} reads it, too"
-    if not isinstance(x.meta["val"].shape[0], int):
-        return "symbolic", "its number of tokens is symbolic"
     return None

@@ -108,3 +108,21 @@ def test_a_copy_that_is_not_padded_or_is_read_by_others_is_another_matter():
     gm, _ = graph(forward, (T, K), (T, K), (R, K))
     report = read_transposed(gm)
     assert (report.replaced, report.left) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("padding", "strides"),
+    [(3, (1, K)), (-3, (T - 3, 1))],
+    ids=["read in another layout", "cut"],
+)
+def test_a_copy_of_the_models_own_that_does_not_hold_the_activation_is_another_matter(padding, strides):
+    def forward(x, gate, A):
+        y = activation(x, gate)
+        copy = torch.nn.functional.pad(y, (0, 0, 0, padding)).t().contiguous()
+        return y @ A.t(), copy.as_strided(copy.shape, strides)
+
+    gm, inputs = graph(forward, (T, K), (T, K), (R, K))
+    expected = gm(*inputs)
+    report = read_transposed(gm)
+    assert (report.replaced, report.left) == ([], [])
+    torch.testing.assert_close(gm(*inputs), expected)

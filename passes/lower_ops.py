@@ -16,7 +16,6 @@ from slcompile.ops import KERNEL_DTYPES, STRUCTURE_OPS
 from slcompile.ops.linear_factored import linear_factored_aten
 from slcompile.ops.project import project_aten
 from slcompile.ops.values_grad import values_grad_aten
-from slcompile.ops.vector_cpu import begin_compiling
 from slcompile.ops.weight_grads import weight_grads_aten
 from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, op_name
 
@@ -81,8 +80,6 @@ def lower_ops(gm: fx.GraphModule, autotune: bool = False) -> PassReport:
             detail = "an op may read its result in the layout that it was traced with"
             report.left.append(Decision(node.name, "layout", detail))
             continue
-        if value.device.type == "cpu" and is_factored and (vector := arguments(node)[7:]) > (1,):
-            begin_compiling(value.dtype, *vector)  # some seconds of C++, beside Inductor's own
         results = insert.inline(node, lowered, *arguments(node))
         for user in [node] if isinstance(results, fx.Node) else list(node.users):
             result = results if isinstance(results, fx.Node) else results[arguments(user)[1]]

@@ -32,6 +32,7 @@ from slcompile.convert.ledger import ledger
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import weight_modules, weight_uses
 from slcompile.ops import WEIGHT_OPS
+from slcompile.ops.vector_cpu import begin_compiling
 from slcompile.passes import PassReport, joint_passes, parameterize_weights, post_passes, run
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.passes.graph import GraphPass, Watch
@@ -373,6 +374,7 @@ class GraphPasses(CustomGraphPass):
         self.seen += sum(node.target in WEIGHT_OPS for node in graph.nodes)
         assert graph.owning_module is not None
         run(self.passes, graph.owning_module)
+        begin_compiling(graph)  # some seconds of C++, beside Inductor's own
 
     @override
     def uuid(self) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from slcompile import torch_private
 from slcompile.ops.register_op import register_op
@@ -172,10 +172,19 @@ def _function(name: str, x: Tensor, vector: int) -> tuple[Any, bool]:
     return _compiled(name, x.dtype, vector, x.shape[0] <= FEW_TOKENS[name])
 
 
-@functools.cache
-def begin_compiling(dtype: torch.dtype, vector: int) -> None:
-    """Compiles what products of a dtype call, in a thread of its own; a call that comes before it ends waits for it."""
+_MULTIPLIED = {vector_addmm: 4, vector_dots: 0}
+"""Position among an op's arguments of a matrix whose dtype the products have."""
 
+
+def begin_compiling(graph: fx.Graph) -> None:
+    """Compiles what a graph calls, in threads of their own; a call that comes before they end waits for them."""
+    for node in graph.nodes:
+        if (position := _MULTIPLIED.get(node.target)) is not None:
+            _begin_compiling(node.args[position].meta["val"].dtype, node.args[-1])
+
+
+@functools.cache
+def _begin_compiling(dtype: torch.dtype, vector: int) -> None:
     def compile_library() -> None:
         with contextlib.suppress(Exception):  # the call that needs it raises it again
             _library(dtype if dtype in _STORED else torch.float32, vector)

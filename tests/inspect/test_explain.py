@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import slcompile
-from slcompile import SLConfig, explain
+from slcompile import SLConfig, explain, torch_private
+from slcompile.ops import vector_cpu
 from slcompile.passes import joint_passes
 from slcompile.passes.graph import pass_name
 
@@ -48,6 +50,19 @@ def test_a_model_is_explained_without_being_changed(block, batch):
     assert torch.equal(block.up.weight.grad, torch.ones_like(block.up.weight))
     for name, value in block.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_nothing_is_compiled_for_it(block, batch, monkeypatch):
+    """Not even in a thread, whose compiler would run on when a short command has ended."""
+    calls = []
+    monkeypatch.setattr(torch_private, "cpp_library", calls.append)
+    for each in (vector_cpu._library, vector_cpu._begin_compiling):
+        each.cache_clear()
+    explain(block, (batch[0],), config=SLConfig(rank=8, density=0.05, lowering="factored"))
+    for thread in threading.enumerate():
+        if thread.name == "slcompile vector.cpp":
+            thread.join()
+    assert calls == []
 
 
 def test_no_weight_is_kept_after_it(block, batch):

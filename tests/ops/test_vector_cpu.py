@@ -207,7 +207,7 @@ def nothing_compiled() -> Iterator[Callable[[], None]]:
     def forget() -> None:
         vector_cpu._library.cache_clear()
         vector_cpu._compiled.cache_clear()
-        vector_cpu.begin_compiling.cache_clear()
+        vector_cpu._begin_compiling.cache_clear()
 
     yield forget
     forget()
@@ -224,8 +224,8 @@ def test_what_was_begun_to_be_compiled_is_what_a_call_waits_for(
 
     monkeypatch.setattr(torch_private, "cpp_library", library)
     nothing_compiled()
-    vector_cpu.begin_compiling(torch.float16, 32)  # multiplied in float32
-    vector_cpu.begin_compiling(torch.float16, 32)
+    vector_cpu._begin_compiling(torch.float16, 32)  # multiplied in float32
+    vector_cpu._begin_compiling(torch.float16, 32)
     for thread in threading.enumerate():
         if thread.name == "slcompile vector.cpp":
             thread.join()
@@ -244,7 +244,7 @@ def test_what_cannot_be_compiled_is_an_error_of_the_call_alone(
 
     monkeypatch.setattr(torch_private, "cpp_library", library)
     nothing_compiled()
-    vector_cpu.begin_compiling(torch.float32, 32)
+    vector_cpu._begin_compiling(torch.float32, 32)
     for thread in threading.enumerate():
         if thread.name == "slcompile vector.cpp":
             thread.join()

@@ -418,12 +418,7 @@ def _recognizable(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphMo
         table[node] = graph.create_node(node.op, target, args, kwargs, name)
         table[node].meta = dict(node.meta)
     operands = {each for node in gm.graph.nodes if node.target in _CAPTURED_WEIGHT_OPS for each in node.all_input_nodes}
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    shown = [
-        torch_private.traced_as(node, each) if node in operands else each
-        for node, each in zip(placeholders, inputs, strict=True)
-    ]
-    return _module(gm, graph), shown
+    return _module(gm, graph), torch_private.as_traced(gm, inputs, operands)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

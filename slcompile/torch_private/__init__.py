@@ -33,6 +33,7 @@ from slcompile.torch_private.codegen import (
 )
 from slcompile.torch_private.dynamo import (
     SkippedFrame,
+    as_traced,
     break_reason,
     captured_inputs,
     capturing_rnns,
@@ -46,7 +47,6 @@ from slcompile.torch_private.dynamo import (
     resume,
     sets_grad_mode,
     skipped_frames,
-    traced_as,
     tracing_context,
     unlimited_recompiles,
     without_disable,
@@ -82,6 +82,7 @@ __all__ = [
     "after_backward",
     "allocations",
     "aot_graphs",
+    "as_traced",
     "before_load_state_dict",
     "break_reason",
     "bucket_hooks",
@@ -128,7 +129,6 @@ __all__ = [
     "skipped_frames",
     "step_without_hooks",
     "trace",
-    "traced_as",
     "traced_from",
     "tracing_context",
     "unlimited_recompiles",

@@ -7,11 +7,14 @@ import dataclasses
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+
+from slcompile.torch_private.eager import memory_of
 
 
 def captured_inputs(gm: fx.GraphModule) -> list[Any]:
@@ -19,11 +22,24 @@ def captured_inputs(gm: fx.GraphModule) -> list[Any]:
     return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
 
 
-def traced_as(placeholder: fx.Node, value: Any) -> Any:
-    """Returns the fake tensor with which Dynamo traced a plain tensor or parameter; any other value as it is."""
-    fake = placeholder.meta.get("example_value")
-    is_plain = type(value) in (Tensor, torch.nn.Parameter)
-    return fake if is_plain and isinstance(fake, torch._subclasses.FakeTensor) else value
+def as_traced(gm: fx.GraphModule, inputs: Sequence[Any], which: Collection[fx.Node]) -> list[Any]:
+    """Returns a graph's inputs, those of ``which`` as the fake tensors with which Dynamo traced them.
+
+    As they are stay subclasses, and what shares its memory with another input: fake tensors would not say so, and of
+    two that are one AOTAutograd must know, lest it read the one's numbers of before the other was changed.
+    """
+
+    def is_plain(value: Any) -> bool:
+        return type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
+
+    held = Counter(memory_of(each) for each in inputs if is_plain(each))
+
+    def shown(placeholder: fx.Node, value: Any) -> Any:
+        fake = placeholder.meta.get("example_value")
+        can_be = placeholder in which and isinstance(fake, torch._subclasses.FakeTensor)
+        return fake if can_be and is_plain(value) and held[memory_of(value)] == 1 else value
+
+    return [shown(*pair) for pair in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]
 
 
 def is_query(node: fx.Node) -> bool:

@@ -89,3 +89,28 @@ def test_a_recognizable_graph_computes_the_same_and_says_where_its_nodes_come_fr
     assert sum(fakes) == 3 * 4  # B, A, values and seed of each weight; the others as they are
     for placeholder, each, fake in zip(gm.graph.find_nodes(op="placeholder"), inputs, fakes, strict=True):
         assert (each is placeholder.meta["example_value"]) == fake
+
+
+def test_a_factor_whose_memory_the_forward_changes_is_read_again():
+    """Of parameters that are views of one flat tensor, as some optimizers make them."""
+
+    class Decaying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(48, 64)
+            slcompile.factorize_(self, slcompile.SLConfig(rank=8, density=0.1, min_dim=16))
+            factors = [self.up.weight_sl.A, self.up.weight_sl.values]
+            self.register_buffer("flat", nn.utils.parameters_to_vector(factors).detach())
+            nn.utils.vector_to_parameters(self.flat, factors)
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = self.up(x)
+            self.flat.mul_(0.5)
+            return before + self.up(x)
+
+    model, x = Decaying(), torch.randn(4, 48)
+    flat = model.flat.clone()
+    with torch.no_grad():
+        expected = model(x)
+        model.flat.copy_(flat)
+        torch.testing.assert_close(torch.compile(model, backend="sltrain")(x), expected)

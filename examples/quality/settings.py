@@ -90,6 +90,8 @@ class Settings:
             raise ValueError(f"restart and precondition must be at least 0, got {self.restart}, {self.precondition!r}")
         if self.steps < 10:
             raise ValueError(f"steps must be at least 10, got {self.steps!r}")
+        if self.kind == "galore" and self.bits != BITS[0]:
+            raise ValueError(f"bits must be {BITS[0]} with kind 'galore', which has no other states, got {self.bits}")
         self.sl_config()
 
     @classmethod

@@ -279,6 +279,10 @@ class TestCommands:
                 ["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=1", "embed_lr=1", "bits=5"],
                 "bits must be one",
             ),
+            (
+                ["one", "kind=galore", "corpus=a", "width=128", "steps=10", "lr=1", "embed_lr=1", "bits=8"],
+                "bits must be 32 with kind 'galore'",
+            ),
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=0", "embed_lr=1"], "lr must be a finite"),
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=1"], "embed_lr"),
             (["one", "rate=3"], "settings must be NAME=VALUE with one of"),

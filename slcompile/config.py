@@ -30,7 +30,7 @@ SKIPPABLE = (
     "lower_ops",
     "read_transposed",
 )
-"""Passes without which a graph computes the same: those on the joint graph, and the lowering of our ops."""
+"""Passes without which a graph computes the same: those on the joint graph, and those on its two parts."""
 
 STRUCTURES: dict[str, Any] = {}
 """Name of each weight structure -> its class; ``weight/structure.py`` says what that is, and fills the table."""

@@ -100,11 +100,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     factors.add_argument("--alpha", type=alpha, default="auto", help="'auto', 'paper' for the paper's, or a number")
     factors.add_argument("--support", choices=SUPPORTS, default=SUPPORTS[0], help="of the sparse part")
     factors.add_argument("--values-rate", type=float, default=1.0, help="learning rate of the values, relative to --lr")
-    running = parser.add_argument_group("running")
-    running.add_argument("--out", type=folder, default="c4-run", help="directory of checkpoints and logs")
-    running.add_argument("--eval-every", type=int, default=1000, help="steps between evaluations and checkpoints")
-    running.add_argument("--eval-tokens", type=int, default=10_000_000, help="of the validation part")
-    running.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
+    run = parser.add_argument_group("running")
+    run.add_argument("--out", type=folder, default="c4-run", help="directory of checkpoints and logs")
+    run.add_argument("--eval-every", type=int, default=1000, help="steps between evaluations and checkpoints")
+    run.add_argument("--eval-tokens", type=int, default=10_000_000, help="of the validation part")
+    run.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
     for name in ("steps", "lr", "rank"):

@@ -8,12 +8,13 @@ y in the approximated one, the matrix that comes nearest to ``W x`` is the least
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from slcompile.convert.moments import Reads, call, floating_leaves
 from slcompile.models import arguments_for
@@ -71,14 +72,13 @@ def drifts(
         for batch in batches:
             batch = arguments_for(model, batch)
             with pairs.of_the_model_as_it_was():
-                wanted = floating_leaves(call(model, batch))
-                wanted = [each.clone() for each in wanted]
+                wanted = [each.clone() for each in floating_leaves(call(model, batch))]
             with replaced(approximations), pairs.of_the_approximated_model():
                 given = floating_leaves(call(model, batch))
             for found, target in zip(given, wanted, strict=True):
-                counts = target.isfinite() & found.isfinite()
-                target = torch.where(counts, target, 0).float()
-                error += float((torch.where(counts, found, 0).float() - target).square().sum())
+                counts = target.isfinite()  # masks of infinities do not
+                found, target = (each[counts].double() for each in (found, target))
+                error += float((found - target).square().sum())
                 whole += float(target.square().sum())
     return pairs.drifts(), error / max(whole, 1e-30)
 
@@ -125,6 +125,11 @@ class _Pairs(Reads):
         self.forget_copies()
         self._unlike |= {key for key, left in self._before.items() if left}
 
+    @override
+    def _convolved(self, key: int, view: Tensor, x: Tensor, *settings: Sequence[int]) -> None:
+        """Leaves a convolution: its patches are too many to be kept."""
+
+    @override
     def take(self, key: int, matrix: int | None, x: Tensor, index: Tensor) -> None:
         if not self._second:
             self._before.setdefault(key, []).append((matrix, x.clone(), index))  # which may be written to

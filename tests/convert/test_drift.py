@@ -70,6 +70,13 @@ def test_pairs_are_of_the_model_as_it_was_and_of_the_approximated_one():
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 
+def test_convolutions_are_left():
+    model = nn.Conv1d(3, 4, 2)
+    found, error = drifts(model, [(model.weight, 1)], {model.weight: -model.weight.detach()}, [torch.randn(2, 3, 8)])
+    assert not found
+    assert error > 0
+
+
 def test_weights_are_what_they_were_where_the_model_fails():
     model = Two()
     before = model.first.weight.detach().clone()

@@ -58,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         sub.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
     for sub in (run, one, table):
         sub.add_argument("--runs", type=Path, default=RUNS, help="JSON-lines file of the runs")
-    table.add_argument("--plot", type=chart, help="draw loss curves, and perplexity against parameters (.png, .svg)")
+    what = "draw loss curves, and perplexity against parameters, memory and FLOPs (.png, .svg)"
+    table.add_argument("--plot", type=chart, help=what)
     args = parser.parse_args(argv)
     try:
         if args.command != "table":

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from examples.quality.drawing import Best, Rung, draw
 from examples.quality.records import Records
 from examples.quality.search import ROWS, choose
 from examples.quality.settings import Settings
@@ -83,10 +84,8 @@ def show(
     rungs = [each for each in rungs if each[0] in corpora and each[1] in widths]
     if not rungs:
         raise ValueError(f"{records.path} has no runs of these corpora and widths")
-    drawn = {}
     for rung in rungs:
         complete, missing = results(records, *rung, axes)
-        drawn[rung] = complete
         if complete:
             console.print(_table(records, rung, complete), markup=False)
             console.print(f"searched in each row: {', '.join(axes)}", highlight=False)
@@ -94,10 +93,10 @@ def show(
             console.print(f"not complete: {'; '.join(missing)}", highlight=False)
         console.print(_all_runs(records, rung), markup=False)
     if plot is not None:
-        draw(drawn, plot)
+        draw({rung: _best(records, rung) for rung in rungs}, plot)
 
 
-def _table(records: Records, rung: tuple[str, int, int], complete: list[Result]) -> Table:
+def _table(records: Records, rung: Rung, complete: list[Result]) -> Table:
     corpus, width, steps = rung
     tokens = next(each["tokens"] for each in records if (each["corpus"], each["width"], each["steps"]) == rung)
     dense = next((each for each in complete if each.name == DENSE), None)
@@ -125,67 +124,48 @@ def _table(records: Records, rung: tuple[str, int, int], complete: list[Result])
     return table
 
 
-def _all_runs(records: Records, rung: tuple[str, int, int]) -> Table:
-    """Every run of a rung, the seeds of the same settings together, the best first."""
+Group = tuple[Settings, list[Mapping[str, Any]]]
+"""Settings, but for the seed, and the runs with them."""
+
+
+def _groups(records: Records, rung: Rung) -> list[Group]:
+    """The runs of a rung, the seeds of the same settings together, the best first and last those that diverged."""
     groups: dict[Settings, list[Mapping[str, Any]]] = {}
     for record in records:
         if (record["corpus"], record["width"], record["steps"]) == rung:
             groups.setdefault(replace(Settings.of(record), seed=0), []).append(record)
+    return sorted(groups.items(), key=lambda group: _mean(group[1], "validation"))
+
+
+def _mean(runs: Iterable[Mapping[str, Any]], part: str) -> float:
+    """Mean loss of the runs that came to their end; infinite where none did."""
+    losses = [each[part] for each in runs if part in each]
+    return statistics.fmean(losses) if losses else math.inf
+
+
+def _best(records: Records, rung: Rung) -> Best:
+    """The best settings of each kind, with the runs that came to their end."""
+    best: dict[str, Group] = {}
+    for settings, runs in _groups(records, rung):
+        if ended := [each for each in runs if "test" in each]:
+            best.setdefault(settings.kind, (settings, ended))
+    return best
+
+
+def _all_runs(records: Records, rung: Rung) -> Table:
+    """Every run of a rung, the seeds of the same settings together, the best first."""
     table = Table(title="every run, mean over its seeds")
     for name in ("kind", "lr", "embed_lr", "and"):
         table.add_column(name)
     for name in ("seeds", "validation", "test"):
         table.add_column(name, justify="right")
-    rows = []
-    for settings, runs in groups.items():
-        shown = {"kind", "corpus", "width", "steps", "lr", "embed_lr", "seed"}
-        others = [each for each in fields(Settings) if each.name not in shown]
-        changes = [f"{each.name} {getattr(settings, each.name)}" for each in others]
-        changes = [
-            text for text, each in zip(changes, others, strict=True) if getattr(settings, each.name) != each.default
-        ]
+    shown = {"kind", "corpus", "width", "steps", "lr", "embed_lr", "seed"}
+    others = [each for each in fields(Settings) if each.name not in shown]
+    for settings, runs in _groups(records, rung):
+        values = {each.name: getattr(settings, each.name) for each in others}
+        changes = [f"{each.name} {values[each.name]}" for each in others if values[each.name] != each.default]
         described = (settings.kind, f"{settings.lr:g}", f"{settings.embed_lr:g}", ", ".join(changes), str(len(runs)))
-        ended = [each for each in runs if "validation" in each]
-        means = [statistics.fmean(each[part] for each in ended) if ended else math.inf for part in PARTS]
-        losses = [f"{each:.4f}" for each in means] if ended else [f"diverged at step {runs[0]['diverged']}", ""]
-        rows.append((means[0], (*described, *losses)))
-    for _, row in sorted(rows):
-        table.add_row(*row)
+        means = [_mean(runs, part) for part in PARTS]
+        diverged = [f"diverged at step {runs[0]['diverged']}", ""]
+        table.add_row(*described, *(diverged if math.inf in means else [f"{each:.4f}" for each in means]))
     return table
-
-
-def draw(drawn: Mapping[tuple[str, int, int], list[Result]], path: Path) -> None:
-    """Draws, for each corpus, training loss by tokens and test perplexity by parameters.
-
-    Raises:
-        ValueError: The file is neither .png nor .svg.
-        ImportError: matplotlib is not installed.
-    """
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--plot must end in .png or .svg, got {path.name!r}")
-    from matplotlib.figure import Figure  # not pyplot, which would choose a window system
-
-    corpora = sorted({corpus for corpus, _, _ in drawn})
-    figure = Figure(figsize=(12, 4.5 * len(corpora)), layout="constrained")
-    axes = figure.subplots(len(corpora), 2, squeeze=False)
-    colors = {row.name: f"C{index}" for index, row in enumerate(ROWS)}
-    for (curves, sizes), corpus in zip(axes, corpora, strict=True):
-        points: dict[tuple[str, int], list[tuple[int, float]]] = {}
-        for (name, _, steps), rung in drawn.items():
-            if name != corpus:
-                continue
-            for row in rung:
-                run = row.runs[0]
-                tokens = [step * run["tokens"] / run["steps"] for step, _ in run["curve"]]
-                curves.plot(tokens, [loss for _, loss in run["curve"]], color=colors[row.name], linewidth=1)
-                if row.losses:
-                    perplexity = math.exp(statistics.fmean(row.losses))
-                    points.setdefault((row.name, steps), []).append((run["parameters"], perplexity))
-        for name, color in colors.items():
-            curves.plot([], [], color=color, label=name)
-        for (name, _), places in points.items():
-            sizes.plot(*zip(*sorted(places), strict=True), "o-", color=colors[name])
-        curves.set(title=f"{corpus}: training loss (nats a token)", xlabel="tokens", xscale="log")
-        sizes.set(title=f"{corpus}: test perplexity", xlabel="parameters, embeddings included", xscale="log")
-        curves.legend(fontsize="small")
-    figure.savefig(path)

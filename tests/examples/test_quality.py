@@ -16,15 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import slcompile
 from examples.quality import recipes, training
 from examples.quality.__main__ import console, main
 from examples.quality.corpora import tokenize
+from examples.quality.drawing import flops, memory
 from examples.quality.records import Records
 from examples.quality.search import EXTENSIONS, ROWS, choose
-from examples.quality.settings import Settings
-from examples.quality.training import Stopped, make_model, parameter_groups, train
+from examples.quality.settings import SEQ_LEN, VOCAB, Settings
+from examples.quality.training import Stopped, make_model, make_optimizer, parameter_groups, train
 
 FUNCTIONAL = Path(torch.nn.functional.__file__)
 SHORT = Settings(kind="sl", corpus="text", width=128, steps=10, lr=1e-3, embed_lr=5e-3)
@@ -334,6 +336,23 @@ class TestCommands:
         assert "not complete: SL, tuned" in printed
         assert re.search(r"sl +│ 0.002 +│ 0.01 +│ values_rate 6.0 +│ +1 │", printed)
         assert (tmp_path / "curves.png").stat().st_size > 1000
+
+    @pytest.mark.parametrize("kind", ["dense", "sl", "galore"])
+    def test_the_memory_that_is_drawn_is_what_a_step_holds(self, kind):
+        settings = replace(SHORT, kind=kind, width=96)
+        model = make_model(settings)
+        optimizer = make_optimizer(model, settings)
+        ids = torch.arange(2 * SEQ_LEN).view(2, SEQ_LEN)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        states = [each for state in optimizer.state.values() for each in state.values() if isinstance(each, Tensor)]
+        parameters = list(model.parameters())
+        held = sum(each.nbytes for each in [*parameters, *parameters, *states])  # gradients are as large
+        projections = sum(each.numel() for name, each in model.named_parameters() if "_proj." in name)
+        run = {"parameters": sum(each.numel() for each in parameters), "projections": projections}
+        assert memory(settings, run) == pytest.approx(held, rel=1e-3)  # which counts steps, too
+        tokens = {"tokens": 10, "projections": 100}
+        assert flops(settings, tokens) == 6 * 10 * (100 + VOCAB * 96)
 
     def test_a_broken_line_is_named(self, tmp_path):
         (tmp_path / "runs.jsonl").write_text(json.dumps({"kind": "dense"}) + "\n")

@@ -94,8 +94,9 @@ def compress(
         config: The other options; by default ``SLConfig(support="largest")``.
         refine: Fit weights once more, in the order of their use: each gets inputs that approximated weights before it
             made, and is fitted to give for those what the dense one gives for its own, where that lowers the squared
-            error of the model's outputs. Takes a forward pass of both models over all batches for each set of weights
-            with the same inputs. Weights of convolutions are left, and those that get another number of inputs then.
+            error of the model's outputs: for a model that is not trained on. Takes a forward pass of both models over
+            all batches for each set of weights with the same inputs. Weights of convolutions are left, and those that
+            get another number of inputs then.
         distill_steps: Steps of AdamW on the factors, each on a calibration batch, toward the dense model's outputs,
             which are held.
         lr: Its learning rate.

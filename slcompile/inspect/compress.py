@@ -25,6 +25,8 @@ from slcompile.weight.structure import structure_of
 
 SUPPORT = "largest"
 """What ``compress`` takes unless a config says otherwise."""
+Fits = dict[str, tuple[SLWeight, SuggestedRank]]
+"""The factors of each weight by its name, and what it got."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,6 @@ def _energies(candidate: Candidate, known: Moments) -> Tensor:
     # The moments are sums over the same tokens, and so is what is lost; of a stack, over those of a matrix.
     matrices = candidate.shape[0] if len(candidate.shape) > 2 else 1
     return (found * matrices / known.tokens if known.gradients is not None else found / found.sum()).cpu()
-
-
-Fits = dict[str, tuple[SLWeight, SuggestedRank]]
 
 
 def _refined(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import functools
 import multiprocessing
 import platform
@@ -266,7 +265,7 @@ def first_step(args: argparse.Namespace, dtype: str, start: str) -> float:
         slcompile.factorize_(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     backend = {"dense": {"backend": "inductor"}, "factorized": {"backend": "sltrain"}}
-    compiled = torch.compile(model, **backend.get(start, {"backend": "sltrain", "options": dataclasses.asdict(config)}))
+    compiled = torch.compile(model, **backend.get(start, {"backend": "sltrain", "options": config.to_options()}))
     ids = torch.randint(args.vocab, (args.batch, args.seq_len), device=args.device)
 
     def step() -> None:

@@ -17,7 +17,6 @@ import multiprocessing
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -34,7 +33,7 @@ from slcompile import torch_private
 from slcompile.benchmark import interleaved
 from slcompile.cli.bench import show as show_report
 from slcompile.config import SAVES, SUPPORTS, VECTOR
-from slcompile.measure import synchronize
+from slcompile.measure import seconds_of
 from slcompile.ops import compose, linear_factored, project, values_grad
 from slcompile.ops.support import groups_per_row
 
@@ -274,16 +273,8 @@ def first_step(args: argparse.Namespace, dtype: str, start: str) -> float:
         optimizer.zero_grad()
 
     with torch_private.fresh_cache():
-        first, second, third = (seconds_of(step, args.device) for _ in range(3))
+        first, second, third = (seconds_of(step, torch.device(args.device)) for _ in range(3))
     return first + max(0.0, second - third)
-
-
-def seconds_of(step: Callable[[], None], device: str) -> float:
-    """What one step takes."""
-    begin = time.perf_counter()
-    step()
-    synchronize(torch.device(device))
-    return time.perf_counter() - begin
 
 
 def check(runs: Runs, dtype: str) -> None:

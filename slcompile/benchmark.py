@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from slcompile import torch_private
 from slcompile.config import LOWERINGS, SLConfig, checked_config, did_you_mean, require_choice
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model, merge_
-from slcompile.measure import synchronize
+from slcompile.measure import seconds_of, synchronize
 from slcompile.models import arguments_for, positional, unwrapped
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.weight.placing import base_class
@@ -194,7 +193,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(runs):
         for name, run in variants.items():
-            times[name].append(_timed(run, device))
+            times[name].append(seconds_of(run, device))
     return times
 
 
@@ -309,7 +308,7 @@ def _first_run(step: _Step, device: torch.device) -> tuple[float, int]:
     """Returns the seconds of a first run with empty caches, and the bytes that our ops keep from it."""
     before = kept_bytes()
     with torch_private.fresh_cache():
-        seconds = _timed(step.run, device)
+        seconds = seconds_of(step.run, device)
     return seconds, kept_bytes() - before
 
 
@@ -318,14 +317,6 @@ def _compile_something(device: torch.device, inductor: dict[str, Any]) -> None:
     layer = nn.Linear(8, 8, device=device)
     with torch_private.fresh_cache(), torch.enable_grad():
         torch.compile(layer, dynamic=False, options=inductor or None)(torch.randn(4, 8, device=device)).sum().backward()
-
-
-def _timed(run: Step, device: torch.device) -> float:
-    synchronize(device)
-    begin = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - begin
 
 
 def _tokens_of(batch: Any) -> int | None:

@@ -149,12 +149,17 @@ def _fastest(run: Callable[[], object], device: torch.device, seconds: float) ->
     times: list[float] = []
     run()
     while len(times) < 3 or sum(times) < seconds:
-        synchronize(device)
-        begin = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
+        times.append(seconds_of(run, device))
     return min(times)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Runs something once; returns what it took, with all that it launched on a device."""
+    synchronize(device)
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def synchronize(device: torch.device) -> None:

@@ -147,7 +147,7 @@ def nothing_runs(*_: object, **__: object) -> None:
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_run(change, message, monkeypatch) -> None:
-    monkeypatch.setattr(benchmark, "_timed", nothing_runs)
+    monkeypatch.setattr(benchmark, "seconds_of", nothing_runs)
     monkeypatch.setattr(benchmark, "_compile_something", nothing_runs)
     model = change.pop("model", None) or Plain()
     with pytest.raises(ValueError, match=message):

@@ -76,6 +76,13 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
     return [{"params": parameters, "lr": rate, "rank": rank} for (rate, rank), parameters in groups.items()]
 
 
+def sizes(model: nn.Module) -> dict[str, int]:
+    """How many parameters learn, and those of them that are of projections: factors, or weights that stayed dense."""
+    learning = {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}
+    projections = sum(size for name, size in learning.items() if "_proj." in name)
+    return {"parameters": sum(learning.values()), "projections": projections}
+
+
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW without decay; with fewer than 32 bits a state, torchao's; GaLore's with its authors' scale and period."""
     groups = parameter_groups(model, settings)
@@ -176,18 +183,11 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
                 saved_at = time.monotonic()
             if stop.asked:
                 raise Stopped(stop.asked)
-        parts_of = slcompile.factors(model).values()
-        held = sum(p.numel() for each in parts_of for p in (each.B, each.A, each.values))
-        if settings.kind == "low rank":
-            held -= sum(each.values.numel() for each in parts_of)
-        projections = sum(p.numel() for name, p in model.named_parameters() if "_proj." in name)
-        total = sum(p.numel() for p in model.parameters())
         record = {
             **settings.deciding(),
             "text": corpus.digest,
             "tokens": settings.tokens,
-            "parameters": total - projections + (held or projections),
-            "projections": held or projections,
+            **sizes(model),
             "diverged": diverged,
             "curve": state["curve"],
             "cpu_seconds": round(state["seconds"], 1),

@@ -170,6 +170,14 @@ def test_galore_projects_the_gradients_of_the_projections_alone():
         assert (narrow in optimizer.state[parameter]["exp_avg"].shape) == (narrow is not None), name
 
 
+def test_weights_that_a_rank_leaves_dense_are_counted_as_they_are():
+    dense, half = (training.sizes(make_model(replace(SHORT, **kind))) for kind in ({"kind": "dense"}, {"rank": 0.5}))
+    square, wide = 4 * 128 * 128, 3 * 128 * 344  # of a layer; B and A of rank 64 are no smaller than a square weight
+    assert dense["projections"] == 3 * (square + wide)
+    assert 3 * (square + 64 * 3 * (128 + 344)) < half["projections"] < 3 * (square + 0.75 * wide)
+    assert dense["parameters"] - dense["projections"] == half["parameters"] - half["projections"]
+
+
 @pytest.mark.usefixtures("aten_kernels")
 class TestRun:
     @pytest.mark.slow
@@ -348,9 +356,7 @@ class TestCommands:
         states = [each for state in optimizer.state.values() for each in state.values() if isinstance(each, Tensor)]
         parameters = list(model.parameters())
         held = sum(each.nbytes for each in [*parameters, *parameters, *states])  # gradients are as large
-        projections = sum(each.numel() for name, each in model.named_parameters() if "_proj." in name)
-        run = {"parameters": sum(each.numel() for each in parameters), "projections": projections}
-        assert memory(settings, run) == pytest.approx(held, rel=1e-3)  # which counts steps, too
+        assert memory(settings, training.sizes(model)) == pytest.approx(held, rel=1e-3)  # which counts steps, too
         tokens = {"tokens": 10, "projections": 100}
         assert flops(settings, tokens) == 6 * 10 * (100 + VOCAB * 96)
 

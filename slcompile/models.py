@@ -84,6 +84,20 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def layers_as_in_training() -> Iterator[None]:
+    """Within, torch's attention and encoder layers compute product by product in inference, too.
+
+    There each is one op otherwise, in which no product with a weight is seen, and which fills padding with zeros.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def buffers_restored(model: nn.Module) -> Iterator[None]:
     """Puts the numbers of a model's buffers back afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

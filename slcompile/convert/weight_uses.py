@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from slcompile import torch_private
 from slcompile.config import SLConfig
-from slcompile.models import buffers_restored, positional
+from slcompile.models import buffers_restored, layers_as_in_training, positional
 from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import GROUPED, TRANSPOSED, WeightUse, find_matmuls, is_weight
@@ -97,6 +97,7 @@ def captured_uses(
     try:
         with (
             buffers_restored(model),
+            layers_as_in_training(),
             torch.random.fork_rng(enabled=not any(each.is_meta for each in model.parameters())),
             # Another backend each time, so that it is called and no graph of an earlier capture is reused.
             torch_private.unlimited_recompiles(),

@@ -18,7 +18,7 @@ from slcompile.convert.ledger import ledger
 from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
 from slcompile.factorize import factorize_model, named_weights
 from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, table
-from slcompile.models import arguments_for, in_eval, unwrapped
+from slcompile.models import arguments_for, in_eval, layers_as_in_training, unwrapped
 from slcompile.weight.fit import loss, spectrum
 from slcompile.weight.sl_weight import SLWeight
 from slcompile.weight.structure import structure_of
@@ -122,7 +122,7 @@ def compress(
     if not batches:
         raise ValueError("calibration must have a batch, got none")
     example = _example(arguments_for(model, batches[0]))
-    with in_eval(model), torch.random.fork_rng():
+    with in_eval(model), layers_as_in_training(), torch.random.fork_rng():
         chosen = eligible(model, config, *example)
         if budget is not None:
             require_possible(budget, chosen)

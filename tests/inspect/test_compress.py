@@ -302,3 +302,32 @@ def test_a_weight_that_is_zero_loses_nothing_and_can_be_trained_further():
     model(inputs(1)[0]).sum().backward()
     assert not model[1].weight.any()
     assert model[1].weight_sl.B.grad.any()
+
+
+class Padded(nn.Module):
+    """An encoder of torch's own layers, of which each is one op in inference, and padding is zero behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
+        self.encoder, self.last = nn.TransformerEncoder(layer, 1), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.last(self.encoder(x, src_key_padding_mask=padding))
+
+
+def test_torch_s_own_layers_are_compressed_and_distilled_as_they_train():
+    padding = torch.arange(8).ge(5).expand(4, 8)
+    batches = [(each.view(4, 8, 64), padding) for each in inputs(1)]
+    found = slcompile.compress(Padded(), batches, rank=16, density=0.05, refine=True, distill_steps=1)
+    assert len(found.weights) == 5
+    assert found.distilled is not None
+    assert found.distilled[0] < 0.1  # against zeros where padding is, 0.6
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_torch_s_own_layers_are_found_in_inference():
+    model = Padded().eval()
+    slcompile.factorize_(model, CONFIG, example_args=(inputs(1)[0].view(4, 8, 64), torch.zeros(4, 8).bool()))
+    assert len(slcompile.factors(model)) == 5

@@ -292,7 +292,9 @@ def _distill(
     held = dict.fromkeys(part for _, weight in named_weights(model) for part in weight.parameters())
     parts = [part for part in held if part.requires_grad]
     before = [part.detach().clone() for part in parts]
-    optimizer = torch.optim.AdamW(parts, lr, weight_decay=0.0)
+    # Half precision rounds small steps away, and AdamW's eps to zero.
+    wide = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    optimizer = torch.optim.AdamW(wide, lr, weight_decay=0.0)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -301,18 +303,22 @@ def _distill(
     for step in range(steps):
         with torch.enable_grad():
             loss = _distance(_outputs(model, batches[step % len(batches)]), targets[step % len(batches)])
-            gradients = torch.autograd.grad(loss, parts, allow_unused=True)
+            # A mean over many outputs has gradients that float16 does not hold; by a power of two nothing is rounded.
+            size = 2.0 ** round(math.log2(sum(each.numel() for each in targets[step % len(batches)])))
+            gradients = torch.autograd.grad(loss * size, parts, allow_unused=True)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             with torch.no_grad():
                 for part, value in zip(parts, before, strict=True):
                     part.copy_(value)
             raise RuntimeError(f"the distillation's loss is {losses[-1]} in step {step + 1}: take a lower lr than {lr}")
-        for part, gradient in zip(parts, gradients, strict=True):
-            part.grad = gradient
+        for each, gradient in zip(wide, gradients, strict=True):
+            each.grad = None if gradient is None else gradient.to(each.dtype) / size
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            for part, each in zip(parts, wide, strict=True):
+                part.copy_(each)
     return losses[0], losses[-1]
 
 

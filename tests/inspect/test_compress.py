@@ -155,6 +155,16 @@ def test_a_distillation_brings_the_outputs_nearer():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_distillation_in_half_precision_takes_the_steps_of_float32(dtype):
+    found = {}
+    for each in (torch.float32, dtype):
+        result = slcompile.compress(Net().to(each), inputs(1), rank=8, config=CONFIG, distill_steps=21, lr=1e-4)
+        assert result.distilled is not None
+        found[each] = result.distilled[0] / result.distilled[1]
+    assert found[dtype] == pytest.approx(found[torch.float32], rel=0.01)
+
+
 @pytest.mark.slow
 def test_a_distillation_that_diverges_leaves_the_factors_from_before_it():
     model, other = Net(), Net()

@@ -18,6 +18,7 @@ from slcompile.convert.weight_uses import uses_of
 from slcompile.models import forget_factors, unwrapped
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.passes import merge_weights, run
+from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.marks import retire
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names, restore, sl_names, snapshot, take_out
@@ -64,15 +65,24 @@ def factorize_model(
     example_args: Sequence[Any] | Tensor | None,
     example_kwargs: Mapping[str, Any] | None,
     ledger: Ledger,
+) -> nn.Module:
+    """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own."""
+    model = unwrapped(model)
+    config.require_patterns_match(dense_names(model))
+    return factorize_uses(model, config, uses_of(model, config, example_args, example_kwargs), ledger)
+
+
+def factorize_uses(
+    model: nn.Module,
+    config: SLConfig,
+    uses: Sequence[tuple[nn.Parameter, WeightUse]],
+    ledger: Ledger,
     made: Mapping[int, FactorizedWeight] | None = None,
 ) -> nn.Module:
-    """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own.
+    """Factorizes the weights of which is known how the model uses them; returns the model.
 
     ``made`` are weight modules that were made and filled before, by the id of the dense weight.
     """
-    model = unwrapped(model)
-    config.require_patterns_match(dense_names(model))
-    uses = uses_of(model, config, example_args, example_kwargs)
     with ledger.lock:
         live = LiveObjects.find()
         found = gather(uses, config, live, model=model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,16 +71,18 @@ def uses_of(
     """Collects how a model uses its weights: on its graph, or where it has no example, by the types of its modules."""
     if example_args is None and example_kwargs is None:
         return uses_by_module_type(model, config)
-    return captured_uses(model, positional(() if example_args is None else example_args), dict(example_kwargs or {}))
+    args = positional(() if example_args is None else example_args)
+    return captured_uses(model, [(args, dict(example_kwargs or {}))])
 
 
 @torch.no_grad()
 def captured_uses(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]
 ) -> list[tuple[nn.Parameter, WeightUse]]:
-    """Runs a model once, without gradients, and collects how each of its weights is used in all captured graphs.
+    """Calls a model, without gradients, and collects how each of its weights is used in all captured graphs.
 
-    Buffers and the random state are put back afterwards.
+    Buffers and the random state are put back afterwards. Of calls with other arguments, only graphs that are others are
+    captured anew.
     """
     found: dict[int, tuple[nn.Parameter, WeightUse]] = {}
 
@@ -103,7 +105,9 @@ def captured_uses(
             torch_private.unlimited_recompiles(),
             torch_private.capturing_rnns(),
         ):
-            torch.compile(lambda: model(*args, **kwargs), backend=collect)()
+            compiled = torch.compile(lambda args, kwargs: model(*args, **kwargs), backend=collect)
+            for args, kwargs in calls:
+                compiled(args, kwargs)
         return list(found.values())
     finally:
         found.clear()  # Dynamo's cache holds the backend, which must not hold the dense weights

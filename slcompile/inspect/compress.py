@@ -16,7 +16,8 @@ from slcompile.convert.candidates import Candidate
 from slcompile.convert.drift import Drift, drifts
 from slcompile.convert.ledger import ledger
 from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
-from slcompile.factorize import factorize_model, named_weights
+from slcompile.convert.weight_uses import captured_uses
+from slcompile.factorize import factorize_uses, named_weights
 from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, table
 from slcompile.models import arguments_for, in_eval, layers_as_in_training, unwrapped
 from slcompile.weight.fit import loss, spectrum
@@ -121,9 +122,9 @@ def compress(
     batches = list(calibration)
     if not batches:
         raise ValueError("calibration must have a batch, got none")
-    example = _example(arguments_for(model, batches[0]))
     with in_eval(model), layers_as_in_training(), torch.random.fork_rng():
-        chosen = eligible(model, config, *example)
+        captured = captured_uses(model, (_arguments(arguments_for(model, batch)) for batch in batches))
+        chosen = eligible(model, config, captured)
         if budget is not None:
             require_possible(budget, chosen)
         uses = use_moments(model, [(each.weight, each.input_dim) for each in chosen], batches)
@@ -146,7 +147,7 @@ def compress(
         if refine:
             fits, refined = _refined(model, batches, chosen, options, uses, fits)
         made = {id(each.weight): fits[each.name][0] for each in chosen}
-        factorize_model(model, config, *example, ledger, made)
+        factorize_uses(model, config, captured, ledger, made)
         distilled = _distill(model, batches, targets, distill_steps, lr) if distill_steps else None
     return Compression({name: found for name, (_, found) in fits.items()}, by_outputs, refined, distilled)
 
@@ -169,11 +170,11 @@ def _options(
     return replace(config, rank=1 if rank is None else rank, init="spectral", **given)
 
 
-def _example(batch: Any) -> tuple[Sequence[Any] | None, Mapping[str, Any] | None]:
-    """Returns a batch as example arguments of ``factorize_``."""
+def _arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Returns a batch as the arguments of a call, by position and by name."""
     if isinstance(batch, Mapping):
-        return None, batch
-    return (batch if isinstance(batch, (tuple, list)) else (batch,)), None
+        return (), batch
+    return (batch if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
 def _require_reached(chosen: Sequence[Candidate], uses: Mapping[int, Moments]) -> None:

@@ -15,6 +15,7 @@ from slcompile.config import SLConfig, checked_config
 from slcompile.convert.candidates import Candidate, gather
 from slcompile.convert.weight_uses import uses_of
 from slcompile.models import unwrapped
+from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
 from slcompile.weight.structure import structure_of
@@ -105,7 +106,7 @@ def suggest(
     """
     config = replace(checked_config(config), rank=1)
     model = unwrapped(model)
-    chosen = eligible(model, config, example_args, example_kwargs)
+    chosen = eligible(model, config, uses_of(model, config, example_args, example_kwargs))
     require_possible(budget, chosen)
     energies = {each.name: _energies(each.matrix) for each in chosen}
     ranks = distribute(budget, chosen, energies)
@@ -121,15 +122,9 @@ def suggest(
     return Suggestion(found, budget)
 
 
-def eligible(
-    model: nn.Module,
-    config: SLConfig,
-    example_args: Sequence[Any] | Tensor | None,
-    example_kwargs: Mapping[str, Any] | None,
-) -> list[Candidate]:
+def eligible(model: nn.Module, config: SLConfig, uses: Sequence[tuple[nn.Parameter, WeightUse]]) -> list[Candidate]:
     """Returns the weights that the options factorize; ValueError where there are none, or they hold no numbers."""
     config.require_patterns_match(dense_names(model))
-    uses = uses_of(model, config, example_args, example_kwargs)
     found = gather(uses, config, LiveObjects.find(), model=model)
     found.require_some(model, config)
     if any(each.weight.is_meta for each in found.chosen):

@@ -104,7 +104,7 @@ def test_which_convolutions_count(reads: str) -> None:
     if others:
         with pytest.raises(ValueError, match="no eligible weight"):
             slcompile.factorize_(model, slcompile.SLConfig(**OPTIONS, include=("0.w",)), example_args=(X,))
-        uses = slcompile.convert.weight_uses.captured_uses(model, (X,), {})
+        uses = slcompile.convert.weight_uses.captured_uses(model, [((X,), {})])
         (use,) = (use for weight, use in uses if weight is model[0].w)
         assert ", ".join(sorted(set(use.others))) == others
     else:

@@ -341,3 +341,21 @@ def test_torch_s_own_layers_are_found_in_inference():
     model = Padded().eval()
     slcompile.factorize_(model, CONFIG, example_args=(inputs(1)[0].view(4, 8, 64), torch.zeros(4, 8).bool()))
     assert len(slcompile.factors(model)) == 5
+
+
+class Kinds(nn.Module):
+    """A weight for each kind of input; no batch reaches both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.near, self.far, self.last = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor, *, is_far: bool = False) -> Tensor:
+        return self.last(torch.relu((self.far if is_far else self.near)(x)))
+
+
+def test_weights_that_later_batches_reach_are_compressed_too():
+    batches = [{"x": x[: 16 + index], "is_far": index % 2 == 1} for index, x in enumerate(inputs(1))]
+    found = slcompile.compress(Kinds(), batches, rank=8)
+    assert found.weights.keys() == {"near.weight", "far.weight", "last.weight"}

@@ -194,6 +194,17 @@ def test_bad_options_are_refused(model, options, message):
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_sparse_gradient_is_refused_before_anything_is_stepped():
+    embed, head = nn.Embedding(96, 48, sparse=True), nn.Linear(48, 64)
+    optimizer = GaLoreAdamW([*head.parameters(), *embed.parameters()], lr=1e-2, rank=8)
+    before = copy.deepcopy(head.state_dict())
+    head(embed(torch.arange(6))).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of a parameter of shape \(96, 48\) is sparse"):
+        optimizer.step()
+    assert all(torch.equal(each, before[name]) for name, each in head.state_dict().items())
+    assert not optimizer.state
+
+
 def test_the_state_of_adamw_is_refused(model):
     plain, optimizer = torch.optim.AdamW(model.parameters()), GaLoreAdamW(model.parameters(), **OPTIONS)
     stepped(plain, model, range(1))

@@ -42,7 +42,7 @@ class GaLoreAdamW(AdamW):
 
     Raises:
         ValueError: An argument is not allowed, or a group that sets ``rank`` holds factors; in ``step()``, if a matrix
-            that is to be projected is sharded.
+            that is to be projected is sharded or has a sparse gradient. Nothing is stepped then.
     """
 
     def __init__(
@@ -130,6 +130,11 @@ class GaLoreAdamW(AdamW):
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)} is a {type(parameter.data).__name__}: the singular "
                 "vectors of a sharded gradient are not found. Give it a group with rank=None"
+            )
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise ValueError(
+                f"the gradient of a parameter of shape {tuple(parameter.shape)} is sparse, and its singular vectors "
+                "are not found. Make the embedding with sparse=False, or give it to torch.optim.SparseAdam"
             )
         return True
 

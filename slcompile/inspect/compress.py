@@ -119,6 +119,8 @@ def compress(
     require_int("distill_steps", distill_steps, least=0)
     if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise ValueError(f"lr must be a finite number > 0, got {lr!r}")
+    if isinstance(calibration, Mapping):
+        raise ValueError("calibration must be batches, got a mapping, which is one: put it into a list")
     batches = list(calibration)
     if not batches:
         raise ValueError("calibration must have a batch, got none")

@@ -197,6 +197,7 @@ def test_the_random_state_stays():
         ({"rank": 4, "refine": 1}, "refine must be True or False, got 1"),
         ({"rank": 4, "lr": 0}, "lr must be a finite number > 0, got 0"),
         ({"rank": 4, "calibration": []}, "calibration must have a batch, got none"),
+        ({"rank": 4, "calibration": {"x": torch.ones(4, 64)}}, "calibration must be batches, got a mapping"),
         (
             {"rank": 4, "calibration": [torch.full((4, 64), math.nan)]},
             "calibration gives up.weight inputs or gradients with NaN or Inf",

@@ -34,11 +34,12 @@ def looks_trained(weight: Tensor, iterations: int = 8) -> bool:
     mean, variance = weight.mean(), weight.var(correction=0)
     generator = torch.Generator("cpu").manual_seed(0)  # the user's generator is left where it was
     right = torch.randn(columns, generator=generator, device="cpu", dtype=torch.float32).to(weight.device)
-    for _ in range(iterations):
-        left = weight @ right - mean * right.sum()
-        right = weight.t() @ left - mean * left.sum()
-        right = right / right.norm()
-    top = (weight @ right - mean * right.sum()).norm()
+    with torch.autocast(weight.device.type, enabled=False):
+        for _ in range(iterations):
+            left = weight @ right - mean * right.sum()
+            right = weight.t() @ left - mean * left.sum()
+            right = right / right.norm()
+        top = (weight @ right - mean * right.sum()).norm()
     edge = variance.sqrt() * (math.sqrt(rows) + math.sqrt(columns))
     return bool(top > TRAINED_RATIO * edge)
 

@@ -249,12 +249,13 @@ class FactorizedWeight(nn.Module):
             return weight
         if config.base in BITS:
             weight.base = nn.Parameter(quantize(dense.detach(), config.base), requires_grad=False)
-        if config.init != "kaiming" and not bool(dense.any()):
-            weight.start_at_zero()  # its approximation would have no gradient, and a random start another output
-        elif how == "spectral":
-            weight.approximate(dense)
-        else:
-            weight.reset_parameters()
+        with torch.autocast(dense.device.type, enabled=False):  # a training step may be what converts
+            if config.init != "kaiming" and not bool(dense.any()):
+                weight.start_at_zero()  # its approximation would have no gradient, and a random start another output
+            elif how == "spectral":
+                weight.approximate(dense)
+            else:
+                weight.reset_parameters()
         return weight
 
     def stored_as(self, shape: Sequence[int]) -> Self:

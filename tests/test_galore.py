@@ -194,6 +194,17 @@ def test_bad_options_are_refused(model, options, message):
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_step_within_autocast_is_the_same(model):
+    other = copy.deepcopy(model)
+    for each, enabled in ((model, False), (other, True)):
+        optimizer = GaLoreAdamW(each.parameters(), **OPTIONS, energy=0.9)
+        for step in range(12):
+            gradients(each, step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_a_sparse_gradient_is_refused_before_anything_is_stepped():
     embed, head = nn.Embedding(96, 48, sparse=True), nn.Linear(48, 64)
     optimizer = GaLoreAdamW([*head.parameters(), *embed.parameters()], lr=1e-2, rank=8)

@@ -99,7 +99,8 @@ class GaLoreAdamW(AdamW):
             for _, parameter, gradient in projected:
                 parameter.grad = gradient
         for group, parameter, gradient in projected:
-            self._update(group, parameter, gradient)
+            with torch.autocast(parameter.device.type, enabled=False):
+                self._update(group, parameter, gradient)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class _Pairs(Reads):
     @contextmanager
     def of_the_model_as_it_was(self) -> Iterator[None]:
         self._before, self._second = {}, False
+        torch.clear_autocast_cache()  # in which casts of weights would not be seen
         with Watching(self.see):
             yield
         self.forget_copies()
@@ -120,6 +121,7 @@ class _Pairs(Reads):
     @contextmanager
     def of_the_approximated_model(self) -> Iterator[None]:
         self._second = True
+        torch.clear_autocast_cache()  # in which are the weights that are replaced
         with Watching(self.see):
             yield
         self.forget_copies()

@@ -99,6 +99,7 @@ def use_moments(
                 return entries[-1].clone()  # which may be written to
 
             batch = map_leaves(with_gradient, arguments_for(model, batch))
+            torch.clear_autocast_cache()  # in which casts of weights would not be seen
             with Watching(reads.see):
                 reads.backward = False
                 results = [each for each in floating_leaves(call(model, batch)) if each.requires_grad]

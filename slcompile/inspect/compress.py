@@ -124,7 +124,9 @@ def compress(
     batches = list(calibration)
     if not batches:
         raise ValueError("calibration must have a batch, got none")
-    with in_eval(model), layers_as_in_training(), torch.random.fork_rng():
+    device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
+    autocast = torch.autocast(device.type, enabled=False)  # what is fitted is of float32; a model may have its own
+    with in_eval(model), layers_as_in_training(), torch.random.fork_rng(), autocast:
         captured = captured_uses(model, (_arguments(arguments_for(model, batch)) for batch in batches))
         chosen = eligible(model, config, captured)
         if budget is not None:

@@ -284,6 +284,24 @@ class Encoding(UserDict[str, Tensor]):
     """As transformers' BatchEncoding: a mapping that is no dict."""
 
 
+@pytest.mark.parametrize("where", ["around it", "in the model"])
+def test_autocast_hides_no_weight(where):
+    other, model, autocast = Net(), Net().eval(), torch.autocast("cpu", torch.bfloat16)
+    state = torch.get_rng_state()
+    expected = slcompile.compress(other, inputs(0), rank=8, config=CONFIG, refine=True)
+    torch.set_rng_state(state)
+    if where == "in the model":
+        model.forward = autocast(model.forward)
+        found = slcompile.compress(model, inputs(0), rank=8, config=CONFIG, refine=True)
+    else:
+        with autocast:
+            model(inputs(0)[0]).sum()  # which leaves casts of the weights in its cache
+            found = slcompile.compress(model, inputs(0), rank=8, config=CONFIG, refine=True)
+    for name, each in found.weights.items():
+        assert each.error == pytest.approx(expected.weights[name].error, rel=0.02)
+    assert found.refined == pytest.approx(expected.refined, rel=0.05)
+
+
 def test_mappings_that_are_no_dicts_are_arguments_too():
     model, again = Net().bfloat16(), Net().bfloat16()
     slcompile.compress(model, [{"x": x} for x in inputs(0)], rank=8, density=0.05)

@@ -18,6 +18,7 @@ from slcompile.models import unwrapped
 from slcompile.passes.find_matmuls import WeightUse
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.placing import dense_names
+from slcompile.weight.sl_weight import SLWeight
 from slcompile.weight.structure import structure_of
 
 
@@ -102,9 +103,14 @@ def suggest(
 
     Raises:
         ValueError: The budget is not in (0, 1), or less than rank 1 and the density take; the weights are on the meta
-            device; or nothing is eligible.
+            device; nothing is eligible; or the config has another structure than SLTrain's.
     """
     config = replace(checked_config(config), rank=1)
+    if structure_of(config) is not SLWeight:
+        raise ValueError(
+            f"suggest distributes rank by singular values, which say what structure='sparse_low_rank' loses, got "
+            f"structure={config.structure!r}"
+        )
     model = unwrapped(model)
     chosen = eligible(model, config, uses_of(model, config, example_args, example_kwargs))
     require_possible(budget, chosen)

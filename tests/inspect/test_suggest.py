@@ -98,6 +98,7 @@ def test_no_rank_saves_nothing_however_large_the_budget():
         (1.0, {}, r"budget must be a number in \(0, 1\), got 1\.0"),
         (True, {}, r"budget must be a number in \(0, 1\), got True"),
         (0.05, {"density": 0.1}, r"budget=0\.05 cannot be met: rank 1 and density=0\.1 take 0\.1"),
+        (0.5, {"structure": "tensor_train"}, r"singular values, which say .* got structure='tensor_train'"),
         (0.5, {"include": "layres*"}, r"include pattern 'layres\*' matches no parameter"),
     ],
 )

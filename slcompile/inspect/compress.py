@@ -19,7 +19,7 @@ from slcompile.convert.moments import Moments, call, floating_leaves, use_moment
 from slcompile.convert.weight_uses import captured_uses
 from slcompile.factorize import factorize_uses, named_weights
 from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, table
-from slcompile.models import arguments_for, in_eval, layers_as_in_training, unwrapped
+from slcompile.models import arguments_for, buffers_restored, in_eval, layers_as_in_training, unwrapped
 from slcompile.weight.fit import loss, spectrum
 from slcompile.weight.sl_weight import SLWeight
 from slcompile.weight.structure import structure_of
@@ -126,7 +126,7 @@ def compress(
         raise ValueError("calibration must have a batch, got none")
     device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     autocast = torch.autocast(device.type, enabled=False)  # what is fitted is of float32; a model may have its own
-    with in_eval(model), layers_as_in_training(), torch.random.fork_rng(), autocast:
+    with in_eval(model), buffers_restored(model), layers_as_in_training(), torch.random.fork_rng(), autocast:
         captured = captured_uses(model, (_arguments(arguments_for(model, batch)) for batch in batches))
         chosen = eligible(model, config, captured)
         if budget is not None:

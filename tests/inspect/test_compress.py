@@ -176,6 +176,29 @@ def test_a_distillation_that_diverges_leaves_the_factors_from_before_it():
     assert all(torch.equal(each, other.state_dict()[name]) for name, each in model.state_dict().items())
 
 
+class Counting(Net):
+    """It counts its calls, in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_buffers_stay():
+    model = Counting()
+    handle = model.up.weight.register_hook(lambda gradient: gradient)
+    with pytest.raises(ValueError, match="carries a gradient hook"):
+        slcompile.compress(model, inputs(1), rank=4, config=CONFIG)
+    assert model.calls == 0
+    handle.remove()
+    slcompile.compress(model, inputs(1), rank=4, config=CONFIG, distill_steps=2)
+    assert model.calls == 0
+
+
 def test_the_random_state_stays():
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -84,6 +84,11 @@ class Candidates:
         require_possible_rank(self.misshapen, config)
         if weights_in(model):
             raise ValueError("model is factorized already; call slcompile.merge_ first, to factorize it anew")
+        if not self.weights:
+            raise ValueError(
+                "model has no eligible weight: no product with a parameter was found. slcompile.explain(model, args) "
+                "says why layers are not captured"
+            )
         number, reasons = len(self.weights), sorted({each.decision.reason for each in self.weights})
         raise ValueError(f"model has no eligible weight; its {number} weights stay dense: {', '.join(reasons)}")
 

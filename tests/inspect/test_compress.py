@@ -261,6 +261,26 @@ class Lone(nn.Module):
         return self.lone(x) if torch.compiler.is_compiling() else x
 
 
+class Apart(Net):
+    """A part of it runs in Python and is in no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.python = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.compiler.disable(self.python)(x))
+
+
+def test_a_layer_that_is_in_no_graph_is_named(caplog):
+    found = slcompile.compress(Apart(), inputs(1), rank=4)
+    assert found.weights.keys() == {"up.weight", "down.weight", "mix"}
+    assert "no captured graph of the calibration reads python.weight: left dense" in caplog.text
+    caplog.clear()
+    slcompile.compress(Apart(), inputs(1), rank=4, config=SLConfig(exclude="python*"))
+    assert "no captured graph" not in caplog.text
+
+
 @pytest.mark.slow
 def test_the_command_writes_factors_and_dense_weights(tmp_path, monkeypatch, capsys):
     name = f"compressed_{tmp_path.name.replace('-', '_')}"

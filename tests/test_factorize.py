@@ -269,22 +269,6 @@ def test_an_explicit_init_holds_whatever_the_model_was_given_before():
         assert (model[index].weight - dense[index]).norm() < 0.8 * dense[index].norm()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"rank": 16}, {"rank": 16, "support": "largest"}]
-    + [{"rank": 12, "structure": each} for each in ("block_low_rank", "cp", "tensor_train")],
-    ids=str,
-)
-def test_a_conversion_within_autocast_approximates_as_well(block_class, options):
-    models = []
-    for enabled in (False, True):
-        torch.manual_seed(0)
-        models.append(block_class())
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            slcompile.factorize_(models[-1], slcompile.SLConfig(init="spectral", seed=0, **options))
-    assert all(torch.equal(a, b) for a, b in zip(*(each.parameters() for each in models), strict=True))
-
-
 @pytest.mark.slow
 def test_seeds_are_drawn_like_any_initialiser_or_fixed_by_name(block_class):
     def seeds(seed):

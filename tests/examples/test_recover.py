@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import slcompile
 from tests.testing import example
 
 pytestmark = pytest.mark.slow
@@ -28,6 +31,32 @@ def test_texts_of_too_few_passages_are_refused_before_any_work(tiny_bert, monkey
     with pytest.raises(SystemExit, match="2"):
         recover.main()
     assert "in its last 4 files more than 10, got" in " ".join(capsys.readouterr().err.split())
+
+
+def test_bfloat16_is_what_both_models_compute_in_and_parameters_stay_float32(tiny_bert):
+    source, texts = tiny_bert
+    recover = example("recover")
+    tokenizer = recover.Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(16)
+    encoded = recover.encode(tokenizer, recover.passages(texts))
+    dense, student = recover.load(source), recover.load(source)
+    slcompile.factorize_(student, slcompile.SLConfig(rank=0.25, density=0.05, seed=0))
+    computed = []
+    for module in (dense, student):
+        module.encoder.layer[0].output.dense.register_forward_hook(lambda *found: computed.append(found[-1].dtype))
+
+    def similarity() -> float:
+        return (recover.embeddings(student, encoded) * recover.embeddings(dense, encoded)).sum(1).mean().item()
+
+    before = similarity()
+    computed.clear()
+    args = argparse.Namespace(lr=1e-3, steps=30, batch=8, moves=None, dtype="bfloat16")
+    with torch.compiler.set_stance("force_eager"):
+        recover.recover(student, dense, encoded, args)
+    assert computed == [torch.bfloat16] * 60
+    assert {each.dtype for each in [*student.parameters(), *dense.parameters()]} == {torch.float32}
+    assert similarity() > before + 0.02
 
 
 @pytest.mark.long

@@ -375,6 +375,13 @@ def require_int(name: str, value: Any, least: int = 1, *, optional: bool = False
         raise ValueError(f"{name} must be an int >= {least}{' or None' if optional else ''}, got {value!r}")
 
 
+def require_number(name: str, value: Any, most: float = math.inf, *, optional: bool = False) -> None:
+    """Raises ValueError where an argument is no finite number in (0, most]; an optional one may be None."""
+    if not (_is_number(value) and 0 < value <= most) and not (optional and value is None):
+        allowed = "finite number above 0" if most == math.inf else f"number in (0, {most}]"
+        raise ValueError(f"{name} must be a {allowed}{' or None' if optional else ''}, got {value!r:.200}")
+
+
 def _is_number(value: Any) -> bool:
     # An int may be too large for a float, which isfinite does not bear.
     return (isinstance(value, float) and math.isfinite(value)) or (_is_int(value) and abs(value) < 2**1023)

@@ -14,7 +14,7 @@ from slcompile.convert.candidates import gather
 from slcompile.convert.ledger import EXPLICIT, Ledger, ledger
 from slcompile.convert.refuse_loading import watch_loading
 from slcompile.convert.transaction import convert
-from slcompile.convert.weight_uses import uses_of
+from slcompile.convert.weight_uses import unread_layers, uses_of
 from slcompile.models import forget_factors, unwrapped
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.passes import merge_weights, run
@@ -69,7 +69,10 @@ def factorize_model(
     """Does what ``factorize_`` does, and notes it in a ledger: the process's, or an estimate's own."""
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
-    return factorize_uses(model, config, uses_of(model, config, example_args, example_kwargs), ledger)
+    uses = uses_of(model, config, example_args, example_kwargs)
+    if example_args is not None or example_kwargs is not None:
+        ledger.warn_of_unread(unread_layers(model, config, uses))
+    return factorize_uses(model, config, uses, ledger)
 
 
 def factorize_uses(

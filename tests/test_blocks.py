@@ -156,7 +156,11 @@ def test_per_layer_updates_are_refused(model):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"share": 0}, r"share must be in \(0, 1\], got 0"), ({"update_every": 0}, "update_every must be an int >= 1")],
+    [
+        ({"share": 0}, r"share must be a number in \(0, 1\], got 0"),
+        ({"share": "a"}, r"share must be a number in \(0, 1\], got 'a'"),
+        ({"update_every": 0}, "update_every must be an int >= 1"),
+    ],
 )
 def test_bad_options_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):

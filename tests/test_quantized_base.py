@@ -164,6 +164,11 @@ def test_memory_explain_and_check_know_it():
     assert report.settings["base"] == "nf4"
     found = slcompile.explain(Wide(), (x,), config=SLConfig(**QLORA))
     assert found.summary.bytes.after == packed + 4 * 4 * (512 + 2 * added) + 2 * 8  # gradients and Adam; seeds
+    numbers = slcompile.explain(Wide(), (x,), config=SLConfig(**{**QLORA, "base": "frozen"})).summary.parameters
+    assert found.summary.parameters == numbers  # not those of the bytes that hold them
+    again = slcompile.explain(adapted(Wide(), x, **QLORA), (x,), config=SLConfig(**QLORA)).summary.parameters
+    assert again == numbers
+    assert numbers.after == numbers.before + 2 * added
     checked = slcompile.check(Wide(), (torch.randn(16, 256),), config=SLConfig(**QLORA))
     assert checked.is_healthy, str(checked)
 

@@ -47,7 +47,7 @@ class Ledger:
 
     Attributes:
         lock: Is held from choosing what to convert until it is converted.
-        newest: The report of the model that was converted, or dry-run, last.
+        newest: The report of the model that was converted or dry-run last, or was seen first and is left dense.
         warned: Models of which it was said that nothing was factorized.
         configs: A dense weight -> the options that it is, or was, converted with, settled for its name.
         other_reads: A dense weight -> how a graph has read it in training, other than by matmuls. Such a weight must
@@ -86,7 +86,10 @@ class Ledger:
     def note_left(self, roots: Sequence[nn.Module], report: PassReport) -> None:
         """Keeps what a graph without anything to convert leaves dense, for the report of its model."""
         if roots:
-            self.add(self.record(roots), roots, report)
+            record = self.record(roots)
+            if not any(root in self._records for root in roots):
+                self.newest = record.report
+            self.add(record, roots, report)
 
     def names_left(self, root: nn.Module) -> set[str]:
         """Returns names of the weights that the graphs captured of a model so far leave dense."""
@@ -133,6 +136,13 @@ class Ledger:
             start,
         )
         log.debug("%s", record.report)
+
+    def warn_of_unread(self, names: Sequence[str]) -> None:
+        """Says which layers stay dense as no captured graph of the examples that were given reads them."""
+        if names and not self._silent:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            message = "slcompile: no captured graph of the examples reads %s%s: left dense. slcompile.explain says why"
+            log.warning(message, names[0], more)
 
     def note_dry_run(self, roots: Sequence[nn.Module], report: PassReport) -> None:
         """Reports what a conversion would do, for all graphs of a model that were captured so far; changes nothing."""
@@ -218,5 +228,5 @@ ledger = Ledger()
 
 
 def last_report() -> PassReport | None:
-    """Returns what the conversion of the newest model replaced, and what it left and why; None before the first."""
+    """Returns what was replaced of the newest model that training captured, and what was left and why; None before."""
     return ledger.newest

@@ -17,6 +17,7 @@ from slcompile.names import plain_name, qualified
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes.find_matmuls import GROUPED, TRANSPOSED, WeightUse, find_matmuls, is_weight
 from slcompile.weight.placing import base_class
+from slcompile.weight.structure import matrix_shape
 
 # They read a matrix in ATen as they do in the captured graph.
 _PLAIN = {functional.embedding, functional.linear, operator.matmul, torch.addmm, torch.matmul, torch.mm}
@@ -73,6 +74,20 @@ def uses_of(
         return uses_by_module_type(model, config)
     args = positional(() if example_args is None else example_args)
     return captured_uses(model, [(args, dict(example_kwargs or {}))])
+
+
+def unread_layers(model: nn.Module, config: SLConfig, uses: Iterable[tuple[nn.Parameter, WeightUse]]) -> list[str]:
+    """Names the weights of layers that no captured graph reads: they run in Python, or in other calls of the model."""
+    read = {id(weight) for weight, _ in uses}
+    return [
+        name
+        for path, module, use in weight_modules(model)
+        if use.matmuls
+        and (weight := module._parameters.get("weight")) is not None
+        and id(weight) not in read
+        and config.includes(name := qualified(path, "weight"))
+        and min(matrix_shape(weight.shape, use.convolved)) >= config.min_dim
+    ]
 
 
 @torch.no_grad()

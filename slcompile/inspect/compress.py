@@ -5,26 +5,25 @@ from __future__ import annotations
 import glob
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slcompile.config import SLConfig, checked_config, require_int
+from slcompile.config import SLConfig, checked_config, require_int, require_number
 from slcompile.convert.candidates import Candidate
 from slcompile.convert.drift import Drift, drifts
 from slcompile.convert.ledger import ledger
 from slcompile.convert.moments import Moments, call, floating_leaves, use_moments
-from slcompile.convert.weight_uses import captured_uses, weight_modules
+from slcompile.convert.weight_uses import captured_uses, unread_layers
 from slcompile.factorize import factorize_uses, named_weights
 from slcompile.inspect.suggest import SuggestedRank, distribute, eligible, require_possible, table
 from slcompile.models import arguments_for, buffers_restored, in_eval, layers_as_in_training, unwrapped
-from slcompile.names import qualified
 from slcompile.weight.fit import loss, spectrum
 from slcompile.weight.sl_weight import SLWeight
-from slcompile.weight.structure import matrix_shape, structure_of
+from slcompile.weight.structure import structure_of
 
 log = logging.getLogger("slcompile")
 
@@ -121,8 +120,7 @@ def compress(
     if type(refine) is not bool:
         raise ValueError(f"refine must be True or False, got {refine!r}")
     require_int("distill_steps", distill_steps, least=0)
-    if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
-        raise ValueError(f"lr must be a finite number > 0, got {lr!r}")
+    require_number("lr", lr)
     if isinstance(calibration, Mapping):
         raise ValueError("calibration must be batches, got a mapping, which is one: put it into a list")
     batches = list(calibration)
@@ -133,7 +131,7 @@ def compress(
     with in_eval(model), buffers_restored(model), layers_as_in_training(), torch.random.fork_rng(), autocast:
         captured = captured_uses(model, (_arguments(arguments_for(model, batch)) for batch in batches))
         chosen = eligible(model, config, captured)
-        _warn_of_unread(model, config, {id(weight) for weight, _ in captured})
+        ledger.warn_of_unread(unread_layers(model, config, captured))
         if budget is not None:
             require_possible(budget, chosen)
         uses = use_moments(model, [(each.weight, each.input_dim) for each in chosen], batches)
@@ -184,24 +182,6 @@ def _arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     if isinstance(batch, Mapping):
         return (), batch
     return (batch if isinstance(batch, (tuple, list)) else (batch,)), {}
-
-
-def _warn_of_unread(model: nn.Module, config: SLConfig, read: Collection[int]) -> None:
-    """Names layers that no captured graph reads, though they run in Python or in other calls of the model."""
-    unread = []
-    for path, module, use in weight_modules(model):
-        name, weight = qualified(path, "weight"), module._parameters.get("weight")
-        if weight is None or id(weight) in read or not use.matmuls or not config.includes(name):
-            continue
-        if min(matrix_shape(weight.shape, use.convolved)) >= config.min_dim:
-            unread.append(name)
-    if unread:
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        log.warning(
-            "slcompile: no captured graph of the calibration reads %s%s: left dense. slcompile.explain says why",
-            unread[0],
-            more,
-        )
 
 
 def _require_reached(chosen: Sequence[Candidate], uses: Mapping[int, Moments]) -> None:

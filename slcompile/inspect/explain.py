@@ -84,7 +84,7 @@ def explain(
             Summary(
                 sum(row.decision == "replaced" for row in rows),
                 len(rows),
-                _total(sum(each.numel() for each in model.parameters()), [(each, dense) for each, _, dense in changes]),
+                _total(_numel(model), [(each, dense) for each, _, dense in changes]),
                 _total(_training_bytes(model), [(each, dense) for _, each, dense in changes]),
                 Change(sum(row.flops.before for row in rows), sum(row.flops.after for row in rows)),
             ),
@@ -111,6 +111,12 @@ def _total(now: float, changes: Iterable[tuple[Change, bool]]) -> Change:
         else:
             before += change.before - change.after
     return Change(before, after)
+
+
+def _numel(model: nn.Module) -> int:
+    """Counts all parameters as they are."""
+    held = sum(each.numel() for each in model.parameters())
+    return held + sum(each.numel() - sum(part.numel() for part in each.parameters()) for each in weights_in(model))
 
 
 def _training_bytes(model: nn.Module) -> int:
@@ -192,9 +198,8 @@ class _Weight:
 
     @property
     def parameters(self) -> Change:
-        factors = self.factors
-        after = self.dense.numel() if factors is None else sum(each.numel() for each in factors.parameters())
-        return Change(self.dense.numel(), after)
+        before = self.dense.numel()
+        return Change(before, before if self.factors is None else self.factors.numel())
 
 
 class _Captured:

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from slcompile import torch_private
-from slcompile.config import require_int
+from slcompile.config import require_int, require_number
 from slcompile.optim.step_limit import whole_norm
 
 
@@ -47,8 +47,7 @@ class BlockAdamW(AdamW):
         update_every: int = 100,
         **kwargs: Any,
     ) -> None:
-        if not 0 < share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {share!r}")
+        require_number("share", share, 1)
         require_int("update_every", update_every)
         self.share, self.update_every = share, update_every
         super().__init__(params, lr, **kwargs)

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from slcompile import torch_private
-from slcompile.config import require_int
+from slcompile.config import require_int, require_number
 from slcompile.weight.owners import LiveObjects
 from slcompile.weight.structure import FactorizedWeight
 
@@ -189,7 +189,5 @@ def _require_allowed(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be False for GaLoreAdamW, got {group[name]!r}")
     require_int("rank", group["rank"], optional=True)
     require_int("update_every", group["update_every"])
-    if not 0 < group["scale"] < float("inf"):
-        raise ValueError(f"scale must be a finite number above 0, got {group['scale']!r}")
-    if group["energy"] is not None and not 0 < group["energy"] <= 1:
-        raise ValueError(f"energy must be in (0, 1] or None, got {group['energy']!r}")
+    require_number("scale", group["scale"])
+    require_number("energy", group["energy"], 1, optional=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
+from slcompile.config import require_number
 from slcompile.weight.marks import is_values, mark_values_among
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -42,8 +42,7 @@ def parameter_groups(
     Raises:
         ValueError: ``values_rate`` is not a positive number, or no parameter is the values of a factorized weight.
     """
-    if not 0 < values_rate < math.inf:
-        raise ValueError(f"values_rate must be a finite number above 0, got {values_rate!r}")
+    require_number("values_rate", values_rate)
     given = list(params_or_groups)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     parameters = [_listed(group["params"]) for group in groups]

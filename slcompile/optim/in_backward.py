@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slcompile import torch_private
-from slcompile.config import require_int
+from slcompile.config import require_int, require_number
 from slcompile.optim.buckets import are_watched, watch_buckets
 from slcompile.weight.marks import require_steppable
 from slcompile.weight.owners import LiveObjects, data_parallel_wrappers
@@ -76,8 +75,7 @@ def per_layer(
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"optimizer_cls got {optimizer_cls.__name__}, which needs a closure: it steps all at once")
-    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-        raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
+    require_number("max_grad_norm", max_grad_norm, optional=True)
     require_int("accumulate", accumulate)
     plain: Any = optimizer_cls  # mypy takes an unbound __hash__ for the class's own
     optimizer = _per_layer_class(plain)(params_or_groups, **kwargs)

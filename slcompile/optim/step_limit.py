@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slcompile.config import require_number
 from slcompile.models import unwrapped
 from slcompile.optim.in_backward import PerLayer
 from slcompile.weight.sl_weight import SLWeight
@@ -99,8 +100,7 @@ def limit_steps(model: nn.Module, optimizer: Optimizer, ratio: float = 0.1) -> S
         ValueError: ``ratio`` is not a positive number, or the optimizer updates in the backward pass
             (``slcompile.optim.per_layer``).
     """
-    if not 0 < ratio < math.inf:
-        raise ValueError(f"ratio must be a finite number above 0, got {ratio!r}")
+    require_number("ratio", ratio)
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner  # which steps, and has the hooks around that
     if isinstance(optimizer, PerLayer):

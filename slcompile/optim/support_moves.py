@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
-from slcompile.config import require_int
+from slcompile.config import require_int, require_number
 from slcompile.models import unwrapped
 from slcompile.ops.support import group_widths, largest_offsets
 from slcompile.torch_private import Watching, in_backward, memory_of
@@ -81,8 +81,7 @@ class SupportMoves:
     ) -> None:
         require_int("every", every)
         require_int("until", until, optional=True)
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
+        require_number("fraction", fraction, 1)
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self._model, self._optimizer = _inside(model), optimizer

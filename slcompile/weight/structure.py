@@ -182,6 +182,10 @@ class FactorizedWeight(nn.Module):
         """Whether the parts are added to a weight that stays, the parameter ``base``."""
         return self._parameters.get("base") is not None
 
+    def numel(self) -> int:
+        """Counts the numbers that its parameters hold; a packed base has as many as the weight, not as its bytes."""
+        return sum(math.prod(self.shape) if name == "base" else each.numel() for name, each in self.named_parameters())
+
     @property
     def nonzeros(self) -> int:
         """Entries of the sparse part; 0 where there is none."""

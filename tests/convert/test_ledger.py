@@ -57,9 +57,10 @@ def test_what_several_graphs_replace_and_leave_adds_up():
 def test_a_graph_without_anything_to_convert_is_noted_for_its_model():
     known, model = Ledger(), nn.Linear(4, 4)
     known.note_left([], report(left="a"))
+    assert known.newest is None
     known.note_left([model], report(left="a"))
     assert known.names_left(model) == {"a"}
-    assert known.newest is None
+    assert names(known.newest.left) == ["a"]
     assert not known.record([model]).begun
 
 
@@ -168,6 +169,24 @@ def test_the_process_has_one_and_an_estimate_has_its_own(block, batch, caplog):
     assert not ledger.record([other]).begun
     slcompile.factorize_(other, CONFIG)
     assert slcompile.last_report() is not before
+
+
+@pytest.mark.slow
+def test_the_newest_report_may_be_of_a_model_that_is_left_dense(block):
+    slcompile.factorize_(block, CONFIG)
+    converted = slcompile.last_report()
+    small = nn.Linear(4, 4)
+    compiled = torch.compile(small, backend="sltrain")
+    compiled(torch.randn(3, 4)).sum().backward()
+    report = slcompile.last_report()
+    assert {each.name: each.reason for each in report.left} == {"weight": "too_small"}
+    assert not report.replaced
+    other = type(block)()
+    slcompile.factorize_(other, CONFIG)
+    newest = slcompile.last_report()
+    compiled(torch.randn(5, 4)).sum().backward()  # captured again, and no newer for that
+    assert slcompile.last_report() is newest
+    assert newest is not converted
 
 
 def test_no_report_before_the_first_conversion():

@@ -218,7 +218,7 @@ def test_the_random_state_stays():
         ({"budget": 1.5}, r"budget must be a number in \(0, 1\), got 1\.5"),
         ({"rank": 4, "distill_steps": -1}, "distill_steps must be an int >= 0, got -1"),
         ({"rank": 4, "refine": 1}, "refine must be True or False, got 1"),
-        ({"rank": 4, "lr": 0}, "lr must be a finite number > 0, got 0"),
+        ({"rank": 4, "lr": 0}, "lr must be a finite number above 0, got 0"),
         ({"rank": 4, "calibration": []}, "calibration must have a batch, got none"),
         ({"rank": 4, "calibration": {"x": torch.ones(4, 64)}}, "calibration must be batches, got a mapping"),
         (
@@ -275,10 +275,13 @@ class Apart(Net):
 def test_a_layer_that_is_in_no_graph_is_named(caplog):
     found = slcompile.compress(Apart(), inputs(1), rank=4)
     assert found.weights.keys() == {"up.weight", "down.weight", "mix"}
-    assert "no captured graph of the calibration reads python.weight: left dense" in caplog.text
+    assert "no captured graph of the examples reads python.weight: left dense" in caplog.text
     caplog.clear()
     slcompile.compress(Apart(), inputs(1), rank=4, config=SLConfig(exclude="python*"))
+    slcompile.factorize_(Apart(), SLConfig(rank=4))  # without examples: by the types of its modules, this one's, too
     assert "no captured graph" not in caplog.text
+    slcompile.factorize_(Apart(), SLConfig(rank=4), example_args=inputs(1)[0])
+    assert "no captured graph of the examples reads python.weight: left dense" in caplog.text
 
 
 @pytest.mark.slow

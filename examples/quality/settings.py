@@ -32,6 +32,7 @@ STEPS = {"dense": math.inf, "half": FULL_STEP_INPUTS / 2}
 CORPORA = ("prose", "code")
 KINDS = ("dense", "sl", "low rank", "galore")
 BITS = (32, 8, 4)
+DECAYS = ("product", "factors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,9 @@ class Settings:
         values_start: The values' start is multiplied by it.
         restart: Steps between restarts of the factors; 0: none.
         precondition: Damping of preconditioned gradients of the factors, relative; 0: none are.
+        weight_decay: AdamW's, of the projections, at their rate ``lr``.
+        decay: Of what: of the ``"product"``, B and values alone, so that ``s B A + S`` decays as a dense weight does;
+            or of all three ``"factors"``, by which the low-rank part decays twice as fast.
         bits: Of a number in AdamW's states: 32, or 8 or 4 with torchao's.
     """
 
@@ -73,21 +77,25 @@ class Settings:
     values_start: float = 1.0
     restart: int = 0
     precondition: float = 0.0
+    weight_decay: float = 0.0
+    decay: str = "product"
     bits: int = 32
 
     def __post_init__(self) -> None:
         for name in ("width", "steps", "seed", "vector", "restart", "bits"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} must be an int, got {getattr(self, name)!r}")
-        for name, allowed in (("kind", KINDS), ("width", tuple(RUNGS)), ("bits", BITS)):
+        for name, allowed in (("kind", KINDS), ("width", tuple(RUNGS)), ("bits", BITS), ("decay", DECAYS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("lr", "embed_lr", "init_std", "b_rate", "a_rate", "values_rate", "values_start"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-        if self.restart < 0 or not 0 <= self.precondition < math.inf:
-            raise ValueError(f"restart and precondition must be at least 0, got {self.restart}, {self.precondition!r}")
+        for name in ("restart", "precondition", "weight_decay"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         if self.steps < 10:
             raise ValueError(f"steps must be at least 10, got {self.steps!r}")
         if self.kind == "galore" and self.bits != BITS[0]:
@@ -138,10 +146,14 @@ class Settings:
         if self.has_dense_weights or self.support != "vector":
             del values["vector"]
         if self.has_dense_weights:
-            for name in (*factors, "restart", "precondition"):
+            for name in (*factors, "restart", "precondition", "decay"):
                 del values[name]
         if self.kind == "dense":
             del values["rank"]
+        # Runs of before do not say these.
         if self.bits == BITS[0]:
-            del values["bits"]  # which runs of before do not say
+            del values["bits"]
+        if not self.weight_decay:
+            del values["weight_decay"]
+            values.pop("decay", None)
         return values

@@ -64,16 +64,21 @@ def make_model(settings: Settings, device: str = "cpu") -> LlamaForCausalLM:
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """The parameters by their learning rates; those of GaLore also by the rank of its projections, None for none."""
+    """The parameters by learning rate, decay and, of GaLore, the rank of its projections, None for none."""
     relative = {"B": settings.b_rate, "A": settings.a_rate, "values": settings.values_rate}
     rank = settings.square_rank if settings.kind == "galore" else None
-    groups: dict[tuple[float, int | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part, is_projection = name.rpartition("_sl.")[2], "_proj." in name
             rate = settings.lr * relative.get(part, 1.0) if is_projection else settings.embed_lr
-            groups.setdefault((rate, rank if is_projection else None), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "rank": rank} for (rate, rank), parameters in groups.items()]
+            decays = is_projection and (part != "A" or settings.decay == "factors")
+            decay = settings.weight_decay * settings.lr / rate if decays else 0.0  # AdamW's goes with the rate
+            groups.setdefault((rate, decay, rank if is_projection else None), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay, "rank": rank}
+        for (rate, decay, rank), parameters in groups.items()
+    ]
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
@@ -84,17 +89,17 @@ def sizes(model: nn.Module) -> dict[str, int]:
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW without decay; with fewer than 32 bits a state, torchao's; GaLore's with its authors' scale and period."""
+    """AdamW; with fewer than 32 bits a state, torchao's; GaLore's with its authors' scale and period."""
     groups = parameter_groups(model, settings)
     if settings.kind == "galore":
-        return slcompile.optim.GaLoreAdamW(groups, betas=BETAS, weight_decay=0.0)
+        return slcompile.optim.GaLoreAdamW(groups, betas=BETAS)
     if settings.bits == BITS[0]:
-        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(groups, betas=BETAS, fused=True)
     try:
         from torchao import optim
     except ImportError as error:
         raise ValueError(f"bits={settings.bits} needs torchao: pip install torchao") from error
-    return {8: optim.AdamW8bit, 4: optim.AdamW4bit}[settings.bits](groups, betas=BETAS, weight_decay=0.0)
+    return {8: optim.AdamW8bit, 4: optim.AdamW4bit}[settings.bits](groups, betas=BETAS)
 
 
 def windows(ids: Tensor, starts: Tensor, device: str) -> Tensor:

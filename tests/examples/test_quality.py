@@ -144,6 +144,31 @@ class TestRecipes:
         torch.testing.assert_close(*moves, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize(("decay", "times"), [("product", 1), ("factors", 2)])
+def test_decay_of_the_product_is_that_of_a_dense_weight_at_any_rates(decay, times):
+    settings = replace(SHORT, weight_decay=0.5, decay=decay, b_rate=2, values_rate=4)
+    assert settings.deciding() == {
+        **replace(SHORT, b_rate=2, values_rate=4).deciding(),
+        "weight_decay": 0.5,
+        "decay": decay,
+    }
+    model = random_model()
+    optimizer = make_optimizer(model, settings)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    merged = {name: (parts.B @ parts.A, parts.values.clone()) for name, parts in slcompile.factors(model).items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = 1 - 0.5 * settings.lr
+    for name, parts in slcompile.factors(model).items():
+        product, values = merged[name]
+        torch.testing.assert_close(parts.B @ parts.A, product * kept**times, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parts.values, values * kept)
+    rest = {name: each for name, each in model.named_parameters() if "_proj." not in name}
+    assert rest
+    assert all(torch.equal(each, before[name]) for name, each in rest.items())
+
+
 def test_states_of_few_bits_are_torchaos_and_another_run():
     torchao = pytest.importorskip("torchao.optim")
     plain = Settings(kind="sl", corpus="a", width=128, steps=10, lr=1e-3, embed_lr=1e-3)
@@ -295,6 +320,10 @@ class TestCommands:
             ),
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=0", "embed_lr=1"], "lr must be a finite"),
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=1"], "embed_lr"),
+            (
+                ["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=1", "embed_lr=1", "weight_decay=-1"],
+                "weight_decay must be a finite number of at least 0, got -1",
+            ),
             (["one", "rate=3"], "settings must be NAME=VALUE with one of"),
             (["run", "--text", "prose=missing.txt"], "--text must be CORPUS=FILE with an existing file"),
             (

@@ -100,7 +100,7 @@ def steps_of(args: argparse.Namespace, width: int) -> int:
     if args.steps is not None:
         return args.steps
     with torch.device("meta"):
-        model = make_model(Settings(kind="dense", corpus="", width=width, steps=10, lr=1.0, embed_lr=1.0))
+        model = make_model(Settings(kind="dense", corpus="", width=width, steps=10, lr=1.0, embed_lr=1.0), "meta")
     return round(args.tokens_per_parameter * sum(p.numel() for p in model.parameters()) / (BATCH * SEQ_LEN))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import slcompile
 from examples.quality import recipes, training
-from examples.quality.__main__ import console, main
+from examples.quality.__main__ import console, main, parse_args, steps_of
 from examples.quality.corpora import tokenize
 from examples.quality.drawing import flops, memory
 from examples.quality.records import Records
@@ -343,6 +343,11 @@ class TestCommands:
         with pytest.raises(SystemExit, match="2"):
             main(flags)
         assert message in capsys.readouterr().err
+
+    def test_the_steps_of_a_rung_follow_from_the_parameters_of_its_dense_model(self):
+        model = make_model(replace(SHORT, kind="dense"))
+        steps = steps_of(parse_args(["run", "--tokens-per-parameter", "3"]), SHORT.width)
+        assert steps == round(3 * sum(p.numel() for p in model.parameters()) / (8 * 128))
 
     def test_the_table_has_rows_seeds_what_else_was_tried_and_a_drawing(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(console, "width", 200)  # the terminal was asked when the program was imported

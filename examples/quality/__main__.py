@@ -27,7 +27,7 @@ from examples.flags import above_0, chart, device, folder, whole
 from examples.quality import report
 from examples.quality.corpora import Corpus, find_texts, tokenize
 from examples.quality.records import RUNS, Records
-from examples.quality.search import AXES, ROWS, choose
+from examples.quality.search import AXES, ROWS, AllDiverged, choose
 from examples.quality.settings import BATCH, CORPORA, RUNGS, SEQ_LEN, Settings
 from examples.quality.training import Stopped, make_model, train
 
@@ -145,10 +145,15 @@ def main(argv: list[str] | None = None) -> None:
         for width in args.widths:
             steps = steps_of(args, width)
             for row in ROWS:
-                if args.rows is None or row.name in args.rows:
+                if args.rows is not None and row.name not in args.rows:
+                    continue
+                try:
                     chosen = choose(row, corpus, width, steps, run, args.axes)
-                    for seed in range(args.seeds):
-                        run(replace(chosen, seed=seed))
+                except AllDiverged as error:
+                    console.print(f"{error}; the row is left out", markup=False, highlight=False)
+                    continue
+                for seed in range(args.seeds):
+                    run(replace(chosen, seed=seed))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from examples.quality.drawing import Best, Rung, draw
 from examples.quality.records import Records
-from examples.quality.search import ROWS, choose
+from examples.quality.search import ROWS, AllDiverged, choose
 from examples.quality.settings import Settings
 
 DENSE = ROWS[0].name
@@ -59,6 +59,9 @@ def results(
             first = find(chosen)
         except NotMade:
             missing.append(row.name)
+            continue
+        except AllDiverged:
+            missing.append(f"{row.name} (diverged at every rate)")
             continue
         runs = [first]
         while (more := records.find(replace(chosen, seed=len(runs)), text)) is not None:

@@ -21,6 +21,10 @@ Run = Callable[[Settings], Mapping[str, Any]]
 EXTENSIONS = 3  # of the grid of learning rates, at either edge
 
 
+class AllDiverged(ValueError):
+    """Of a row's candidates, every one diverged."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the table: what is fixed in it, where its search starts, or which row it follows.
@@ -69,7 +73,7 @@ def choose(row: Row, corpus: str, width: int, steps: int, run: Run, axes: Collec
     Where time is short ``axes`` restricts the search, of every row alike: the others stay at their first points.
 
     Raises:
-        ValueError: Every rate diverged.
+        AllDiverged: Every rate diverged.
     """
     where = {"corpus": corpus, "width": width, "steps": steps}
     if row.follows is not None:
@@ -103,5 +107,5 @@ def _best_lr(start: Settings, row: Row, run: Run) -> Settings:
 def _best(candidates: Sequence[Settings], row: Row, run: Run) -> Settings:
     losses = [run(each).get("validation", math.inf) for each in candidates]
     if min(losses) == math.inf:
-        raise ValueError(f"{row.name}: every one of these diverged: {candidates}")
+        raise AllDiverged(f"{row.name}: every one of these diverged: {candidates}")
     return candidates[losses.index(min(losses))]

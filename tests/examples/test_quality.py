@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import slcompile
+from examples.quality import __main__ as quality
 from examples.quality import recipes, training
 from examples.quality.__main__ import console, main, parse_args, steps_of
 from examples.quality.corpora import tokenize
@@ -378,6 +379,26 @@ class TestCommands:
         assert "not complete: SL, tuned" in printed
         assert re.search(r"sl +│ 0.002 +│ 0.01 +│ values_rate 6.0 +│ +1 │", printed)
         assert (tmp_path / "curves.png").stat().st_size > 1000
+
+    def test_a_row_that_diverges_at_every_rate_ends_neither_the_runs_nor_the_table(self, tmp_path, capsys, monkeypatch):
+        records = Records(tmp_path / "runs.jsonl")
+
+        def trained(settings, *_):
+            size = {"tokens": settings.tokens, "parameters": 9, "projections": 5}
+            ended = {"diverged": 3} if settings.kind == "galore" else {"diverged": None, **made_up(settings)}
+            return {**settings.deciding(), "text": corpus.digest, **size, "curve": [], **ended}
+
+        corpus = tokenize([FUNCTIONAL.read_text()], tmp_path)
+        monkeypatch.setattr(quality, "train", trained)
+        monkeypatch.setattr(console, "width", 200)
+        flags = ["--corpora", "text", "--widths", "128", "--axes", "lr", "--runs", str(records.path)]
+        more = ["--text", f"text={FUNCTIONAL}", "--steps", "10", "--seeds", "1", "--out", str(tmp_path)]
+        main(["run", *flags, *more])
+        assert "GaLore, tuned: every one of these diverged" in capsys.readouterr().out
+        main(["table", *flags])
+        printed = capsys.readouterr().out
+        assert "not complete: GaLore, tuned (diverged at every rate)" in printed
+        assert "SL, tuned" in printed
 
     @pytest.mark.parametrize("kind", ["dense", "sl", "galore"])
     def test_the_memory_that_is_drawn_is_what_a_step_holds(self, kind):

@@ -66,11 +66,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.files = text_files(args.text)
         if args.command == "one":
             args.settings = Settings.of(dict(map(setting, args.settings)))
+        if args.command == "run":
+            require_known("--corpora", args.corpora, [*CORPORA, *args.files])
         if args.runs.is_dir():
             raise ValueError(f"--runs must be a file, got the directory {args.runs}")
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     return args
+
+
+def require_known(flag: str, names: list[str], known: list[str]) -> None:
+    """Raises ValueError for a name that is not among the known ones."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{flag} must be of {known}, got {name!r}")
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -134,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     records = Records(args.runs)
     if args.command == "table":
+        require_known("--corpora", args.corpora, list(dict.fromkeys([*CORPORA, *(each["corpus"] for each in records)])))
         report.show(records, args.corpora, args.widths, args.axes, args.plot, console)
         return
     torch.set_num_threads(args.threads)

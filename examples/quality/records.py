@@ -11,6 +11,8 @@ from typing import Any
 from examples.quality.settings import Settings
 
 RUNS = Path(__file__).with_name("runs.jsonl")
+READ = ("text", "tokens", "parameters", "projections", "diverged", "curve")
+"""What is read of a record beside its settings and losses."""
 
 
 class Records:
@@ -47,6 +49,10 @@ class Records:
 def _read(line: str, where: str) -> tuple[str, dict[str, Any]]:
     try:
         record = json.loads(line)
+        if not isinstance(record, dict):
+            raise TypeError("it is no JSON object")
+        if missing := [name for name in READ if name not in record]:
+            raise KeyError(*missing)
         return _key(Settings.of(record), record["text"]), record
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is not a run: {error!r}") from error

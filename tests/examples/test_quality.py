@@ -332,6 +332,7 @@ class TestCommands:
                 "steps must be an int, got",
             ),
             (["one", "kind=sl", "corpus=a", "width=128", "steps=10", "lr=x", "embed_lr=1"], "lr must be a finite"),
+            (["run", "--corpora", "prose", "cod"], "--corpora must be of ['prose', 'code'], got 'cod'"),
             (["run", "--steps", "1"], "--steps: must be an int of at least 10, got '1'"),
             (["run", "--tokens-per-parameter", "0"], "--tokens-per-parameter: must be a finite number above 0"),
             (["run", "--out", f"{__file__}/sub"], "--out: must be a directory that can be written or made"),
@@ -415,7 +416,22 @@ class TestCommands:
         tokens = {"tokens": 10, "projections": 100}
         assert flops(settings, tokens) == 6 * 10 * (100 + VOCAB * 96)
 
-    def test_a_broken_line_is_named(self, tmp_path):
-        (tmp_path / "runs.jsonl").write_text(json.dumps({"kind": "dense"}) + "\n")
-        with pytest.raises(ValueError, match=r"line 1 of .* is not a run"):
+    @pytest.mark.parametrize(
+        ("line", "why"),
+        [
+            ({"kind": "dense"}, "KeyError"),
+            ([1], "no JSON object"),
+            (
+                {**SHORT.deciding(), "text": "digest", "tokens": 1, "diverged": 3},
+                "'parameters', 'projections', 'curve'",
+            ),
+        ],
+    )
+    def test_a_broken_line_is_named(self, tmp_path, line, why):
+        (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match=rf"line 1 of .* is not a run: .*{why}"):
             Records(tmp_path / "runs.jsonl")
+
+    def test_the_table_of_a_corpus_without_runs_is_refused(self):
+        with pytest.raises(ValueError, match=r"--corpora must be of \['prose', 'code'\], got 'pros'"):
+            main(["table", "--corpora", "prose", "pros"])

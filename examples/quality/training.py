@@ -127,8 +127,8 @@ def evaluate(model: nn.Module, ids: Tensor, device: str) -> float:
 def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "cpu") -> dict[str, Any]:
     """Trains one model, from ``checkpoint`` where that exists; returns the run's record.
 
-    A loss that is not finite, or above that of guessing after the warm-up, ends the run: ``diverged`` then holds the
-    step, and there are no losses.
+    A loss or a gradient that is not finite, or a loss above that of guessing after the warm-up, ends the run:
+    ``diverged`` then holds the step, and there are no losses.
 
     Raises:
         ValueError: The text is too short for the tokens, or the checkpoint is of a run with other settings.
@@ -166,19 +166,18 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
             optimizer.zero_grad()
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            value, norm = loss.item(), float(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+            if not math.isfinite(value + norm) or (step > warmup and value > math.log(VOCAB) + 1):
+                diverged = step  # before what finds singular vectors, of finite numbers only
+                break
             if settings.precondition:
                 recipes.precondition(model, settings.precondition)
             optimizer.step()
             schedule.step()
             if settings.restart and step % settings.restart == 0:
                 recipes.restart(model, optimizer)
-            value = loss.item()
             state["step"] = step
             state["recent"].append(value)
-            if not math.isfinite(value) or (step > warmup and value > math.log(VOCAB) + 1):
-                diverged = step
-                break
             if step % every == 0:
                 state["curve"].append([step, round(statistics.fmean(state["recent"]), 4)])
                 state["recent"] = []

@@ -250,8 +250,18 @@ class TestRun:
 
     def test_a_rate_that_diverges_is_recorded_as_that(self, corpus, tmp_path):
         record = train(replace(SHORT, kind="dense", lr=1e4, steps=20), corpus, tmp_path / "unfinished.pt")
-        assert 2 < record["diverged"] <= 20
+        assert 1 < record["diverged"] <= 20
         assert "validation" not in record
+
+    @pytest.mark.parametrize("recipe", [{"kind": "galore"}, {"restart": 1}, {"precondition": 0.01}])
+    def test_a_gradient_that_is_no_number_is_recorded_as_that(self, corpus, tmp_path, recipe, monkeypatch):
+        def exploding(*args):
+            model = make_model(*args)
+            model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+            return model
+
+        monkeypatch.setattr(training, "make_model", exploding)
+        assert train(replace(SHORT, **recipe), corpus, tmp_path / "unfinished.pt")["diverged"] == 1
 
     @pytest.mark.slow
     def test_low_rank_alone_has_no_sparse_part_and_learns(self, corpus, tmp_path):

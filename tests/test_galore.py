@@ -217,6 +217,19 @@ def test_a_sparse_gradient_is_refused_before_anything_is_stepped():
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_is_refused_before_anything_is_stepped(model, number):
+    optimizer = GaLoreAdamW(model.parameters(), **OPTIONS)
+    for due in range(0, 20, 10):
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+        gradients(model, due)
+        model.up.weight.grad[3, 4] = number
+        with pytest.raises(ValueError, match=r"gradient of a parameter of shape \(64, 48\) has NaN or Inf"):
+            optimizer.step()
+        torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+        stepped(optimizer, model, range(due, due + 10))
+
+
 def test_the_state_of_adamw_is_refused(model):
     plain, optimizer = torch.optim.AdamW(model.parameters()), GaLoreAdamW(model.parameters(), **OPTIONS)
     stepped(plain, model, range(1))

@@ -42,7 +42,8 @@ class GaLoreAdamW(AdamW):
 
     Raises:
         ValueError: An argument is not allowed, or a group that sets ``rank`` holds factors; in ``step()``, if a matrix
-            that is to be projected is sharded or has a sparse gradient. Nothing is stepped then.
+            that is to be projected is sharded or has a sparse gradient, or one with NaN or Inf when its projection is
+            made. Nothing is stepped then.
     """
 
     def __init__(
@@ -91,6 +92,12 @@ class GaLoreAdamW(AdamW):
             for each in group["params"]
             if each.grad is not None and self._is_projected(group, each)
         ]
+        for group, parameter, gradient in projected:
+            if _is_due(group, self.state.get(parameter, {})) and not bool(gradient.isfinite().all()):
+                raise ValueError(
+                    f"the gradient of a parameter of shape {tuple(parameter.shape)} has NaN or Inf, and its singular "
+                    "vectors are not found: training has diverged, or needs a GradScaler, which skips such steps"
+                )
         for _, parameter, _ in projected:
             parameter.grad = None
         try:
@@ -154,7 +161,7 @@ class GaLoreAdamW(AdamW):
         tall, own = (gradient, parameter) if is_tall else (gradient.t(), parameter.t())
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-        if int(state["step"]) % group["update_every"] == 0:
+        if _is_due(group, state):
             self._project(group, state, tall)
         projection, mean, square = state["projection"], state["exp_avg"], state["exp_avg_sq"]
         low = tall @ projection
@@ -181,6 +188,11 @@ class GaLoreAdamW(AdamW):
         elif group["energy"] is not None:
             turned = before.t() @ projection
             state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"] @ turned, state["exp_avg_sq"] @ turned.square()
+
+
+def _is_due(group: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Returns whether the next step makes the projection anew."""
+    return int(state.get("step", 0)) % group["update_every"] == 0
 
 
 def _require_allowed(group: dict[str, Any]) -> None:

@@ -230,6 +230,17 @@ def test_a_gradient_that_is_no_number_is_refused_before_anything_is_stepped(mode
         stepped(optimizer, model, range(due, due + 10))
 
 
+def test_a_compiled_step_is_the_same(model):
+    other = copy.deepcopy(model)
+    plain, compiled = (GaLoreAdamW(each.parameters(), **OPTIONS) for each in (model, other))
+    step = torch.compile(compiled.step, backend="eager")
+    for count in range(12):
+        stepped(plain, model, range(count, count + 1))
+        gradients(other, count)
+        step()
+    assert_equal(model, other, rtol=0, atol=0)
+
+
 def test_the_state_of_adamw_is_refused(model):
     plain, optimizer = torch.optim.AdamW(model.parameters()), GaLoreAdamW(model.parameters(), **OPTIONS)
     stepped(plain, model, range(1))

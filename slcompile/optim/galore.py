@@ -79,6 +79,7 @@ class GaLoreAdamW(AdamW):
             raise
 
     @override
+    @torch.compiler.disable  # a step as it is: Dynamo can trace neither the search for factors nor counts in states
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the parameters that have a gradient; returns what ``closure`` does."""

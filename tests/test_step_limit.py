@@ -99,6 +99,12 @@ def test_what_cannot_be_limited_is_refused():
     for ratio in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="ratio must be a finite number above 0"):
             slcompile.limit_steps(model, optimizer, ratio)
+    for other in (None, model):
+        with pytest.raises(ValueError, match=r"optimizer must be a torch\.optim\.Optimizer, got"):
+            slcompile.limit_steps(model, other)
+    for held in (make(1e-3)[0].parameters(), [model[0].bias, model[0].weight_sl.values]):  # a limit of nothing
+        with pytest.raises(ValueError, match="optimizer must hold factors B and A of the model, got SGD with none"):
+            slcompile.limit_steps(model, torch.optim.SGD(held, lr=0.1))
     model, _ = make(1e-3)
     per_layer = slcompile.optim.per_layer(torch.optim.AdamW, model.parameters(), lr=1e-3)
     with pytest.raises(ValueError, match="optimizer got PerLayerAdamW, whose updates come before step"):

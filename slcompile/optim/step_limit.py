@@ -14,6 +14,7 @@ from slcompile.config import require_number
 from slcompile.models import unwrapped
 from slcompile.optim.in_backward import PerLayer
 from slcompile.weight.sl_weight import SLWeight
+from slcompile.weight.structure import weights_in
 
 log = logging.getLogger("slcompile")
 
@@ -97,12 +98,20 @@ def limit_steps(model: nn.Module, optimizer: Optimizer, ratio: float = 0.1) -> S
         ratio: Above 0.
 
     Raises:
-        ValueError: ``ratio`` is not a positive number, or the optimizer updates in the backward pass
-            (``slcompile.optim.per_layer``).
+        ValueError: ``ratio`` is not a positive number, ``optimizer`` is none or updates in the backward pass
+            (``slcompile.optim.per_layer``), or the model is factorized and the optimizer holds no factor B or A of it.
     """
     require_number("ratio", ratio)
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner  # which steps, and has the hooks around that
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, PerLayer):
         raise ValueError(f"optimizer got {type(optimizer).__name__}, whose updates come before step()")
-    return StepLimit(unwrapped(model), optimizer, ratio)
+    inside = unwrapped(model)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    weights = weights_in(inside)
+    factors = [factor for each in weights if isinstance(each, SLWeight) for factor in (each.B, each.A)]
+    if weights and not any(id(each) in held for each in factors):
+        raise ValueError(f"optimizer must hold factors B and A of the model, got {type(optimizer).__name__} with none")
+    return StepLimit(inside, optimizer, ratio)

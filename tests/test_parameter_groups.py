@@ -102,3 +102,28 @@ def test_what_has_no_values_and_a_rate_that_is_none_are_refused():
     for rate in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="values_rate must be a finite number above 0"):
             parameter_groups(model_of_one().parameters(), lr=1e-3, values_rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "message"),
+    [
+        (lambda params: params, {"lr": "1e-3"}, "lr must be a finite number of at least 0, got '1e-3'"),
+        (lambda params: params, {"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
+        (
+            lambda params: [{"params": params, "lr": float("nan")}],
+            {},
+            "lr must be a finite number of at least 0, got nan",
+        ),
+        (lambda params: params, {"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
+        (lambda params: None, {}, "params_or_groups must be an ordered iterable of parameters, got NoneType"),
+        (set, {}, "params_or_groups must be an ordered iterable of parameters, got set"),
+        (lambda params: {"params": params}, {}, "params_or_groups must be an ordered iterable of parameters, got dict"),
+        (lambda params: [{"params": set(params)}], {}, r"\[0\]\['params'\] must be an ordered iterable of .*, got set"),
+        (lambda params: [{"lr": 1.0}], {}, r"\[0\]\['params'\] must be an ordered iterable of .*, got NoneType"),
+        (lambda params: [{"params": params}, params[0]], {}, r"\[1\] must be a dict as the first is, got Parameter"),
+    ],
+)
+def test_what_optimizers_do_not_take_is_refused_by_name(groups, options, message):
+    params = list(model_of_one().parameters())
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(groups(params), **{"lr": 1e-3, "values_rate": 4, **options})

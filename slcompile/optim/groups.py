@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -40,11 +42,20 @@ def parameter_groups(
         Groups that all have "lr" and "weight_decay".
 
     Raises:
-        ValueError: ``values_rate`` is not a positive number, or no parameter is the values of a factorized weight.
+        ValueError: ``values_rate`` is not a positive number; ``lr`` or ``weight_decay``, of a group its own, is none of
+            at least 0; ``params_or_groups`` is not what optimizers take; or no parameter is the values of a factorized
+            weight.
     """
     require_number("values_rate", values_rate)
+    _require_listed("params_or_groups", params_or_groups)
     given = list(params_or_groups)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    for index, group in enumerate(groups):
+        if not isinstance(group, dict):
+            raise ValueError(f"params_or_groups[{index}] must be a dict as the first is, got {type(group).__name__}")
+        _require_listed(f"params_or_groups[{index}]['params']", group.get("params"))
+        _require_rate("lr", group.get("lr", lr))
+        _require_rate("weight_decay", group.get("weight_decay", weight_decay))
     parameters = [_listed(group["params"]) for group in groups]
     mark_values_among(_parameter(each) for params in parameters for each in params)
     split: list[dict[str, Any]] = []
@@ -63,6 +74,18 @@ def parameter_groups(
             "params_or_groups must be of a factorized model, got none with values: factorize the model before"
         )
     return split
+
+
+def _require_listed(name: str, params: Any) -> None:
+    """Raises ValueError for what optimizers do not take, such as a set, which has no order."""
+    if not isinstance(params, Iterable) or isinstance(params, (set, dict)):
+        raise ValueError(f"{name} must be an ordered iterable of parameters, got {type(params).__name__}")
+
+
+def _require_rate(name: str, rate: Any) -> None:
+    """Raises ValueError for no number of at least 0; a tensor may be one, which is not read from its device."""
+    if not isinstance(rate, Tensor) and not (isinstance(rate, Real) and 0 <= float(rate) < math.inf):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {rate!r:.200}")
 
 
 def _listed(params: Any) -> list[Any]:

@@ -94,6 +94,20 @@ def test_a_dense_model_and_other_structures_are_refused():
         slcompile.spectra(model)
 
 
+@pytest.mark.parametrize("part", ["B", "A", "values"])
+def test_factors_that_are_no_numbers_are_named(part):
+    model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), slcompile.SLConfig(seed=0))
+    with torch.no_grad():
+        getattr(model[1].weight_sl, part)[-1, -1] = math.nan
+    with pytest.raises(ValueError, match=r"the factors of 1\.weight contain NaN or Inf"):
+        slcompile.spectra(model)
+
+
+def test_a_drawing_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="spectra must hold those of a weight, got"):
+        plot_spectra({}, tmp_path / "spectra.png")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_drawing_has_a_panel_for_each_part_and_replaces_an_older_one(suffix, tmp_path):

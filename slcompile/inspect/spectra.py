@@ -76,7 +76,7 @@ def spectra(model: nn.Module) -> dict[str, Spectra]:
         Name of each factorized weight, as it was when dense -> its spectra.
 
     Raises:
-        ValueError: The model has no factorized weight, or one of another structure.
+        ValueError: The model has no factorized weight, or one of another structure, or with NaN or Inf.
         RuntimeError: A seed buffer was overwritten, or the factors are sharded.
     """
     found = {}
@@ -85,6 +85,8 @@ def spectra(model: nn.Module) -> dict[str, Spectra]:
             raise ValueError(f"{name} has no parts B, A and S: spectra are of structure='sparse_low_rank'")
         if type(parts.B) is not Tensor:
             raise RuntimeError(f"the factors of {name} are sharded among processes: get a full state dict first")
+        if not all(bool(each.isfinite().all()) for each in (parts.B, parts.A, parts.values)):
+            raise ValueError(f"the factors of {name} contain NaN or Inf, of which there are no singular values")
         found[name] = _of(parts)
     if not found:
         raise ValueError(f"model must have factorized weights, got {type(model).__name__} without one")
@@ -113,8 +115,11 @@ def plot_spectra(spectra: Mapping[str, Spectra], path: str | os.PathLike[str]) -
         path: A .png or .svg.
 
     Raises:
-        ValueError, ImportError: As ``plot_file``.
+        ValueError: There are no spectra; or as ``plot_file``.
+        ImportError: As ``plot_file``.
     """
+    if not spectra:
+        raise ValueError(f"spectra must hold those of a weight, got {spectra!r}")
     target = plot_file(path)
     from matplotlib.figure import Figure
 

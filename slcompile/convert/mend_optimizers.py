@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -40,14 +41,23 @@ def require_mendable(optimizers: Iterable[Optimizer], replaced: Mapping[int, str
         for group in optimizer.param_groups:
             if len(group.get("param_names", group["params"])) != len(group["params"]):
                 raise ValueError(f"{kind} cannot be mended: a group has not as many param_names as params")
-        lists = [id(group["params"]) for group in optimizer.param_groups]
+        seen = {id(optimizer.param_groups), id(optimizer.state)}
+        seen |= {id(each) for group in optimizer.param_groups for each in (group, group["params"])}
         for attribute, value in vars(optimizer).items():
-            is_copy = isinstance(value, (list, tuple)) and id(value) not in lists
-            if is_copy and any(id(each) in replaced for each in value):
+            if _holds(value, replaced, seen):
                 raise ValueError(
                     f"{kind} cannot be mended: it keeps dense weights in its attribute {attribute!r}; call "
                     "slcompile.factorize_(model) before making it"
                 )
+
+
+def _holds(value: Any, replaced: Mapping[int, str], seen: set[int]) -> bool:
+    """Returns whether a collection has a dense weight in it, however deep, but for those whose ids were seen."""
+    if not isinstance(value, (dict, list, tuple, set)) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return any(id(each) in replaced or _holds(each, replaced, seen) for each in inside)
 
 
 def mend(

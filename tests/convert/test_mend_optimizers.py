@@ -135,10 +135,13 @@ def stepped(block, batch):
     return optimizer
 
 
-def flattening(block, batch):
-    optimizer = torch.optim.SGD(block.parameters())
-    optimizer.flat = list(block.parameters())
-    return optimizer
+def keeping(collect):
+    def prepare(block, batch):
+        optimizer = torch.optim.SGD(block.parameters())
+        optimizer.own = collect(list(block.parameters()))
+        return optimizer
+
+    return prepare
 
 
 def overwritten(value):
@@ -156,7 +159,12 @@ def with_gradient(block, batch):
 REFUSED = {  # what is done to a model, which may return an optimizer; what is said of it
     "state": (stepped, "AdamW already has state for the dense weight"),
     "muon": (lambda block, batch: torch.optim.Muon([block.up.weight, block.down.weight]), "Muon orthogonalises"),
-    "copy": (flattening, "SGD cannot be mended: it keeps dense weights in its attribute 'flat'"),
+    "copy": (keeping(list), "SGD cannot be mended: it keeps dense weights in its attribute 'own'"),
+    "groups": (keeping(lambda params: [{"params": params}]), "it keeps dense weights in its attribute 'own'"),
+    "masters": (
+        keeping(lambda params: {p: p.double() for p in params}),
+        "it keeps dense weights in its attribute 'own'",
+    ),
     "hook": (lambda block, batch: hooked(block.up.weight.register_hook), "up.weight carries a gradient hook"),
     "accumulate-hook": (
         lambda block, batch: hooked(block.up.weight.register_post_accumulate_grad_hook),

@@ -314,3 +314,15 @@ def test_nan_of_the_model_itself_is_no_wrong_number_of_a_pass(net, batch):
 @pytest.mark.slow
 def test_a_batch_is_given_the_models_dtype(net, batch, aten_kernels):
     assert slcompile.check(net.bfloat16(), batch, config=CONFIG).is_healthy
+
+
+@pytest.mark.slow
+def test_random_numbers_of_the_model_are_no_wrong_numbers(batch, aten_kernels):
+    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)).eval()
+    before = copy.deepcopy(model.state_dict())
+    report = slcompile.check(model, batch, config=CONFIG)
+    assert report.is_healthy, str(report)
+    assert not any("converting" in each.run for each in report.worst)  # conversion draws before the model does
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not any(each.training for each in model.modules())
+    assert "training, converting" in {each.run for each in slcompile.check(model[1:], batch, config=CONFIG).worst}

@@ -139,9 +139,11 @@ def check(
 
     Raises:
         ValueError: As ``factorize_``; or the model returns nothing that depends on a parameter, or NaN in eager mode or
-            in float64.
+            in float64; or ``loss`` is no function, or makes no such number.
     """
     config, loss = checked_config(config), loss or _default_loss
+    if not callable(loss):
+        raise ValueError(f"loss must be a function of what the model returns, or None, got {loss!r:.200}")
     dense, model = unwrapped(model), copy.deepcopy(unwrapped(model))
     batch: tuple[Any, Any] = (positional(args), dict(kwargs or {}))
     batch = arguments_for(model, batch)
@@ -191,7 +193,10 @@ class _Runner:
                 outputs = (model if run is None else run)(*args, **kwargs)
                 found = {f"output {'.'.join(path)}".strip(): leaf for path, leaf in _tensors(outputs)}
                 if mode == "training":
-                    self.loss(outputs).backward()
+                    loss = self.loss(outputs)
+                    if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+                        raise ValueError(f"loss must return a scalar that depends on a parameter, got {loss!r:.200}")
+                    loss.backward()
                 found = {name: leaf.detach().clone() for name, leaf in found.items()}
             gradients = {f"gradient of {name}": each.grad for name, each in model.named_parameters()}
             return found | {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}

@@ -326,3 +326,20 @@ def test_random_numbers_of_the_model_are_no_wrong_numbers(batch, aten_kernels):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert not any(each.training for each in model.modules())
     assert "training, converting" in {each.run for each in slcompile.check(model[1:], batch, config=CONFIG).worst}
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("mse", "loss must be a function of what the model returns, or None, got 'mse'"),
+        (lambda outputs: 1.0, "loss must return a scalar that depends on a parameter, got 1.0"),
+        (lambda outputs: outputs, r"loss must return a scalar that depends on a parameter, got tensor\("),
+        (
+            lambda outputs: outputs.detach().sum(),
+            r"loss must return a scalar that depends on a parameter, got tensor\(",
+        ),
+    ],
+)
+def test_a_loss_that_is_no_number_to_differentiate_is_refused(net, batch, loss, message):
+    with pytest.raises(ValueError, match=message):
+        slcompile.check(net, batch, config=CONFIG, loss=loss)

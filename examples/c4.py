@@ -20,6 +20,7 @@ import glob
 import gzip
 import itertools
 import json
+import logging
 import math
 import os
 import sys
@@ -150,6 +151,20 @@ def check(args: argparse.Namespace) -> None:
     if args.validation:
         args.validation = find_files("--validation", args.validation)
     sl_config(args)
+    if args.only != "dense":
+        rehearse(args)
+
+
+def rehearse(args: argparse.Namespace) -> None:
+    """Raises ValueError for factors that are impossible for this size; makes them on the meta device, quietly."""
+    log = logging.getLogger("slcompile")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with torch.device("meta"):
+            make_model("sltrain", argparse.Namespace(**{**vars(args), "device": "meta"}), vocabulary=1)
+    finally:
+        log.setLevel(level)
 
 
 def find_files(flag: str, places: list[str]) -> list[str]:

@@ -170,6 +170,7 @@ def test_sizes_have_the_papers_parameters():
         (["--size", "60m", "--data", "hub", "--embed-lr", "0"], "--embed-lr must be a finite number"),
         (["--size", "60m", "--data", "hub", "--stop-at", "20000"], "--stop-at must be in"),
         (["--size", "60m", "--data", "hub", "--alpha", "-1"], "alpha must be"),
+        (["--size", "60m", "--data", "hub", "--rank", "513"], "rank must be at most 512"),
         (["--size", "7b", "--data", "hub"], "invalid choice: '7b'"),
     ],
 )

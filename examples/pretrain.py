@@ -118,7 +118,7 @@ def check(args: argparse.Namespace) -> None:
     for name, (allowed, holds) in conditions.items():
         if not holds:
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(args, name)}")
-    config = slcompile.SLConfig(**sl_options(args))
+    config = slcompile.SLConfig(init="kaiming", **sl_options(args))  # as "auto" is for random weights
     if args.only != "dense":  # a rehearsal on the meta device finds what is impossible for these sizes
         with torch.device("meta"):
             slcompile.factorize_(make_model(args, device="meta"), config)

@@ -75,6 +75,7 @@ def test_bad_flags_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
     for flags, message in (
         (("--rank", "0"), "rank must be"),
         (("--density", "2"), "density must be"),
+        (("--support", "largest"), "support='largest' puts the non-zeros where the approximation of a trained weight"),
         (("--hidden", "65"), "--hidden must be"),
         (("--device", "tpu"), "--device: must be one of"),
         (("--plot", "spectra.pdf"), "--plot: must be a .png or .svg file"),

@@ -52,10 +52,13 @@ def factorize_(
 
     Raises:
         ValueError: Nothing is eligible, a pattern or the rank fits nothing, a weight holds NaN or Inf or carries
-            hooks or a parametrization, a module cannot be converted, an optimizer cannot be mended. The model is
-            then as it was.
+            hooks or a parametrization, a module cannot be converted, an optimizer cannot be mended, or ``config`` has
+            ``dryrun=True``. The model is then as it was.
     """
-    return factorize_model(model, checked_config(config), example_args, example_kwargs, ledger)
+    config = checked_config(config)
+    if config.dryrun:
+        raise ValueError("config must not have dryrun=True, which replaces nothing: call slcompile.explain")
+    return factorize_model(model, config, example_args, example_kwargs, ledger)
 
 
 @torch.inference_mode(False)  # parameters that are made in it cannot be trained

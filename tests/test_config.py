@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import slcompile
 from slcompile.config import SLConfig, did_you_mean
 
 
@@ -312,3 +313,10 @@ def test_a_step_at_the_scale_of_alpha_auto_is_a_dense_one_up_to_128_inputs(rank:
 def test_the_scale_beside_a_base_is_loras() -> None:
     assert SLConfig(alpha="auto", base="frozen").scale_for(16, 384) == 2
     assert SLConfig(alpha=48, base="frozen").scale_for(16, 384) == 3
+
+
+def test_a_dry_run_is_not_factorized() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="config must not have dryrun=True, which replaces nothing"):
+        slcompile.factorize_(model, SLConfig(dryrun=True))
+    assert not slcompile.factors(model)

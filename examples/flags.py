@@ -6,6 +6,7 @@ Each returns a function from text to a value. Its error names what is allowed an
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -87,6 +88,8 @@ def chart(text: str) -> Path:
     path = Path(text)
     if path.suffix not in (".png", ".svg") or path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a .png or .svg file in a directory that is there, got {text!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError('needs matplotlib: pip install "slcompile[plot]"')
     return path
 
 

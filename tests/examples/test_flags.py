@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import pytest
@@ -86,3 +87,11 @@ def test_a_distributed_training_goes_on_with_its_own_flags_alone(tmp_path, monke
     start("--lr", "3e-3", "--steps", "200")
     with pytest.raises(SystemExit, match=r"was made with --lr 0.003, got 0.001: give that, or another --out"):
         start("--lr", "1e-3")
+
+
+def test_a_chart_without_matplotlib_is_refused(monkeypatch, tmp_path):
+    flags = example("flags")
+    assert flags.chart(str(tmp_path / "curves.png")) == tmp_path / "curves.png"
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"needs matplotlib: pip install"):
+        flags.chart(str(tmp_path / "curves.png"))

@@ -353,7 +353,7 @@ def train(kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     path = args.out / f"{args.size}-{kind}.pt"
     run: dict[str, Any] = {"flags": flags(kind, args), "step": 0, "read": 0, "tokens": 0, "seconds": 0.0, "curve": []}
     if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = running.load(path, ("run", "schedule", "model", "optimizer"))
         require_same(path, saved["run"]["flags"], run["flags"])
         schedule.load_state_dict(saved["schedule"])
         states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ def save(path: Path, saved: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     torch.save(saved, partial)
     os.replace(partial, path)
+
+
+def load(path: Path, keys: Collection[str], device: str = "cpu") -> dict[str, Any]:
+    """What ``save`` wrote. Raises ValueError where the file is something else, or lacks one of the keys."""
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        for key in keys:
+            saved[key]
+    except Exception as error:  # torch.load raises what the bytes lead it to
+        raise ValueError(
+            f"{path} is no checkpoint of this program ({type(error).__name__}): give another --out, or delete it"
+        ) from error
+    return saved
 
 
 class Stop:

@@ -131,7 +131,7 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
     ``diverged`` then holds the step, and there are no losses.
 
     Raises:
-        ValueError: The text is too short for the tokens, or the checkpoint is of a run with other settings.
+        ValueError: The text is too short for the tokens, or the checkpoint is none or of a run with other settings.
         Stopped: SIGTERM or SIGINT came; the checkpoint holds the last complete step.
     """
     corpus.require(settings.tokens)
@@ -145,7 +145,7 @@ def train(settings: Settings, corpus: Corpus, checkpoint: Path, device: str = "c
     identity = {**settings.deciding(), "text": corpus.digest}
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = running.load(checkpoint, ("identity", "state", *parts), device)
         require_same(checkpoint, saved["identity"], identity)
         for name, part in parts.items():
             part.load_state_dict(saved[name])

@@ -180,6 +180,12 @@ def test_bad_flags_are_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_checkpoint_is_named(place, tmp_path):
+    (tmp_path / "tiny-dense.pt").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"tiny-dense\.pt is no checkpoint of this program .*: give another --out"):
+        c4.main(command(place, tmp_path, "--only", "dense"))
+
+
 @pytest.mark.slow
 def test_embeddings_and_values_have_their_own_rates(place, tmp_path):
     rates = ["--lr", "1e-3", "--embed-lr", "5e-3", "--values-rate", "2"]

@@ -253,6 +253,13 @@ class TestRun:
         assert 1 < record["diverged"] <= 20
         assert "validation" not in record
 
+    @pytest.mark.parametrize("content", [b"junk", b"", None])
+    def test_a_file_that_is_no_checkpoint_is_named(self, corpus, tmp_path, content):
+        path = tmp_path / "unfinished.pt"
+        torch.save({"state": {}}, path) if content is None else path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"unfinished\.pt is no checkpoint of this program .*: give another --out"):
+            train(SHORT, corpus, path)
+
     @pytest.mark.parametrize("recipe", [{"kind": "galore"}, {"restart": 1}, {"precondition": 0.01}])
     def test_a_gradient_that_is_no_number_is_recorded_as_that(self, corpus, tmp_path, recipe, monkeypatch):
         def exploding(*args):

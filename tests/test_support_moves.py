@@ -302,6 +302,11 @@ def broken(block: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name, value in (("every", 0), ("until", 0), ("every", 1.5), ("fraction", 0), ("fraction", 1.1)):
         yield f"{name} must be", lambda name=name, value=value: SupportMoves(block, plain, **{name: value})
     yield "optimizer must be a torch.optim.Optimizer, got str", lambda: SupportMoves(block, "adam")
+    for state in ({}, {"steps": 3}, None, plain.state_dict()):
+        said = "state must be what SupportMoves.state_dict returned, got"
+        yield said, lambda state=state: SupportMoves(block, plain).load_state_dict(state)
+    counts = {"steps": -1, "moved": 0}
+    yield r"state\['steps'\] must be an int >= 0", lambda: SupportMoves(block, plain).load_state_dict(counts)
     others = torch.optim.SGD([each for each in block.parameters() if each is not values], lr=0.1)
     yield r"optimizer does not hold up\.weight_sl\.values", lambda: SupportMoves(block, others)
     wanted = [

@@ -10,7 +10,7 @@ come first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +95,11 @@ class SupportMoves:
         return {"steps": self._steps, "moved": self.moved}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes what ``state_dict`` returned."""
+        """Takes what ``state_dict`` returned; raises ValueError for anything else."""
+        if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
+            raise ValueError(f"state must be what SupportMoves.state_dict returned, got {state!r:.200}")
+        for name, value in state.items():
+            require_int(f"state[{name!r}]", value, 0)
         self._steps, self.moved = state["steps"], state["moved"]
 
     def step(self, closure: Callable[[], Tensor]) -> int:

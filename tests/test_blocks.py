@@ -8,6 +8,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from slcompile.optim import BlockAdamW, per_layer
 
@@ -84,6 +89,22 @@ def test_a_resumed_run_is_the_same_to_the_bit(model):
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
     for step in range(5, 12):
         for each, optimizer in ((model, whole), (other, resumed)):
+            gradients(each, step % 4)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_run_goes_on_from_a_distributed_state_to_the_bit(model):
+    other, options = copy.deepcopy(model), StateDictOptions(strict=False)  # what rests has no state
+    first, resumed = (BlockAdamW(each.parameters(), share=0.5, update_every=2) for each in (model, other))
+    for step in range(3):
+        gradients(model, step)
+        first.step()
+    other.load_state_dict(model.state_dict())
+    states = copy.deepcopy(get_optimizer_state_dict(model, first, options=options))
+    set_optimizer_state_dict(other, resumed, states, options=options)
+    for step in range(3, 8):
+        for each, optimizer in ((model, first), (other, resumed)):
             gradients(each, step % 4)
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

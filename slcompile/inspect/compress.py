@@ -90,8 +90,8 @@ def compress(
     is worst, and the two are fitted in turns. With a budget, rank goes where a next direction does most to the outputs.
 
     Args:
-        model: With weights that were trained; it runs in ``eval`` mode, outside an autocast around. ``merge_``, ``save_merged``,
-            ``save_factorized`` and ``export_onnx`` take it afterwards.
+        model: With weights that were trained; it runs in ``eval`` mode, outside an autocast around. ``merge_``,
+            ``save_merged``, ``save_factorized`` and ``export_onnx`` take it afterwards.
         calibration: Batches, of a kind with what the model is to serve: each a mapping of keyword arguments, a tuple
             of positional ones, or one value. A few thousand tokens or more; all batches are held.
         budget: The share of the weights' parameters that factors and values may take, in (0, 1); with it, ``rank`` is

@@ -95,8 +95,9 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {size}")
     if args.gpus is None and (args.fsdp or args.tp is not None):
         raise ValueError(f"--{'fsdp' if args.fsdp else 'tp'} needs --gpus")
-    if args.gpus is not None and (args.plot is not None or args.compiled is not None):
-        raise ValueError(f"--{'plot' if args.plot is not None else 'compiled'} is for one GPU, got --gpus {args.gpus}")
+    for flag in ("plot", "compiled", "memory_budget"):
+        if args.gpus is not None and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')} is for one GPU, got --gpus {args.gpus}")
     layout = None if args.gpus is None else Layout(args.gpus, args.fsdp, 1 if args.tp is None else args.tp)
     json_file = None if args.json is None else writable_file(args.json)
     if args.plot is not None:

@@ -231,6 +231,7 @@ class TestCommand:
             (["--fsdp"], "--fsdp needs --gpus"),
             (["--tp", "2"], "--tp needs --gpus"),
             (["--gpus", "8", "--plot", "out.png"], "--plot is for one GPU, got --gpus 8"),
+            (["--gpus", "8", "--memory-budget", "6GB"], "--memory-budget is for one GPU, got --gpus 8"),
             (["--gpus", "8", "--tp", "0"], "tp must be an int >= 1, got 0"),
         ],
     )

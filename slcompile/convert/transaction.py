@@ -13,7 +13,7 @@ from slcompile.convert.candidates import Candidate, gather_layers
 from slcompile.convert.ledger import Ledger
 from slcompile.convert.mend_optimizers import mend, positions, require_mendable
 from slcompile.names import SUFFIX
-from slcompile.optim import Update
+from slcompile.optim.in_backward import Update
 from slcompile.passes import PassReport
 from slcompile.weight.marks import retire
 from slcompile.weight.owners import LiveObjects, wrapper_of

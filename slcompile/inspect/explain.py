@@ -70,7 +70,7 @@ def explain(
         ):
             # Dynamo would take the sizes of another model that was explained before for earlier ones of this.
             torch.compile(lambda: model(*positional(args), **(kwargs or {})), backend=collector, dynamic=False)()
-        rows = [*collector.rows(), *not_captured(model, collector.weights, skipped)]
+        rows = [*collector.rows(), *not_captured(model, collector.without_matmul(), skipped)]
         breaks = [
             *collector.breaks,
             *(Break(first_line(each.reason), source_line(each.stack_trace)) for each in skipped),
@@ -172,6 +172,7 @@ class _Weight:
         reads: The matmuls.
         input_grads: How many products of the backward pass read it.
         lowered: The graph's number and the decision on each of its products that can be factored.
+        left: Why it stays dense.
     """
 
     name: str
@@ -181,6 +182,7 @@ class _Weight:
     reads: list[_Read] = field(default_factory=list)
     input_grads: int = 0
     lowered: list[tuple[int, Decision]] = field(default_factory=list)
+    left: Decision | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -294,6 +296,7 @@ class _Collector:
             trained = parameter.requires_grad and not use.without_grad
             weight = self.weights.setdefault(id(parameter), _Weight(decision.name, parameter, None, trained))
             weight.factors = weight.factors or made.get(index)
+            weight.left = decision if weight.factors is None else None
             found[index] = _Use(weight, decision, index)
         owners = live.owners(each for each in inputs if isinstance(each, nn.Parameter))
         for index, each in enumerate(inputs):
@@ -380,6 +383,10 @@ class _Collector:
 
     def _compare(self, number: int, stage: str, before: Snapshot, after: Snapshot) -> None:
         self.graphs.append(compare(f"graph {number}, {stage}", before, after))
+
+    def without_matmul(self) -> dict[int, Decision | None]:
+        """Returns, by the id of each parameter that is read, why it stays dense if no matmul reads it."""
+        return {key: None if each.reads else each.left for key, each in self.weights.items()}
 
     def rows(self) -> Iterator[MatmulRow]:
         """Yields a row for each matmul, in the order of the graphs."""

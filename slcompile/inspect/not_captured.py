@@ -1,4 +1,4 @@
-"""Rows for the layers whose weight no captured graph reads, and why: what runs in Python is not rewritten."""
+"""Rows for the layers whose weight no matmul of a captured graph reads, and why: what runs in Python, among them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,30 @@ from slcompile import torch_private
 from slcompile.convert.weight_uses import weight_modules
 from slcompile.inspect.rows import ADAM, Change, MatmulRow
 from slcompile.inspect.snapshot import source_line
+from slcompile.passes import Decision
 from slcompile.torch_private import SkippedFrame
 from slcompile.weight.placing import base_class
 
 
-def not_captured(model: nn.Module, seen: Mapping[int, Any], skipped: Sequence[SkippedFrame]) -> Iterator[MatmulRow]:
-    """Yields rows for linear and convolution layers of which no captured graph reads the weight.
+def not_captured(
+    model: nn.Module, seen: Mapping[int, Decision | None], skipped: Sequence[SkippedFrame]
+) -> Iterator[MatmulRow]:
+    """Yields rows for linear and convolution layers whose weight no matmul of a captured graph reads.
 
     Args:
         model: That was explained.
-        seen: By the id of each parameter that captured graphs read.
+        seen: By the id of each parameter that captured graphs read, why it stays dense where no matmul reads it (a
+            convolution of groups); None where one does.
         skipped: What Dynamo gave up.
     """
     frames = {each.code: each for each in skipped}
     paths = {id(module): path for path, module in model.named_modules()}
     for path, module, _ in weight_modules(model):
         weight = module._parameters.get("weight")
-        if weight is None or id(weight) in seen:
+        if weight is None or (id(weight) in seen and seen[id(weight)] is None):
             continue
-        reason, detail = _why(model, paths[id(module)], frames)
+        read = seen.get(id(weight))
+        reason, detail = (read.reason, read.detail) if read else _why(model, paths[id(module)], frames)
         yield MatmulRow(
             name=f"{path}.weight".lstrip("."),
             shape=tuple(weight.shape),

@@ -60,7 +60,8 @@ class SupportMoves:
         optimizer: What steps the values: any whose states are of a number for each entry and zero at the start.
         every: Calls of ``step`` from one move to the next.
         fraction: Share of a weight's non-zeros, in (0, 1], that move at most.
-        until: The step from which none moves; the fraction falls to zero until then, as a cosine does. None: it stays.
+        until: The step from which none moves, above ``every``; the fraction falls to zero until then, as a cosine
+            does. None: it stays.
 
     Attributes:
         moved: Non-zeros that moved so far.
@@ -80,7 +81,7 @@ class SupportMoves:
         until: int | None = None,
     ) -> None:
         require_int("every", every)
-        require_int("until", until, optional=True)
+        require_int("until", until, every + 1, optional=True)
         require_number("fraction", fraction, 1)
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -257,6 +257,17 @@ def test_what_no_graph_reads_has_the_reason(batch, inner, own, below, detail, br
     assert rows["inner.own.weight"].decision == "left"
 
 
+def test_convolutions_that_are_no_matmuls_have_the_reason():
+    layers = nn.Conv1d(32, 32, 3, groups=2), nn.ConvTranspose1d(32, 32, 3), nn.Conv1d(32, 64, 3)
+    result = explain(nn.Sequential(*layers), (torch.randn(2, 32, 16),), config=CONFIG)
+    found = {row.name: (row.decision, row.reason, row.detail.partition(",")[0]) for row in result.matmuls}
+    assert found.pop("2.weight")[0] == "replaced"
+    assert found == {
+        "0.weight": ("left", "no_matmul", "read by a convolution of 2 groups"),
+        "1.weight": ("left", "no_matmul", "read by a transposed convolution"),
+    }
+
+
 def test_a_model_that_dynamo_skips_as_a_whole_says_why(batch):
     found = explain(Looped(), (batch[0],), config=CONFIG)
     assert (found.graphs, found.summary.replaced) == ((), 0)

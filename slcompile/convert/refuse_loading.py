@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from slcompile import torch_private
 from slcompile.names import SUFFIX, qualified
-from slcompile.weight.structure import FactorizedWeight
+from slcompile.weight.structure import SCALE, FactorizedWeight
 
 _PART = f"{SUFFIX}."
 """What follows the dense weight's name in the key of each part of a factorized weight."""
@@ -57,8 +58,9 @@ def require_parts_fit(model: nn.Module, state: Mapping[str, Any], strict: bool, 
     """Raises RuntimeError, as loading does, where a factorized model would refuse a part of the state dict.
 
     Torch refuses when it has loaded the rest; here the model stays as it is. Refused besides: numbers of another kind
-    (a float for a position), and positions that are not ascending or not inside the weight. Sharded models are left to
-    torch. So are missing and unexpected keys where a module loads itself in a way of its own.
+    (a float for a position), positions that are not ascending or not inside the weight, parts that a weight does not
+    have (a base), and another scale, where the state dict tells it. Sharded models are left to torch. So are missing
+    and unexpected keys where a module loads itself in a way of its own.
     """
     weights = {name: each for name, each in model.named_modules() if isinstance(each, FactorizedWeight)}
     own = dict(_saved(model)) if weights else {}
@@ -67,8 +69,9 @@ def require_parts_fit(model: nn.Module, state: Mapping[str, Any], strict: bool, 
     given = {name: state[name] for name in own if name in state}
     errors = [error for name, each in given.items() for error in _misfits(name, own[name], each, assign)]
     if not errors:
-        parts = ((f"{name}." if name else "", weight) for name, weight in weights.items())
-        errors += [error for prefix, weight in parts if (error := weight.misfit(state, prefix))]
+        parts = {f"{name}." if name else "": weight for name, weight in weights.items()}
+        errors += [error for prefix, weight in parts.items() if (error := weight.misfit(state, prefix))]
+        errors += _of_other_options(parts, state, () if strict else own)
     if strict and all(map(_loads_as_torch_does, model.modules())):
         errors += [f"{name} is missing" for name in own if name not in state]
         errors += [f"{name} is unexpected" for name in state if name not in own]
@@ -82,6 +85,32 @@ def require_parts_fit(model: nn.Module, state: Mapping[str, Any], strict: bool, 
 
 SHOWN = 10
 """Errors of a state dict that are said."""
+
+
+def _of_other_options(
+    weights: Mapping[str, FactorizedWeight], state: Mapping[str, Any], own: Collection[str]
+) -> Iterator[str]:
+    """Yields why parts are those of weights that were factorized with other options.
+
+    Args:
+        weights: By what the names of their parts begin with.
+        state: The state dict.
+        own: Names that the model has; empty where loading says itself what is unexpected.
+    """
+    metadata = getattr(state, "_metadata", None) or {}
+    held: dict[str, list[str]] = {}
+    for key in state:
+        held.setdefault(key[: key.rfind(".") + 1], []).append(key)
+    for prefix, weight in weights.items():
+        if keys := held.get(prefix):
+            strange = [key for key in keys if own and key not in own]
+            yield from (f"{key} is no part of {weight}: it was factorized with other options" for key in strange)
+            scale = metadata.get(prefix[:-1], {}).get(SCALE, weight.scale)
+            if not math.isclose(scale, weight.scale):
+                yield (
+                    f"{prefix[:-1]} has a scale (alpha / rank) of {weight.scale:g}, in the state dict {scale:g}: "
+                    "factorize with the alpha of the training"
+                )
 
 
 def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,9 @@ from slcompile.ops.quantized import BITS, packed_shape, quantize
 SHARES_WITH = "_slcompile_shares_with"
 """Attribute of a weight that shares factors: the weight whose they are."""
 
+SCALE = "scale"
+"""Key in the metadata of a state dict, which torch.save keeps, of a weight's scale: no tensor tells it."""
+
 Structure = TypeVar("Structure", bound="type[FactorizedWeight]")
 
 
@@ -352,6 +355,8 @@ class FactorizedWeight(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.check_support()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][SCALE] = self.scale
 
 
 def register(cls: Structure) -> Structure:

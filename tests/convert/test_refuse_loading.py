@@ -137,3 +137,43 @@ def test_a_seed_that_kernels_would_read_otherwise_is_refused(block_class, seed):
     state = model.state_dict() | {"up.weight_sl.seed": torch.tensor([seed])}
     with pytest.raises(RuntimeError, match=rf"up\.weight_sl\.seed must lie in \[0, 16777216\), got \[{seed}\]"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_factors_of_another_alpha_are_refused(strict, inside, block_class, tmp_path):
+    """No tensor tells the scale: the same factors would compose another weight."""
+    of_32, of_16 = (
+        slcompile.factorize_(block_class(), slcompile.SLConfig(rank=8, density=0.05, alpha=alpha)) for alpha in (32, 16)
+    )
+    torch.save(of_16.state_dict(), tmp_path / "factors.pt")
+    state = torch.load(tmp_path / "factors.pt")
+    before = {name: value.clone() for name, value in of_32.state_dict().items()}
+    part = of_32.up.weight_sl
+    model, given = (of_32, state) if inside else (part, of_16.up.weight_sl.state_dict())
+    message = r"has a scale \(alpha / rank\) of 4, in the state dict 2: factorize with the alpha of the training"
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(given, strict=strict)
+    assert all(torch.equal(value, before[name]) for name, value in of_32.state_dict().items())
+    of_32.load_state_dict(dict(state), strict=strict)  # which does not tell
+
+
+def test_parts_that_a_weight_does_not_have_are_refused_where_loading_is_not_strict(block, block_class):
+    """A base that is left out would leave what was added to it."""
+    state = dict(slcompile.factorize_(block_class(), slcompile.SLConfig(rank=8, base="frozen")).state_dict())
+    slcompile.factorize_(block, slcompile.SLConfig(rank=8))
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"up\.weight_sl\.base is no part of SLWeight\(96x64, rank=8.*other options"):
+        block.load_state_dict(state, strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_the_trained_parts_alone_are_loaded_beside_a_base(block, block_class):
+    config = slcompile.SLConfig(rank=8, density=0, base="frozen")
+    for each in (block, twin := block_class()):
+        slcompile.factorize_(each, config)
+    trained = {name: each for name, each in twin.named_parameters() if each.requires_grad}
+    assert set(block.load_state_dict(trained, strict=False).missing_keys) == {
+        "up.weight_sl.base",
+        "down.weight_sl.base",
+    }

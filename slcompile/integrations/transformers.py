@@ -122,6 +122,8 @@ class FactorizeCallback(TrainerCallback):
         inner: Any = unwrapped(model)
         if not weights_in(inner):
             factorize_(inner, self.config)
-        inner.config.quantization_config = FactorsConfig(described_weights(inner))
+        config: Any = getattr(inner, "config", None)
+        if hasattr(config, "save_pretrained"):  # else it is no model of transformers, which Trainer takes, too
+            config.quantization_config = FactorsConfig(described_weights(inner))
         if self.compile:
             model.compile(backend="sltrain", options=self.options)

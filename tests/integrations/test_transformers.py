@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 import slcompile
@@ -162,3 +163,19 @@ def test_another_compilation_around_this_one_is_refused(tmp_path):
         trainer_of(tiny("llama"), tmp_path, FactorizeCallback(CONFIG), torch_compile=True)
     trainer = trainer_of(tiny("llama"), tmp_path, FactorizeCallback(CONFIG, compile=False), torch_compile=True)
     assert len(slcompile.factors(trainer.model)) == 7
+
+
+def test_a_module_that_is_not_of_transformers_is_trained_and_saved(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 64)
+
+        def forward(self, input_ids, labels=None):
+            return {"loss": self.layer(input_ids.float()[:, :1].expand(-1, 64)).square().mean()}
+
+    trainer = trainer_of(Plain(), tmp_path, FactorizeCallback(CONFIG, compile=False))
+    trainer.train()
+    fresh = slcompile.factorize_(Plain(), CONFIG)
+    fresh.load_state_dict(load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
+    assert torch.equal(fresh.layer.weight, trainer.model.layer.weight)

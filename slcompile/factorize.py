@@ -15,7 +15,7 @@ from slcompile.convert.ledger import EXPLICIT, Ledger, ledger
 from slcompile.convert.refuse_loading import watch_loading
 from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import unread_layers, uses_of
-from slcompile.models import forget_factors, unwrapped
+from slcompile.models import bare, forget_factors, unwrapped
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.passes import merge_weights, run
 from slcompile.passes.find_matmuls import WeightUse
@@ -162,7 +162,7 @@ def factors(model: nn.Module) -> dict[str, Any]:
     Raises:
         RuntimeError: A seed buffer was overwritten.
     """
-    return {name: weight.factors() for name, weight in named_weights(unwrapped(model))}
+    return {name: weight.factors() for name, weight in named_weights(bare(model))}
 
 
 def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
@@ -171,7 +171,7 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
     Reading it item by item needs the memory of one dense weight. ``load_state_dict(..., strict=True)`` of a freshly
     built dense model and ``torch.save`` take it too, and hold all of it while they run.
     """
-    model = unwrapped(model)
+    model = bare(model)
     state = model.state_dict()
     entries: dict[str, Tensor | FactorizedWeight] = {}
     weights = {name + SUFFIX + ".": (name, weight) for name, weight in named_weights(model)}

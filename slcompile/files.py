@@ -1,4 +1,4 @@
-"""Files of a model, written beside their target and moved into place, so that no kill leaves a mix of two models."""
+"""Files of a model, written near their target and moved into place, so that no kill leaves a mix of two models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -32,15 +32,22 @@ def writable_directory(path: str | os.PathLike[str]) -> Path:
     """Returns the absolute path of a directory to be written, or to be made.
 
     Raises:
-        ValueError: It is a file, or it cannot be written, or the directory that it is in does not exist or cannot be.
+        ValueError: It is a file, or cannot be written; or it is to be made in one that does not exist or cannot be.
     """
     path = Path(path).absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f"directory must be a directory, got the file {path}")
-    if path.exists() and not os.access(path, os.W_OK):
+    if not path.exists():
+        writable_file(path.parent / "any")
+    elif not os.access(path, os.W_OK):
         raise ValueError(f"directory {path} cannot be written")
-    writable_file(path.parent / "any")
     return path
+
+
+def require_shard_size(size: int) -> None:
+    """Raises ValueError for a size of shards that is no number of bytes."""
+    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+        raise ValueError(f"shard_size must be a number of bytes above 0, got {size!r}")
 
 
 def require_space(directory: Path, size: int) -> None:
@@ -55,6 +62,24 @@ def beside(target: Path) -> Iterator[Path]:
     """Yields a scratch directory on the target's file system, gone afterwards whatever happens."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         yield Path(scratch)
+
+
+@contextmanager
+def inside(directory: Path) -> Iterator[Path]:
+    """Yields a scratch directory in a directory, which may be a link or mounted; gone afterwards whatever happens.
+
+    The directory is made where there is none, and removed again where nothing was moved into it.
+    """
+    is_new = not directory.exists()
+    directory.mkdir(exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".slcompile-") as scratch:
+            yield Path(scratch)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
+        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

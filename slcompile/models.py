@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slcompile import torch_private
 from slcompile.config import did_you_mean
-from slcompile.torch_private import map_leaves
+from slcompile.torch_private import leaves_with_paths, map_leaves
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -26,6 +26,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return torch_private.without_wrappers(model)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Returns the model itself as ``unwrapped``, and where DDP or DataParallel is given: what is written to files."""
+    inner: Any = unwrapped(model)
+    is_parallel = isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return bare(inner.module) if is_parallel else inner
 
 
 METHOD = "slcompile"
@@ -47,11 +54,35 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
+
+
+def deep_copy(model: nn.Module, memo: Mapping[int, object] | None = None) -> nn.Module:
+    """Copies a model; results of its last call that it holds (an auxiliary loss) are in the copy without their graph.
+
+    ``memo`` is as in ``copy.deepcopy``.
+    """
+    results = [each for module in model.modules() for each in tensors_beside(module) if not each.is_leaf]
+    return copy.deepcopy(model, {**(memo or {}), **{id(each): each.detach() for each in results}})
+
+
+def tensors_beside(module: nn.Module) -> list[Tensor]:
+    """Returns the tensors in a module's attributes (lists and dictionaries too) that are no parameters or buffers."""
+    known = ("_parameters", "_buffers", "_modules")
+    attributes = [value for name, value in vars(module).items() if name not in known]
+    return [leaf for _, leaf in leaves_with_paths(attributes) if isinstance(leaf, Tensor)]
 
 
 def positional(args: Sequence[Any] | Tensor) -> tuple[Any, ...]:
-    """Returns positional arguments as a tuple; a tensor alone is one of them."""
+    """Returns positional arguments as a tuple; a tensor alone is one of them.
+
+    Raises:
+        ValueError: They are a mapping, of which a tuple would have the keys.
+    """
+    if isinstance(args, Mapping):
+        raise ValueError(
+            f"positional arguments must be a tensor or a sequence, got a {type(args).__name__}: give it as kwargs"
+        )
     return (args,) if isinstance(args, Tensor) else tuple(args)
 
 
@@ -98,15 +129,19 @@ def layers_as_in_training() -> Iterator[None]:
 
 
 @contextmanager
-def buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Puts the numbers of a model's buffers back afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def buffers_restored(model: nn.Module, but: type[nn.Module] | tuple[()] = ()) -> Iterator[None]:
+    """Puts a model's buffers and their numbers back afterwards, but for those of modules of the type ``but``."""
+    held = [(each._buffers, dict(each._buffers)) for each in model.modules() if not isinstance(each, but)]
+    buffers = [(each, each.clone()) for _, own in held for each in own.values() if each is not None]
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, before in buffers:
-                buffer.copy_(before)
+                if not buffer.is_meta and not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        for now, own in held:
+            now.update(own)
 
 
 LLAMAS = {

@@ -23,8 +23,9 @@ from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
 from slcompile.export.safetensors import CONFIG, GENERATION, INDEX, WEIGHTS, stale_weights
-from slcompile.models import METHOD, hf_config, unwrapped
-from slcompile.names import SUFFIX
+from slcompile.export.twin import require_numbers
+from slcompile.models import METHOD, bare, hf_config
+from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place
 from slcompile.weight.sharing import share_again, sharing
@@ -54,7 +55,7 @@ def _described(weight: FactorizedWeight) -> dict[str, Any]:
 def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Writes a factorized transformers model so that ``load_factorized`` can read it; returns the directory.
 
-    Files are written beside the directory and moved into it. A kill leaves the old model, the new one, or a directory
+    Files are written in a hidden directory in it, and moved. A kill leaves the old model, the new one, or a directory
     that is refused, since its ``config.json`` is no JSON.
 
     Args:
@@ -63,19 +64,21 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
             ``from_pretrained`` would read and ``generation_config.json`` are removed; other files are left alone.
 
     Raises:
-        ValueError: The model has no ``save_pretrained``, or no factorized weight.
+        ValueError: The model has no ``save_pretrained``, no factorized weight, or a tensor on the meta device.
     """
-    model = unwrapped(model)
+    model = bare(model)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if save_pretrained is None:
         raise ValueError(f"model must have save_pretrained, as transformers' models do, got {type(model).__name__}")
     described = described_weights(model)
     if not described:
         raise ValueError("model has no factorized weight; use its own save_pretrained")
+    require_numbers(model)
     directory = files.writable_directory(directory)
-    directory.mkdir(exist_ok=True)
-    with files.beside(directory) as scratch:
-        save_pretrained(scratch)
+    with files.inside(directory) as scratch:
+        state = model.state_dict()
+        plain = {plain_name(key): each for key, each in state.items()}  # of layers that torch.compile wrapped, too
+        save_pretrained(scratch, **({} if plain.keys() == state.keys() else {"state_dict": plain}))
         config = json.loads((scratch / CONFIG).read_text())
         config["quantization_config"] = {"quant_method": METHOD, "weights": described}  # read by from_pretrained
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -30,8 +30,9 @@ from slcompile.convert.transaction import convert
 from slcompile.convert.weight_uses import weight_modules
 from slcompile.export.checkpoint import read_settings, read_tensors
 from slcompile.export.safetensors import INSTALL
+from slcompile.export.twin import require_finite
 from slcompile.factorize import named_weights
-from slcompile.models import unwrapped
+from slcompile.models import bare, unwrapped
 from slcompile.names import plain_name
 from slcompile.passes import PassReport
 from slcompile.passes.find_matmuls import WeightUse
@@ -47,6 +48,9 @@ UNSUPPORTED = (
     "use_dora lora_bias modules_to_save trainable_token_indices target_parameters layer_replication megatron_config "
     "alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config monteclora_config velora_config"
 ).split()
+
+OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of LoRA, or what their names begin with, that leave something else than W0 beside the factors."""
 
 
 def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -64,15 +68,16 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: The model has no factorized weight, or one that these files cannot hold: without a base, with a
             sparse part, a stack of matrices, of several layers, or not of ``nn.Linear``, transformers' ``Conv1D`` or a
-            convolution layer.
+            convolution layer; or a parameter holds NaN or Inf or is on the meta device.
         RuntimeError: The factors are sharded.
         ImportError: safetensors is missing.
     """
     save_file = _safetensors("save_file")
-    model = unwrapped(model)
+    model = bare(model)
     weights = dict(named_weights(model))
     if not weights:
         raise ValueError(f"model must have factorized weights, got {type(model).__name__} without one")
+    require_finite(model)
     holders = Counter(map(id, weights.values()))
     if shared := [name for name, each in weights.items() if holders[id(each)] > 1]:
         raise ValueError(f"{', '.join(shared)} are one weight, and these files adapt each layer by itself")
@@ -96,8 +101,7 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         state[f"{PREFIX}{module}.lora_B.weight"] = writing.detach().cpu().contiguous()
         settings[module] = weight.rank, weight.scale * weight.rank
     directory = files.writable_directory(directory)
-    directory.mkdir(exist_ok=True)
-    with files.beside(directory) as scratch:
+    with files.inside(directory) as scratch:
         save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(_config(model, settings, weights), indent=2))
         files.move_over(scratch, directory, last=CONFIG, stale={"adapter_model.bin"})
@@ -148,8 +152,8 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         ValueError: There is no such adapter, it is of another model, it holds NaN, Inf or integers, or is of a kind
-            that is no plain LoRA (DoRA, biases, other modules saved with it): the message names it. The model is then
-            as it was.
+            that is no plain LoRA (DoRA, biases, other modules saved with it, a start that changed the weights, such
+            as PiSSA's): the message names it. The model is then as it was.
         ImportError: safetensors is missing.
     """
     _safetensors("load_file")
@@ -186,6 +190,12 @@ def _require_plain_lora(settings: Mapping[str, Any]) -> None:
     for name in UNSUPPORTED:
         if settings.get(name):
             raise ValueError(f"the adapter has {name}={settings[name]!r}, which is no plain LoRA: W0 + s B A")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(OTHER_WEIGHTS):
+        raise ValueError(
+            f"the adapter has init_lora_weights={start!r}, which changed the weights that it is added to: only what is "
+            "added to W0 can be read (peft's save_pretrained converts, with path_initial_model_for_weight_conversion)"
+        )
     if settings.get("bias", "none") != "none":
         raise ValueError(f"the adapter has bias={settings['bias']!r}: biases were trained with it, which are not read")
     for name in ("r", "lora_alpha"):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slcompile import files
 from slcompile.export.twin import dense_tensors, export_dtype, floating_dtype, meta_twin, require_finite
-from slcompile.models import forget_factors, unwrapped
+from slcompile.models import bare, forget_factors
 from slcompile.weight.placing import base_class
 
 INSTALL = 'pip install "slcompile[safetensors]"'
@@ -35,7 +35,7 @@ def save_merged(
     One file is in memory at a time. With ``config.json`` (and ``generation_config.json``) beside them, for a
     transformers model, ``from_pretrained(directory)`` gives an ordinary dense model. A tied weight is stored once.
 
-    Files are written beside the directory and moved into it. A kill leaves the old model, the new one, or a directory
+    Files are written in a hidden directory in it, and moved. A kill leaves the old model, the new one, or a directory
     that is refused, since its ``config.json`` (of a model that is not of transformers: the index) is no JSON.
 
     Args:
@@ -50,7 +50,8 @@ def save_merged(
         The directory.
 
     Raises:
-        ValueError: An argument is not allowed, or a weight holds NaN or Inf.
+        ValueError: An argument is not allowed, a weight holds NaN or Inf or is on the meta device, or the state dict
+            has an entry that is no tensor.
         OSError: The disk is full, or the files cannot be written.
         ImportError: safetensors or huggingface_hub is missing.
     """
@@ -59,19 +60,21 @@ def save_merged(
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError(f"writing safetensors needs {error.name}: {INSTALL}") from error
-    if shard_size <= 0:
-        raise ValueError(f"shard_size must be a number of bytes above 0, got {shard_size}")
+    files.require_shard_size(shard_size)
     directory = files.writable_directory(directory)
-    model = unwrapped(model)
+    model = bare(model)
     require_finite(model)
     twin = meta_twin(model, None if dtype is None else export_dtype(model, dtype))
     tensors = dense_tensors(model, twin)
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(twin.state_dict(keep_vars=True).items())}
     state = dict(reversed(list(unique.values())))  # of names for one tensor, the first
+    for name, each in state.items():
+        if not isinstance(each, Tensor):
+            raise ValueError(f"safetensors hold tensors alone, and {name} of the state dict is a {type(each).__name__}")
     plan = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
-    files.require_space(directory.parent, sum(tensor.nbytes for tensor in state.values()))
-    directory.mkdir(exist_ok=True)
-    with files.beside(directory) as scratch:
+    size = sum(tensor.nbytes for tensor in state.values())
+    files.require_space(directory if directory.is_dir() else directory.parent, size)
+    with files.inside(directory) as scratch:
         for file, names in plan.filename_to_tensors.items():
             save_file({name: tensors[name]() for name in names}, scratch / file, metadata={"format": "pt"})
         if plan.is_sharded:

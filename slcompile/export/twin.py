@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.factorize import merge_
-from slcompile.models import in_eval, meta_copy
+from slcompile.models import buffers_restored, deep_copy, in_eval, meta_copy
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.torch_private import without_wrappers
 from slcompile.weight.structure import FactorizedWeight, weights_in
@@ -51,8 +50,6 @@ def meta_twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         dtype: Of the copy's floating-point parameters and persistent buffers; None leaves each its own. Other buffers
             are computed, not trained (rotary tables), and keep their precision.
     """
-    for weight in weights_in(model):
-        weight.check_whole()
     twin = merge_(meta_copy(model)).eval().requires_grad_(False)
     for module in list(twin.modules()):
         for name, child in module._modules.items():
@@ -82,6 +79,9 @@ def untouched_on_cpu(twin: nn.Module) -> None:
                     made[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
                 if tensor is not None:
                     tensors[name] = made[id(tensor)]
+        for name, each in vars(module).items():
+            if isinstance(each, Tensor):
+                vars(module)[name] = each.cpu()
 
 
 def dense_tensors(model: nn.Module, twin: nn.Module) -> dict[str, MakeTensor]:
@@ -125,25 +125,40 @@ def state_hash(model: nn.Module) -> str:
 
 
 def require_finite(model: nn.Module) -> None:
-    """Raises ValueError naming a parameter that holds NaN or Inf."""
+    """Raises ValueError naming a parameter that holds NaN or Inf, or a tensor on the meta device.
+
+    Raises RuntimeError where factors are sharded: to look at their numbers, all processes would have to come here.
+    """
+    for weight in weights_in(model):
+        weight.check_whole()
+    require_numbers(model)
     for name, tensor in model.named_parameters():
         if not bool(torch.isfinite(tensor.detach()).all()):
             raise ValueError(f"parameter {name} contains NaN or Inf; nothing was written")
 
 
+def require_numbers(model: nn.Module) -> None:
+    """Raises ValueError naming a parameter or buffer that is on the meta device."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no numbers; nothing was written")
+
+
 def reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Returns the trained model; a float32 copy of it, still factorized, where it rounds more than the file does."""
-    rounds_more = any(each.dtype is torch.bfloat16 for each in model.parameters()) and dtype is not torch.bfloat16
-    return copy.deepcopy(model).float() if rounds_more else model
+    low = {each.dtype for each in model.parameters()} & {torch.float16, torch.bfloat16}
+    rounds_more = any(torch.finfo(each).eps > torch.finfo(dtype).eps for each in low)
+    return deep_copy(model).float() if rounds_more else model
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, without gradients; afterwards each module is in the mode that it was in.
+    """Puts a model into eval mode, without gradients; afterwards modes and buffers are what they were.
 
     Compiled parts run eagerly: their graphs would not see what ``merged_weights`` changes.
     """
-    with in_eval(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    kept = buffers_restored(model, but=FactorizedWeight)
+    with in_eval(model), kept, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
 
 

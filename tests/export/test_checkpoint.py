@@ -374,3 +374,20 @@ def test_a_description_that_cannot_be_is_an_error(change, tmp_path):
     (tmp_path / "slcompile.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"the checkpoint holds model\.layers\.0\.mlp\.up_proj\.weight"):
         load_factorized(tmp_path)
+
+
+def test_layers_that_torch_compile_wraps_are_saved_under_their_names(tmp_path):
+    model = factorized(tiny("llama", num_hidden_layers=2))
+    expected = model(IDS).logits
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer, backend="eager")
+    loaded = load_factorized(save_factorized(model, tmp_path / "factors")).eval()
+    assert torch.equal(loaded(IDS).logits, expected)
+
+
+def test_a_model_on_the_meta_device_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = slcompile.factorize_(tiny("gpt2"), slcompile.SLConfig(rank=RANK))
+    with pytest.raises(ValueError, match=r"transformer\.wte\.weight is on the meta device and holds no numbers"):
+        save_factorized(model, tmp_path / "factors")
+    assert not list(tmp_path.iterdir())

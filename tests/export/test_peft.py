@@ -253,6 +253,24 @@ UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_beside_weights_that_peft_changed_is_refused(start, tmp_path):
+    model = Net()
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["up"], "init_lora_weights": start}
+    theirs = adapter(model, tmp_path, **settings)
+    changed = (
+        model.layers[0].up.weight
+        - peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
+        .base_model.model.layers[0]
+        .up.base_layer.weight
+    )
+    assert changed.abs().max() > 0.01
+    torch.testing.assert_close(of_peft(copy.deepcopy(model), tmp_path), theirs)
+    with pytest.raises(ValueError, match=f"has init_lora_weights='{start}', which changed the weights"):
+        slcompile.load_peft(model, tmp_path)
+    assert not slcompile.factors(model)
+
+
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_what_is_no_plain_adapter_is_refused_and_the_model_is_as_it_was(case, tmp_path):
     model = Net()
@@ -301,6 +319,16 @@ def test_what_these_files_cannot_hold_is_refused(config, message, tmp_path):
     if config:
         slcompile.factorize_(model, SLConfig(**config))
     with pytest.raises(ValueError, match=message):
+        slcompile.save_peft(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_no_finite_numbers_are_not_written(value, tmp_path):
+    model = slcompile.factorize_(Net(), SLConfig(**LORA, rank=4))
+    with torch.no_grad():
+        model.first.weight_sl.A[0, 0] = value
+    with pytest.raises(ValueError, match=r"parameter first\.weight_sl\.A contains NaN or Inf"):
         slcompile.save_peft(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

@@ -222,3 +222,56 @@ def test_missing_libraries_are_named_with_the_command(missing, tmp_path, monkeyp
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=rf'needs {missing}: pip install "slcompile\[safetensors\]"'):
         slcompile.save_merged(model, tmp_path / "merged")
+
+
+def test_a_state_that_is_no_tensor_is_named(tmp_path):
+    class Noted(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(
+        ValueError, match="safetensors hold tensors alone, and _extra_state of the state dict is a dict"
+    ):
+        slcompile.save_merged(factorized(Noted(64, 64)), tmp_path / "dense")
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_that_a_model_holds_are_not_in_the_way(tmp_path):
+    class Auxiliary(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            self.losses = [y.square().mean()]
+            return y
+
+    model = factorized(Auxiliary(64, 64))
+    model(torch.randn(4, 64))
+    saved = load_file(slcompile.save_merged(model, tmp_path / "dense") / "model.safetensors")
+    assert torch.equal(saved["weight"], model.weight)
+
+
+def test_a_model_inside_of_a_parallel_wrapper_is_written_as_itself(tmp_path):
+    model = llama()
+    wrapped = nn.DataParallel(model)
+    loaded = AutoModelForCausalLM.from_pretrained(slcompile.save_merged(wrapped, tmp_path / "dense"))
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert slcompile.merged_state_dict(wrapped).keys() == loaded.state_dict().keys()
+    assert slcompile.factors(wrapped).keys() == slcompile.factors(model).keys()
+    factors = slcompile.load_factorized(slcompile.save_factorized(wrapped, tmp_path / "factors"))
+    assert torch.equal(factors(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("sharded", ["down", "up"])
+def test_sharded_factors_are_refused_before_their_numbers_are_looked_at(sharded, tmp_path, monkeypatch):
+    """That would wait for the other processes, which do not save."""
+    model = factorized(nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}))
+
+    def refuse():
+        raise RuntimeError("the factors are sharded")
+
+    monkeypatch.setattr(model[sharded].weight_sl, "check_whole", refuse)
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: pytest.fail("looked at"))
+    with pytest.raises(RuntimeError, match="the factors are sharded"):
+        slcompile.save_merged(model, tmp_path / "dense")

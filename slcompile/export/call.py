@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,10 +42,23 @@ class Call:
 
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> Call:
-        """Binds arguments to a model's signature, and names inputs and axes."""
+        """Binds arguments to a model's signature, and names inputs and axes.
+
+        Raises:
+            ValueError: ``dynamic_shapes`` are of arguments that are not there.
+        """
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
         if isinstance(dynamic_shapes, (tuple, list)):
+            if len(dynamic_shapes) > len(bound.arguments):
+                raise ValueError(
+                    f"dynamic_shapes must be of the {len(bound.arguments)} arguments given, got {len(dynamic_shapes)}"
+                )
             dynamic_shapes = dict(zip(bound.arguments, dynamic_shapes, strict=False))
+        for name, spec in (dynamic_shapes or {}).items():
+            if spec is not None and name not in bound.arguments:
+                raise ValueError(
+                    f"dynamic_shapes must be of the arguments given, {', '.join(bound.arguments)}, got {name!r}"
+                )
         shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in bound.arguments}
         arguments = dict(bound.arguments)
         names = [_dotted(path, "past_key_values") for path, leaf in leaves_with_paths(arguments) if _is_tensor(leaf)]
@@ -55,11 +69,13 @@ class Call:
             positional, by_name = (), {**dict(zip(arguments, bound.args, strict=False)), **bound.kwargs}
         return cls(positional, by_name, shapes, tuple(names), (), tuple(axes))
 
-    def renamed(self, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> Call:
-        """Returns the call with a user's names, where they are given.
+    def renamed(
+        self, input_names: Sequence[str] | None, output_names: Sequence[str] | None, taken: Collection[str]
+    ) -> Call:
+        """Returns the call with a user's names, where they are given; others differ from each other and from ``taken``.
 
         Raises:
-            ValueError: There are not as many as there are tensors.
+            ValueError: There are not as many as there are tensors, or one is another's or of ``taken``.
         """
         for argument, given, own in (
             ("input_names", input_names, self.input_names),
@@ -67,11 +83,16 @@ class Call:
         ):
             if given is not None and len(given) != len(own):
                 raise ValueError(f"{argument} must have {len(own)} names, one for each tensor, got {len(given)}")
-        return replace(
-            self,
-            input_names=tuple(input_names or self.input_names),
-            output_names=tuple(output_names or self.output_names),
-        )
+        inputs = tuple(input_names or (f"input_{each}" if each in taken else each for each in self.input_names))
+        used = {*taken, *inputs}
+        outputs = tuple(output_names or (f"output_{each}" if each in used else each for each in self.output_names))
+        for name, count in Counter((*inputs, *outputs, *taken)).items():
+            if count > 1:
+                raise ValueError(
+                    f"input_names and output_names must differ from each other and from the names of weights, got "
+                    f"{name!r} {count} times"
+                )
+        return replace(self, input_names=inputs, output_names=outputs)
 
     def with_outputs(self, model: nn.Module) -> Call:
         """Runs the model once, and returns the call with the outputs named."""

@@ -31,7 +31,7 @@ from slcompile.export.twin import (
 )
 from slcompile.export.verify import Comparison, compare_calls, require_close, require_same_weights, worst
 from slcompile.factorize import factors
-from slcompile.models import positional, unwrapped
+from slcompile.models import bare, positional, tensors_beside
 from slcompile.weight.structure import weights_in
 
 INSTALL = 'pip install "slcompile[onnx]"'
@@ -122,7 +122,8 @@ def export_onnx(
         args, kwargs: What the model is called with.
         path: Of the model file.
         input_names, output_names: By default the names of the arguments, and the keys of the outputs where those are
-            a mapping (transformers), with ``past_key_values.{i}.key`` and ``present.{i}.key`` for caches.
+            a mapping (transformers), with ``past_key_values.{i}.key`` and ``present.{i}.key`` for caches. One that is
+            also a weight's gets ``input_`` or ``output_`` before it; so does an output that is named as an input.
         dynamic_shapes: As in ``torch.onnx.export``; then outputs are compared at a second shape, too.
         dtype: float32, float64, float16 or bfloat16; None is the model's, and float32 for a bfloat16 model, since
             onnxruntime has no bfloat16 arithmetic on the CPU.
@@ -144,11 +145,11 @@ def export_onnx(
     import onnx  # an extra
 
     path = files.writable_file(path)
-    if shard_size is not None and shard_size <= 0:
-        raise ValueError(f"shard_size must be a number of bytes above 0, got {shard_size}")
+    if shard_size is not None:
+        files.require_shard_size(shard_size)
     latest = onnx.defs.onnx_opset_version()
     _require_opset(opset, opset is None or 1 <= opset <= latest)  # before torch tries, which prints how that fails
-    model = unwrapped(model)
+    model = bare(model)
     for name, _ in model.named_modules():
         if not _UNWRITABLE.isdisjoint(name):
             raise ValueError(f"torch.onnx.export cannot write the name of module {name!r:.200}: rename it")
@@ -160,10 +161,12 @@ def export_onnx(
             raise ValueError(f"metadata must map strings to strings, got {key!r}: {value!r}")
     trained = reference(model, dtype)
     call = Call.of(model, args, dict(kwargs or {}), dynamic_shapes).with_outputs(trained)
-    call = call.renamed(input_names, output_names)
 
     twin = meta_twin(model, dtype)
     tensors = dense_tensors(model, twin)
+    call = call.renamed(input_names, output_names, tensors.keys())
+    if any(map(tensors_beside, twin.modules())):
+        untouched_on_cpu(twin)  # they have numbers, and are on no meta device
     graph = _dense_graph(twin, call, opset)
     if _without_value(graph, tensors):
         untouched_on_cpu(twin)
@@ -246,8 +249,7 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
                 twin,
                 args,
                 kwargs=kwargs,
-                input_names=list(call.input_names),
-                output_names=list(call.output_names),
+                input_names=list(call.input_names),  # of outputs below: torch would rename a weight that is one
                 dynamic_shapes=call.shapes,
                 opset_version=opset,
                 dynamo=True,
@@ -271,10 +273,10 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
 
 
 def _name_apart(graph: Any, call: Call) -> None:
-    """Gives an output that is also an input, or another output, a value of its own, and each its name."""
+    """Gives an output that is also an input, a weight or another output a value of its own, and each its name."""
     import onnx_ir as ir
 
-    taken = set(graph.inputs)
+    taken = {*graph.inputs, *graph.initializers.values()}
     for position, value in enumerate(list(graph.outputs)):
         if value in taken:
             copied = ir.node("Identity", [value])
@@ -282,6 +284,10 @@ def _name_apart(graph: Any, call: Call) -> None:
             graph.outputs[position] = copied.outputs[0]
             copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
         taken.add(value)
+    names, ends = {*call.input_names, *call.output_names}, {*graph.inputs, *graph.outputs}
+    for value in (value for node in graph.all_nodes() for value in node.outputs):
+        if value.name in names and value not in ends:
+            value.name = f"inner.{value.name}"
     for value, name in zip((*graph.inputs, *graph.outputs), (*call.input_names, *call.output_names), strict=True):
         value.name = name
 

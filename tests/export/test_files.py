@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import site
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 
 import slcompile
+from slcompile import files
 from slcompile.export import onnx as export
 
 CONFIG = slcompile.SLConfig(rank=8, density=0.05, seed=0)
@@ -260,6 +263,37 @@ def test_a_read_only_directory_in_another_that_can_be_written_is_named(tmp_path,
     with pytest.raises(ValueError, match=r"directory .*/dense cannot be written"):
         slcompile.save_merged(network(), tmp_path / "dense")
     assert names(tmp_path / "dense") == []
+
+
+def test_a_mounted_directory_needs_no_other_one(tmp_path, monkeypatch):
+    """Its parent may be of another file system, to which nothing is moved, and need not be writable."""
+    directory, real = tmp_path / "dense", os.replace
+    directory.mkdir()
+
+    def within(source, target):
+        assert directory in Path(source).parents
+        real(source, target)
+
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name == "dense")
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "replace": within}))
+    slcompile.save_merged(network(), directory)
+    assert names(directory) == ["model.safetensors"]
+
+
+def test_a_failed_save_leaves_no_new_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "move_over", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        slcompile.save_merged(network(), tmp_path / "new")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, "2GB", True])
+def test_a_shard_size_that_is_no_number_of_bytes_is_named(size, tmp_path):
+    with pytest.raises(ValueError, match=f"shard_size must be a number of bytes above 0, got {size!r}"):
+        slcompile.export_onnx(network(), X, tmp_path / "model.onnx", shard_size=size)
+    with pytest.raises(ValueError, match=f"shard_size must be a number of bytes above 0, got {size!r}"):
+        slcompile.save_merged(network(), tmp_path / "dense", shard_size=size)
+    assert names(tmp_path) == []
 
 
 @pytest.mark.slow

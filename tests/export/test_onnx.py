@@ -236,3 +236,70 @@ def test_an_opset_to_which_graphs_are_not_converted_is_refused(tmp_path):
     with pytest.raises(ValueError, match="opset must be one to which this torch converts graphs, got 3"):
         slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "model.onnx", opset=3)
     assert list(tmp_path.iterdir()) == []
+
+
+class Mixed(nn.Module):
+    """Keeps a result of its last call, counts calls, and multiplies by a tensor that is no parameter or buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.factor, self.mask = nn.Linear(64, 64), torch.linspace(1, 2, 64), nn.Parameter(torch.ones(64))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x, mask):
+        self.calls += 1
+        self.last = self.last + 1
+        y = self.layer(x) * self.factor * self.mask * mask
+        self.loss = y.square().mean()
+        return {"x": y, "mask": self.layer.weight, "linear": x}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_a_model_holds_beside_its_weights_is_exported_and_left_as_it_is(dtype, tmp_path):
+    """Inputs, outputs, weights and intermediate values have the same names there."""
+    model, x, mask = slcompile.factorize_(Mixed(), CONFIG).to(dtype), torch.randn(4, 64), torch.rand(64)
+    model.train()(x.to(dtype), mask.to(dtype))
+    report = slcompile.export_onnx(model, (x, mask), tmp_path / "model.onnx", dtype=torch.float32, verify=False)
+    assert (model.calls, model.last) == (1, 1)
+    slcompile.export_onnx(model, (x, mask), tmp_path / "verified.onnx", dtype=torch.float32)
+    assert (model.calls, model.last) == (1, 1)
+    session = pytest.importorskip("onnxruntime").InferenceSession(report.path)
+    assert [each.name for each in session.get_inputs()] == ["x", "input_mask"]
+    assert [each.name for each in session.get_outputs()] == ["output_x", "output_mask", "linear"]
+    assert {"layer.weight", "mask"} <= {each.name for each in onnx.load(report.path).graph.initializer}
+    found = session.run(None, {"x": x.numpy(), "input_mask": mask.numpy()})
+    for got, want in zip(found, model.float()(x, mask).values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want.detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamic_shapes": {"inputs": {0: "batch"}}}, "of the arguments given, input, got 'inputs'"),
+        ({"dynamic_shapes": ({0: "batch"}, {0: "batch"})}, "dynamic_shapes must be of the 1 arguments given, got 2"),
+        ({"input_names": ["x"], "output_names": ["x"]}, "must differ from each other .* got 'x' 2 times"),
+        ({"input_names": ["0.bias"]}, r"from the names of weights, got '0\.bias' 2 times"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(options, message, tmp_path):
+    model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), CONFIG)
+    with pytest.raises(ValueError, match=message):
+        slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "model.onnx", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_by_name_in_the_place_of_positional_ones_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a tensor or a sequence, got a dict: give it as kwargs"):
+        slcompile.export_onnx(nn.Linear(64, 64), {"input": torch.randn(4, 64)}, tmp_path / "model.onnx")
+
+
+def test_a_model_on_the_meta_device_is_refused(tmp_path):
+    with torch.device("meta"):
+        model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), CONFIG)
+    for write in (lambda: slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "model.onnx"),
+                  lambda: slcompile.save_merged(model, tmp_path / "dense")):  # fmt: skip
+        with pytest.raises(ValueError, match=r"0\.bias is on the meta device and holds no numbers"):
+            write()
+    assert not list(tmp_path.iterdir())

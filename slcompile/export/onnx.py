@@ -147,6 +147,10 @@ def export_onnx(
     path = files.writable_file(path)
     if shard_size is not None:
         files.require_shard_size(shard_size)
+    if onnx.serialization.registry.get_format_from_file_extension(path.suffix) not in (None, "protobuf"):
+        raise ValueError(
+            f"path must not end in {path.suffix}, which is onnx's name for files of text; got {path.name!r}"
+        )
     latest = onnx.defs.onnx_opset_version()
     _require_opset(opset, opset is None or 1 <= opset <= latest)  # before torch tries, which prints how that fails
     model = bare(model)
@@ -165,8 +169,8 @@ def export_onnx(
     twin = meta_twin(model, dtype)
     tensors = dense_tensors(model, twin)
     call = call.renamed(input_names, output_names, tensors.keys())
-    if any(map(tensors_beside, twin.modules())):
-        untouched_on_cpu(twin)  # they have numbers, and are on no meta device
+    if not all(each.is_meta for module in twin.modules() for each in tensors_beside(module)):
+        untouched_on_cpu(twin)  # to be where they are
     graph = _dense_graph(twin, call, opset)
     if _without_value(graph, tensors):
         untouched_on_cpu(twin)
@@ -244,7 +248,7 @@ def _dense_graph(twin: nn.Module, call: Call, opset: int | None) -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*different number of inputs")
         # Optimizing would fold weights into anonymous, transposed copies; the runtime does that when it loads.
-        with _exporting:
+        with _exporting, torch.autocast("cpu", enabled=False):
             program = torch.onnx.export(
                 twin,
                 args,

@@ -153,12 +153,14 @@ def reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, without gradients; afterwards modes and buffers are what they were.
+    """Puts a model into eval mode, without gradients and autocast; afterwards modes and buffers are what they were.
 
     Compiled parts run eagerly: their graphs would not see what ``merged_weights`` changes.
     """
     kept = buffers_restored(model, but=FactorizedWeight)
-    with in_eval(model), kept, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    device = next((each.device.type for each in model.parameters()), "cpu")
+    precise = torch.autocast(device, enabled=False)
+    with in_eval(model), kept, precise, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -241,6 +241,7 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
         ("", "path must be a file, got the directory"),
         ("missing/model.onnx", "does not exist"),
         ("file/model.onnx", "file is a file"),
+        ("model.json", r"path must not end in \.json, which is onnx's name for files of text; got 'model\.json'"),
     ],
 )
 def test_bad_targets_are_named(target, message, tmp_path):

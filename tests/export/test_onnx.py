@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import slcompile
+from slcompile.export import onnx as export
 from tests.testing import CONFIG, some_of
 
 IDS = torch.arange(34).reshape(2, 17)
@@ -272,6 +273,23 @@ def test_what_a_model_holds_beside_its_weights_is_exported_and_left_as_it_is(dty
     found = session.run(None, {"x": x.numpy(), "input_mask": mask.numpy()})
     for got, want in zip(found, model.float()(x, mask).values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(got), want.detach())
+
+
+@pytest.mark.slow
+def test_an_export_within_autocast_is_that_without(tmp_path):
+    model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64)), CONFIG)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = slcompile.export_onnx(model, torch.randn(4, 64), tmp_path / "model.onnx")
+    assert report.max_rel < 64 * 2**-24
+
+
+def test_layers_that_hold_their_weights_twice_are_exported_from_the_meta_device(tmp_path, monkeypatch):
+    """nn.LSTM has a list of its parameters."""
+    model = slcompile.factorize_(nn.Sequential(nn.Linear(64, 64), nn.LSTM(64, 32)), CONFIG)
+    monkeypatch.setattr(export, "untouched_on_cpu", lambda twin: pytest.fail("moved"))
+    monkeypatch.setattr(export, "_dense_graph", lambda twin, *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        slcompile.export_onnx(model, torch.randn(4, 2, 64), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +153,6 @@ def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> tuple[
         inputs["decoder_input_ids"] = ids
     axes = {0: "batch_size", 1: "sequence_length"}
     shapes: dict[str, Any] = dict.fromkeys(inputs, axes)
-    if hasattr(config, "use_cache"):
+    if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"], shapes["use_cache"] = False, None
     return inputs, shapes

@@ -9,6 +9,7 @@ The paper's (github.com/andyjm3/SLTrain) has ``splora_config.json`` and, for eac
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ from slcompile.weight.sharing import share_again, sharing
 from slcompile.weight.structure import FactorizedWeight, matrix_shape, weights_by_name, weights_in
 
 OURS, PAPERS = "slcompile.json", "splora_config.json"
+AS_PUBLISHED = "save_original_format"
+"""Argument by which transformers 5 writes names and stacks that are not the model's, but older ones' (ViT, Mixtral)."""
 FORMAT = 1
 """Of ``slcompile.json``."""
 _WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -78,7 +81,10 @@ def save_factorized(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     with files.inside(directory) as scratch:
         state = model.state_dict()
         plain = {plain_name(key): each for key, each in state.items()}  # of layers that torch.compile wrapped, too
-        save_pretrained(scratch, **({} if plain.keys() == state.keys() else {"state_dict": plain}))
+        options: dict[str, Any] = {} if plain.keys() == state.keys() else {"state_dict": plain}
+        if AS_PUBLISHED in inspect.signature(save_pretrained).parameters:
+            options[AS_PUBLISHED] = False
+        save_pretrained(scratch, **options)
         config = json.loads((scratch / CONFIG).read_text())
         config["quantization_config"] = {"quant_method": METHOD, "weights": described}  # read by from_pretrained
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -147,6 +148,7 @@ def test_example_inputs_fit_the_model(kind):
     model = tiny(kind).eval()
     inputs, dynamic_shapes = example_inputs(model)
     assert model.main_input_name in inputs
+    assert inputs.keys() <= inspect.signature(model.forward).parameters.keys()  # others have no dynamic shapes
     assert model(**inputs).logits.shape[0] == inputs[model.main_input_name].shape[0]
     text = {0: "batch_size", 1: "sequence_length"}
     expected = {"use_cache": None, "pixel_values": {0: "batch_size"}}

@@ -43,9 +43,10 @@ _PRODUCTS = frozenset("addmm addmv baddbmm bmm _grouped_mm grouped_mm_fallback m
 # What shows the same weight in another shape, layout or dtype. Slices too: a packed q/k/v is one weight whose parts
 # go to several matmuls. Names as above, with dtype methods of Tensor.
 VIEWS = frozenset(
-    "alias as_strided bfloat16 broadcast_to chunk clone contiguous detach double expand flatten float getitem half "
-    "movedim mT narrow permute reshape select slice split split_with_sizes squeeze swapaxes swapdims t T _to_copy to "
-    "transpose type_as unbind unflatten unsafe_chunk unsafe_split _unsafe_view unsqueeze view".split()
+    "alias as_strided bfloat16 broadcast_to chunk clone contiguous convert_element_type detach double expand flatten "
+    "float getitem half movedim mT narrow permute reshape select slice split split_with_sizes squeeze swapaxes "
+    "swapdims t T _to_copy to transpose type_as unbind unflatten unsafe_chunk unsafe_split _unsafe_view unsqueeze "
+    "view".split()
 )
 # What takes whole matrices from a stack of them, such as each token's expert.
 _GATHERS = frozenset("getitem index index_select".split())

@@ -405,7 +405,8 @@ def _row(weight: _Weight, read: _Read, config: SLConfig) -> MatmulRow:
     costs = Counter[str]()
     for part, decisions in ((1 / max(1, len(own)), own), (share, rest)):
         for decision in decisions:
-            costs.update({name: part * seconds for name, seconds in decision.costs.items()})
+            taken = {"mixed": decision.costs.get(decision.lowering, 0.0)} if len(lowerings) > 1 else {}
+            costs.update({name: part * seconds for name, seconds in {**decision.costs, **taken}.items()})
     return MatmulRow(
         name=weight.name,
         shape=tuple(weight.dense.shape),

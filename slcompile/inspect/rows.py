@@ -49,7 +49,7 @@ class MatmulRow:
         detail: ... the same as a sentence.
         rank, density, nonzeros: Of the weight that takes its place.
         lowering: ``"composed"``, ``"factored"``, ``"mixed"``, or empty where there is none to choose.
-        costs: Predicted seconds of each lowering, forward and backward.
+        costs: Predicted seconds of each lowering, and of ``"mixed"`` where that is taken; forward and backward.
         bytes: Of the weight, its gradient and Adam's states; those of a weight that is read twice stand in both rows.
         flops: Of a training step.
         source: Where the model's code calls for it.

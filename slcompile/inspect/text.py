@@ -65,7 +65,7 @@ def _matmuls(rows: Sequence[MatmulRow]) -> str:
                 "replaced" if row.decision == "replaced" else row.reason,
                 "" if row.rank is None else str(row.rank),
                 row.lowering,
-                _predicted(row),
+                predicted(row),
                 _ratio(row.bytes),
                 _ratio(row.flops),
             ]
@@ -130,7 +130,7 @@ def _folded(rows: Sequence[MatmulRow]) -> list[tuple[MatmulRow, int]]:
             row.rank,
             row.lowering,
         )
-        groups.setdefault((*key, row.bytes, row.flops, _predicted(row)), []).append(row)
+        groups.setdefault((*key, row.bytes, row.flops, predicted(row)), []).append(row)
     folded = []
     for group in groups.values():
         first = group[0]
@@ -142,10 +142,11 @@ def _folded(rows: Sequence[MatmulRow]) -> list[tuple[MatmulRow, int]]:
     return folded
 
 
-def _predicted(row: MatmulRow) -> str:
+def predicted(row: MatmulRow) -> str:
+    """Returns the time of a matmul with the lowering that is taken."""
     if not row.costs:
         return ""
-    milliseconds = 1e3 * min(row.costs.values())
+    milliseconds = 1e3 * row.costs[row.lowering]
     return f"{milliseconds:.2f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
 
 

@@ -78,6 +78,12 @@ SPELLINGS: dict[str, Spelling] = {
     "two transposes": (lambda x, W: x @ W.transpose(0, 1).transpose(0, 1), x_TK, W_NK, 0),
     "clone": (lambda x, W: x @ W.clone(), x_TK, W_NK, 0),
     "cast by method": (lambda x, W: F.linear(x.bfloat16(), W.bfloat16()), x_TK, W_NK, 1),
+    "cast as Inductor writes it": (
+        lambda x, W: x.bfloat16() @ torch.ops.prims.convert_element_type(W, torch.bfloat16),
+        x_TK,
+        W_NK,
+        0,
+    ),
     "cast by to()": (lambda x, W: x.bfloat16() @ W.to(torch.bfloat16), x_TK, W_NK, 0),
     "cast, then transpose": (lambda x, W: x.bfloat16() @ W.to(torch.bfloat16).T, x_TK, W_NK, 1),
     "transpose, then cast": (lambda x, W: x.bfloat16() @ W.T.to(torch.bfloat16), x_TK, W_NK, 1),

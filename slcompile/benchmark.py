@@ -23,7 +23,7 @@ from slcompile.config import LOWERINGS, SLConfig, checked_config, did_you_mean, 
 from slcompile.convert.ledger import Ledger
 from slcompile.factorize import factorize_model, merge_
 from slcompile.measure import seconds_of, synchronize
-from slcompile.models import arguments_for, positional, unwrapped
+from slcompile.models import arguments_for, positional, random_state_restored, require_numbers, unwrapped
 from slcompile.ops.sparse_cpu import kept_bytes
 from slcompile.weight.placing import base_class
 from slcompile.weight.structure import weights_in
@@ -136,8 +136,9 @@ def bench(
     The numbers are not checked here: ``check`` does that.
 
     Args:
-        model: Is not changed. A dense one is factorized as ``factorize_(model, config, example_args=args)`` would; of a
-            factorized one the merged copy is the dense variant.
+        model: Is not changed, nor is the random state. A dense one is factorized as
+            ``factorize_(model, config, example_args=args)`` would; of a factorized one the merged copy is the dense
+            variant.
         args, kwargs: A batch; moved to the model's device, floating-point tensors to its dtype.
         config: Defaults to ``SLConfig()``.
         lowerings: Which variants beside the dense one: of ``"auto"``, ``"composed"``, ``"factored"`` and ``"eager"``,
@@ -157,9 +158,9 @@ def bench(
     batch = arguments_for(model, (positional(args), dict(kwargs or {})))
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     variants = _Variants(model, config, batch, mode, loss or _default_loss, dict(inductor or {}))
-    steps = {"dense": variants.dense(), **{f"sltrain {each}": variants.factorized(each) for each in lowerings}}
     tokens = _tokens_of(batch)
-    with torch_private.unlimited_recompiles():
+    with torch_private.unlimited_recompiles(), random_state_restored(model):
+        steps = {"dense": variants.dense(), **{f"sltrain {each}": variants.factorized(each) for each in lowerings}}
         _compile_something(device, variants.inductor)
         first = {name: _first_run(step, device) for name, step in steps.items()}
         times = interleaved({name: step.run for name, step in steps.items()}, runs, device, warmup=WARMUP - 1)
@@ -235,8 +236,7 @@ def _require_allowed(
             raise ValueError(f"inductor has an unknown setting {key!r}{did_you_mean(key, known)}")
     if config.dryrun:
         raise ValueError("config must not have dryrun=True: nothing would be factorized")
-    if any(each.device.type == "meta" for each in model.parameters()):
-        raise ValueError("model must be on a device that computes, got one with parameters on meta")
+    require_numbers(model)
     return chosen
 
 
@@ -271,7 +271,8 @@ class _Variants:
         model = copy.deepcopy(self.model)
         if self._is_factorized():
             merge_(model)
-        return self._step(model, torch.compile(model, dynamic=False, options=self.inductor or None))
+        backend = torch_private.unshared("inductor", config_patches=self.inductor)
+        return self._step(model, torch.compile(model, backend=backend, dynamic=False))
 
     def factorized(self, lowering: str) -> _Step:
         """Returns the step with a lowering, or in eager mode."""
@@ -283,7 +284,8 @@ class _Variants:
             return self._step(model, model)
         options = self.config.to_options()
         options |= {"lowering": lowering, "inductor": self.inductor}
-        return self._step(model, torch.compile(model, backend="sltrain", dynamic=False, options=options))
+        backend = torch_private.unshared("sltrain", options=options)
+        return self._step(model, torch.compile(model, backend=backend, dynamic=False))
 
     def _is_factorized(self) -> bool:
         return bool(weights_in(self.model))

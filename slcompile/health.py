@@ -24,7 +24,15 @@ from slcompile import torch_private
 from slcompile.config import LOWERINGS, SKIPPABLE, SLConfig, checked_config
 from slcompile.convert.ledger import EXPLICIT, Ledger
 from slcompile.factorize import factorize_model, factors, merge_, merge_some
-from slcompile.models import arguments_for, buffers_restored, positional, unwrapped
+from slcompile.models import (
+    arguments_for,
+    buffers_restored,
+    gpus_of,
+    positional,
+    random_state_restored,
+    require_numbers,
+    unwrapped,
+)
 from slcompile.names import SUFFIX
 from slcompile.weight.placing import base_class
 from slcompile.weight.structure import weights_in
@@ -131,22 +139,29 @@ def check(
     left out of a model that draws random numbers, as dropout does: conversion draws before it, which moves its own.
 
     Args:
-        model: Is not changed. A dense one is factorized as ``factorize_(model, config, example_args=args)`` would.
+        model: Is not changed, nor is the random state. A dense one is factorized as
+            ``factorize_(model, config, example_args=args)`` would.
         args, kwargs: A batch; moved to the model's device, floating-point tensors to its dtype.
         config: Defaults to ``SLConfig()``; of a factorized model only ``keep_weights`` and the like count.
         loss: Makes the number to differentiate from what the model returns. By default the output called ``loss``, if
             there is one, and the mean square distance of every other output from 1.
 
     Raises:
-        ValueError: As ``factorize_``; or the model returns nothing that depends on a parameter, or NaN in eager mode or
-            in float64; or ``loss`` is no function, or makes no such number.
+        ValueError: As ``factorize_``; the model is on the meta device; it returns nothing that depends on a parameter,
+            or NaN in eager mode or in float64; or ``loss`` is no function, or makes no such number.
     """
     config, loss = checked_config(config), loss or _default_loss
     if not callable(loss):
         raise ValueError(f"loss must be a function of what the model returns, or None, got {loss!r:.200}")
-    dense, model = unwrapped(model), copy.deepcopy(unwrapped(model))
-    batch: tuple[Any, Any] = (positional(args), dict(kwargs or {}))
-    batch = arguments_for(model, batch)
+    model = unwrapped(model)
+    require_numbers(model)
+    batch: tuple[Any, Any] = arguments_for(model, (positional(args), dict(kwargs or {})))
+    with random_state_restored(model):
+        return _checked(model, batch, config, loss)
+
+
+def _checked(dense: nn.Module, batch: tuple[Any, Any], config: SLConfig, loss: Loss) -> CheckReport:
+    model = copy.deepcopy(dense)
     is_dense = not weights_in(model)
     if is_dense:
         factorize_model(model, config, *batch, Ledger(silent=True))
@@ -380,18 +395,14 @@ def _fill(model: nn.Module) -> None:
                     factor.copy_(torch.randn(factor.shape) * 0.05)
 
 
-def _gpus(model: nn.Module) -> list[int]:
-    return sorted({each.device.index or 0 for each in model.parameters() if each.device.type == "cuda"})
-
-
 def _generators(model: nn.Module) -> list[Tensor]:
     """Returns the states of the generators that a model draws from."""
-    return [torch.random.get_rng_state(), *map(torch.cuda.get_rng_state, _gpus(model))]
+    return [torch.random.get_rng_state(), *map(torch.cuda.get_rng_state, gpus_of(model))]
 
 
 @contextmanager
 def _seeded(model: nn.Module) -> Iterator[None]:
-    with torch.random.fork_rng(devices=_gpus(model)):
+    with torch.random.fork_rng(devices=gpus_of(model)):
         torch.manual_seed(7)
         yield
 

@@ -35,6 +35,13 @@ def bare(model: nn.Module) -> nn.Module:
     return bare(inner.module) if is_parallel else inner
 
 
+def require_numbers(model: nn.Module) -> None:
+    """Raises ValueError naming a parameter or buffer that is on the meta device."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no numbers")
+
+
 METHOD = "slcompile"
 """The ``quant_method`` of a ``config.json``, by which transformers finds ``slcompile.integrations.transformers``."""
 
@@ -73,17 +80,18 @@ def tensors_beside(module: nn.Module) -> list[Tensor]:
     return [leaf for _, leaf in leaves_with_paths(attributes) if isinstance(leaf, Tensor)]
 
 
-def positional(args: Sequence[Any] | Tensor) -> tuple[Any, ...]:
+def positional(args: Sequence[Any] | Tensor, name: str = "args") -> tuple[Any, ...]:
     """Returns positional arguments as a tuple; a tensor alone is one of them.
 
     Raises:
-        ValueError: They are a mapping, of which a tuple would have the keys.
+        ValueError: They are neither a sequence nor a tensor.
     """
-    if isinstance(args, Mapping):
-        raise ValueError(
-            f"positional arguments must be a tensor or a sequence, got a {type(args).__name__}: give it as kwargs"
-        )
-    return (args,) if isinstance(args, Tensor) else tuple(args)
+    if isinstance(args, Tensor):
+        return (args,)
+    if not isinstance(args, Sequence) or isinstance(args, str):
+        hint = "; what has names is given as kwargs" if isinstance(args, Mapping) else ""
+        raise ValueError(f"{name} must be a sequence of arguments, or a tensor, got {type(args).__name__}{hint}")
+    return tuple(args)
 
 
 def arguments_for(model: nn.Module, arguments: Any) -> Any:
@@ -126,6 +134,18 @@ def layers_as_in_training() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def random_state_restored(model: nn.Module) -> Iterator[None]:
+    """Puts torch's random state back afterwards, of the CPU and of the GPUs that a model is on."""
+    with torch.random.fork_rng(devices=gpus_of(model)):
+        yield
+
+
+def gpus_of(model: nn.Module) -> list[int]:
+    """Returns the numbers of the GPUs that a model is on."""
+    return sorted({each.device.index or 0 for each in model.parameters() if each.device.type == "cuda"})
 
 
 @contextmanager

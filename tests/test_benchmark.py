@@ -142,7 +142,7 @@ def nothing_runs(*_: object, **__: object) -> None:
         ({"config": slcompile.SLConfig(dryrun=True)}, "config must not have dryrun=True"),
         ({"config": slcompile.SLConfig(min_dim=1000)}, "model has no eligible weight"),
         ({"inductor": {"max_autotun": True}}, "inductor has an unknown setting 'max_autotun', did you mean"),
-        ({"model": Plain().to("meta")}, "parameters on meta"),
+        ({"model": Plain().to("meta")}, "is on the meta device and holds no numbers"),
         ({"model": torch.relu}, "model must be a torch.nn.Module"),
     ],
 )
@@ -233,6 +233,16 @@ def test_what_the_models_code_raises_is_one_line(factory, monkeypatch, capsys) -
     monkeypatch.setattr("slcompile.cli.bench.bench", broken)
     assert main(["bench", factory]) == 2
     assert f"measuring {factory} failed with RuntimeError: no such batch" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_report_compiles_again_and_draws_no_random_number() -> None:
+    model, x = Plain(), torch.randn(2, 64)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        report = slcompile.bench(model, x, config=slcompile.SLConfig(rank=4), mode="inference", runs=3, **LITE)
+        assert all(each.compile_seconds > 0.1 for each in report.variants.values()), report
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_each_first_run_finds_nothing_compiled(monkeypatch) -> None:

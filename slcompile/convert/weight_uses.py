@@ -72,7 +72,7 @@ def uses_of(
     """Collects how a model uses its weights: on its graph, or where it has no example, by the types of its modules."""
     if example_args is None and example_kwargs is None:
         return uses_by_module_type(model, config)
-    args = positional(() if example_args is None else example_args)
+    args = positional(() if example_args is None else example_args, "example_args")
     return captured_uses(model, [(args, dict(example_kwargs or {}))])
 
 

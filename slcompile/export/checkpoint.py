@@ -24,8 +24,7 @@ from slcompile import files
 from slcompile.config import STRUCTURES, SLConfig, did_you_mean
 from slcompile.convert.ledger import EXPLICIT
 from slcompile.export.safetensors import CONFIG, GENERATION, INDEX, WEIGHTS, stale_weights
-from slcompile.export.twin import require_numbers
-from slcompile.models import METHOD, bare, hf_config
+from slcompile.models import METHOD, bare, hf_config, require_numbers
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops.support import IMPORTED
 from slcompile.weight.placing import put_in_place

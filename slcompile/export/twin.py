@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile.factorize import merge_
-from slcompile.models import buffers_restored, deep_copy, in_eval, meta_copy
+from slcompile.models import buffers_restored, deep_copy, in_eval, meta_copy, require_numbers
 from slcompile.names import SUFFIX, plain_name, qualified
 from slcompile.torch_private import without_wrappers
 from slcompile.weight.structure import FactorizedWeight, weights_in
@@ -135,13 +135,6 @@ def require_finite(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if not bool(torch.isfinite(tensor.detach()).all()):
             raise ValueError(f"parameter {name} contains NaN or Inf; nothing was written")
-
-
-def require_numbers(model: nn.Module) -> None:
-    """Raises ValueError naming a parameter or buffer that is on the meta device."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and holds no numbers; nothing was written")
 
 
 def reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -20,7 +20,7 @@ from slcompile.inspect.graph_diff import GraphDiff, compare, named
 from slcompile.inspect.not_captured import first_line, not_captured
 from slcompile.inspect.rows import ADAM, Break, Change, MatmulRow, PassRow, Summary
 from slcompile.inspect.snapshot import Snapshot, snapshot, source_line
-from slcompile.models import positional, unwrapped
+from slcompile.models import positional, random_state_restored, unwrapped
 from slcompile.names import SUFFIX, plain_name
 from slcompile.ops import WEIGHT_OPS
 from slcompile.passes import RECOMPUTING, Decision, PassReport, joint_passes, post_passes, run
@@ -52,12 +52,13 @@ def explain(
         config: Defaults to ``SLConfig()``; of a model that is factorized already only ``lowering`` and the like count.
 
     Raises:
-        ValueError: ``model`` or ``config`` is of another type, or a pattern matches nothing.
+        ValueError: ``model``, ``args`` or ``config`` is of another type, or a pattern matches nothing.
         Exception: Whatever calling the model raises.
     """
     config = checked_config(config)
     model = unwrapped(model)
     config.require_patterns_match(dense_names(model))
+    call = positional(args)
     collector = _Collector(model, config)
     try:
         with (
@@ -69,7 +70,7 @@ def explain(
             torch_private.skipped_frames() as skipped,
         ):
             # Dynamo would take the sizes of another model that was explained before for earlier ones of this.
-            torch.compile(lambda: model(*positional(args), **(kwargs or {})), backend=collector, dynamic=False)()
+            torch.compile(lambda: model(*call, **(kwargs or {})), backend=collector, dynamic=False)()
         rows = [*collector.rows(), *not_captured(model, collector.without_matmul(), skipped)]
         breaks = [
             *collector.breaks,
@@ -136,9 +137,8 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for table in (vars(module), module._parameters, module._buffers, module._modules)
     ]
-    devices = {each.device.index for each in model.parameters() if each.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+        with random_state_restored(model):
             yield
     finally:
         for table, before in tables:

@@ -168,8 +168,11 @@ def factorizing(build: Build, config: SLConfig, call: Call | None) -> Build:
 
     def make(depth: int | None) -> nn.Module:
         model = build(depth)
-        if call is None:
-            return factorize_model(model, config, None, None, Ledger(silent=True))
+        args, kwargs = (None, None) if call is None else torch_private.map_leaves(to_meta_as(model), call)
+        with torch.random.fork_rng(devices=[]):  # seeds are drawn
+            return factorize_model(model, config, args, kwargs, Ledger(silent=True))
+
+    def to_meta_as(model: nn.Module) -> Callable[[Any], Any]:
         dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
 
         def to_meta(each: Any) -> Any:
@@ -177,8 +180,7 @@ def factorizing(build: Build, config: SLConfig, call: Call | None) -> Build:
                 return each
             return torch.empty_like(each, device="meta", dtype=dtype if each.is_floating_point() else each.dtype)
 
-        args, kwargs = torch_private.map_leaves(to_meta, call)
-        return factorize_model(model, config, args, kwargs, Ledger(silent=True))
+        return to_meta
 
     return make
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slcompile import torch_private
 from slcompile.config import SLConfig, checked_config, require_choice
@@ -24,6 +24,7 @@ from slcompile.memory.sharding import (
     shard_elements,
     sharded_events,
 )
+from slcompile.models import positional
 from slcompile.names import SUFFIX
 from slcompile.passes.liveness import PARTS, Event, Plan, peak_of, profile
 from slcompile.weight.placing import put_in_place, sl_names
@@ -120,7 +121,7 @@ class ManyReport:
 
 def estimate_many(
     model_or_config: Any,
-    args: Sequence[Any] = (),
+    args: Sequence[Any] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     layouts: Sequence[Layout],
@@ -159,7 +160,7 @@ def estimate_many(
     if config.budget is not None:
         raise ValueError(f"memory_budget={config.budget} is for one GPU: on many, each layer is compiled by itself")
     kind = OPTIMIZERS[optimizer]
-    call: Call = (tuple(args), dict(kwargs or {}))
+    call: Call = (positional(args), dict(kwargs or {}))
     whole, layers = builder(model_or_config, dtype)
 
     @functools.cache

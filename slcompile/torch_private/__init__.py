@@ -49,6 +49,7 @@ from slcompile.torch_private.dynamo import (
     skipped_frames,
     tracing_context,
     unlimited_recompiles,
+    unshared,
     without_disable,
     zero_outputs,
 )
@@ -132,6 +133,7 @@ __all__ = [
     "traced_from",
     "tracing_context",
     "unlimited_recompiles",
+    "unshared",
     "without_disable",
     "without_wrappers",
     "zero_outputs",

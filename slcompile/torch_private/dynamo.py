@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import sys
 import traceback
@@ -203,6 +204,11 @@ def new_fake_mode() -> Any:
 def unlimited_recompiles() -> contextlib.AbstractContextManager[Any]:
     """While it is entered, Dynamo captures a function however often it was captured before."""
     return torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
+
+
+def unshared(backend: str, **settings: Any) -> Callable[..., Any]:
+    """Returns a backend of torch.compile for which Dynamo takes no code that was compiled before: it compares them."""
+    return functools.partial(torch._dynamo.lookup_backend(backend), **settings)
 
 
 def capturing_rnns() -> contextlib.AbstractContextManager[Any]:

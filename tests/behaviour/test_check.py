@@ -51,7 +51,7 @@ def batch() -> tuple[Tensor]:
 
 @pytest.mark.slow
 def test_a_healthy_model_is_left_as_it_is(net, batch, aten_kernels):
-    before = copy.deepcopy(net.state_dict())
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     report = slcompile.check(net, batch, config=CONFIG)
     assert report.is_healthy, str(report)
     assert set(report.weights) == {"q.weight", "k.weight", "out.weight", "mix"}
@@ -60,6 +60,12 @@ def test_a_healthy_model_is_left_as_it_is(net, batch, aten_kernels):
     assert all(0 < each.share <= 1 for each in report.worst)
     assert slcompile.factors(net) == {}
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_model_without_numbers_is_refused(net, batch):
+    with pytest.raises(ValueError, match="is on the meta device and holds no numbers"):
+        slcompile.check(net.to("meta"), batch, config=CONFIG)
 
 
 @pytest.mark.slow

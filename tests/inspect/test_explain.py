@@ -297,6 +297,8 @@ def test_models_that_would_not_convert_are_explained_with_reasons(block, batch):
         in_eval = explain(block.eval(), (batch[0],), config=CONFIG)
     assert [row.reason for row in in_eval.matmuls] == ["eval", "eval", "eval", "too_small"]
     assert in_eval.summary.parameters.before == in_eval.summary.parameters.after
+    with pytest.raises(ValueError, match="args must be a sequence of arguments, or a tensor, got dict; what has names"):
+        explain(block, {"x": batch[0]})
     frozen = explain(block.requires_grad_(False), (batch[0],), config=CONFIG)
     assert [row.reason for row in frozen.matmuls] == ["frozen"] * 4
     assert [each.name for each in frozen.graphs] == ["graph 0, captured", "graph 0, forward"]

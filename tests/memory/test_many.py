@@ -169,6 +169,13 @@ class TestShares:
         # Gathered for the forward and again for the backward pass; gradients once. Each process sends its half.
         assert report.dense.sent == {GATHER: whole, SCATTER: whole // 2}
 
+    def test_a_tensor_alone_is_one_argument_and_no_seed_is_drawn(self):
+        model, x = nn.Linear(64, 64), torch.empty(8, 64)
+        state = torch.get_rng_state()
+        alone, listed = (estimate_many(model, args, layouts=[Layout(1)], config=CONFIG) for args in (x, (x,)))
+        assert alone == listed
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_its_settings_are_those_that_the_structure_has(self):
         config = slcompile.SLConfig(structure="cp", rank=4, base="frozen")
         model, call = nn.Sequential(nn.Linear(64, 64)), (torch.zeros(2, 64),)

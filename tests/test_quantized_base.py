@@ -12,8 +12,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import slcompile
+from slcompile.benchmark import peak_above
 from slcompile.config import SLConfig
-from slcompile.ops.quantized import BITS, BLOCK, dequantize, packed_shape, quantize
+from slcompile.ops.quantized import BITS, BLOCK, dequantize, dequantize_reference, packed_shape, quantize
 from slcompile.weight.sl_weight import SLWeight
 from tests.test_frozen_base import WEIGHTS, Spellings, Wide, adapted, by_name, weights
 from tests.testing import randomize, saved_for_backward, some_of
@@ -52,6 +53,20 @@ class TestQuantize:
         arguments = codes, scale, BLOCK, "nf4", weight.shape, torch.float32
         expected = torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
         torch.testing.assert_close(dequantize(quantize(weight, "nf4"), 128, torch.float32), expected)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("kind", BITS)
+    def test_the_op_gives_what_the_reference_gives(self, kind, dtype, shape):
+        packed = quantize(torch.randn(shape), kind)
+        assert torch.equal(dequantize(packed, shape[-1], dtype), dequantize_reference(packed, shape[-1], dtype))
+
+    @pytest.mark.parametrize(("kind", "bytes_beside"), [("int8", 1), ("nf4", 2)])
+    def test_the_op_allocates_little_beside_its_result(self, kind, bytes_beside):
+        """Codes as int8, or two of nf4 as an int32; and float32 scales."""
+        packed, numbers = quantize(torch.randn(256, 512), kind), 256 * 512
+        peak = peak_above(lambda: dequantize(packed, 512, torch.float32), "cpu")
+        assert peak <= (4 + bytes_beside + 4 / BLOCK) * numbers + 4096
 
     def test_opcheck(self):
         for kind in BITS:

@@ -49,9 +49,8 @@ def quantize(weight: Tensor, kind: str) -> Tensor:
 
 def dequantize_reference(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Computes ``dequantize`` in ops that exporters know."""
-    blocks = -(-columns // BLOCK)
-    codes, scale = packed.split([packed.shape[-1] - 4 * blocks, 4 * blocks], -1)
-    scale = scale.contiguous().view(torch.float32).unsqueeze(-1)
+    codes, scale = _parts(packed, columns)
+    blocks = scale.shape[-2]
     if codes.shape[-1] == blocks * BLOCK:
         relative = codes.contiguous().view(torch.int8).float() / 127
     else:
@@ -59,6 +58,13 @@ def dequantize_reference(packed: Tensor, columns: int, dtype: torch.dtype) -> Te
         levels = torch.tensor(NF4, dtype=torch.float32, device=packed.device)
         relative = levels[torch.stack([codes >> 4, codes & 15], -1).flatten(-2).int()]
     return (relative.unflatten(-1, (blocks, BLOCK)) * scale).flatten(-2)[..., :columns].to(dtype)
+
+
+def _parts(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Returns codes and scales, [..., blocks, 1]."""
+    blocks = -(-columns // BLOCK)
+    codes, scale = packed.split([packed.shape[-1] - 4 * blocks, 4 * blocks], -1)
+    return codes, scale.contiguous().view(torch.float32).unsqueeze(-1)
 
 
 @torch.library.custom_op("slcompile::dequantize", mutates_args=())
@@ -73,7 +79,17 @@ def dequantize(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     Returns:
         [..., K], contiguous.
     """
-    return dequantize_reference(packed, columns, dtype).contiguous()
+    codes, scale = _parts(packed, columns)
+    blocks = scale.shape[-2]
+    # In place, and two numbers at once by the byte that holds both: several float32 matrices would be made otherwise.
+    if codes.shape[-1] == blocks * BLOCK:
+        relative = codes.contiguous().view(torch.int8).float().div_(127)
+    else:
+        levels = torch.tensor(NF4, dtype=torch.float32, device=packed.device)
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], -1)
+        relative = pairs.index_select(0, codes.flatten().int()).view(*codes.shape[:-1], blocks * BLOCK)
+    relative.unflatten(-1, (blocks, BLOCK)).mul_(scale)
+    return relative[..., :columns].to(dtype).contiguous()
 
 
 @dequantize.register_fake

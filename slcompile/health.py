@@ -97,8 +97,11 @@ class CheckReport:
         return not self.wrong
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as JSON holds it."""
-        return dataclasses.asdict(self)
+        """Returns the report as JSON holds it, which has no infinity and no NaN: they are None."""
+        found = dataclasses.asdict(self)
+        for each in (*found["worst"], *found["wrong"]):
+            each |= {key: each[key] if math.isfinite(each[key]) else None for key in ("relative", "share")}
+        return found
 
     def __str__(self) -> str:
         verdict = "healthy" if self.is_healthy else f"{len(self.wrong)} wrong tensors"

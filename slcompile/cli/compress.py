@@ -32,7 +32,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--refine", action="store_true", help="fit weights once more, each behind those that are approximated"
     )
     parser.add_argument("--distill-steps", type=int, default=0, metavar="N", help="then train so many steps")
-    parser.add_argument("--lr", type=float, default=3e-4, help="train with this learning rate")
+    parser.add_argument("--lr", type=float, help="train with this learning rate (default: 3e-4)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the factors of a transformers model here")
     parser.add_argument("--merged", type=Path, metavar="DIR", help="write dense safetensors here")
     return parser
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
             writable_directory(directory)  # before the work, not after it
     if args.out is not None and args.merged is not None and args.out.resolve() == args.merged.resolve():
         raise ValueError(f"--out and --merged must be two directories, got {args.out} for both")
+    if args.lr is not None and not args.distill_steps:
+        raise ValueError(f"--lr is of --distill-steps, got {args.lr} without steps")
     settings = [each for each in args.config if each.partition("=")[0] != "support"]
     for key in ("rank", *(["density"] if args.density else [])):
         if any(each.partition("=")[0] == key for each in args.config):
@@ -67,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
             config=config,
             refine=args.refine,
             distill_steps=args.distill_steps,
-            lr=args.lr,
             **given,
+            **({} if args.lr is None else {"lr": args.lr}),
         )
     print(found)
     if args.out is not None:

@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
         from slcompile.files import plot_file
         from slcompile.memory.chart import plot_memory
 
-        plot_file(args.plot)
+        if plot_file(args.plot).resolve() == (json_file and json_file.resolve()):
+            raise ValueError(f"--plot and --json must be two files, got {args.plot} for both")
     names = ("rank", "density", "support", "vector", "structure", "blocks", "base", "lowering", "save", "memory_budget")
     config = SLConfig(**{name: getattr(args, name) for name in names})
     if args.factory:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import slcompile
 from slcompile.cli import main
-from slcompile.health import share_of_budget
+from slcompile.health import CheckReport, Distance, share_of_budget
 from slcompile.passes.lower_ops import _aten
 from tests.testing import some_of
 
@@ -61,6 +62,15 @@ def test_a_healthy_model_is_left_as_it_is(net, batch, aten_kernels):
     assert slcompile.factors(net) == {}
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_json_has_no_infinity():
+    missing = Distance("training, auto", "gradient of w, which is missing", 1.0, math.inf)
+    report = CheckReport(
+        "Net", {}, {}, ("w",), (missing,), (missing, dataclasses.replace(missing, relative=math.nan)), {}
+    )
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [(each["relative"], each["share"]) for each in written["wrong"]] == [(1.0, None), (None, None)]
 
 
 def test_a_model_without_numbers_is_refused(net, batch):

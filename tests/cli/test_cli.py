@@ -285,6 +285,8 @@ def test_drawing_without_matplotlib_says_what_to_install(capsys, monkeypatch):
         ("export any --merged out --compact", "--compact is of the ONNX file: give --onnx FILE, too"),
         ("export any --merged out --opset 18", "--opset is of the ONNX file: give --onnx FILE, too"),
         ("diff any:make --html page --json ./page", "--html and --json must be two files, got page for both"),
+        ("memory any:make --plot c.svg --json ./c.svg", "--plot and --json must be two files, got c.svg for both"),
+        ("compress any:make --calibration any:texts --merged out --lr 1e-4", "--lr is of --distill-steps, got 0.0001"),
         ("diff any:make --shape 3x3", "--shape is of --hf, got '3x3' without it"),
         ("diff any:make missing.onnx", "missing.onnx is no file"),
         ("suggest any:make --budget 0.5 --config rank=8", "--config must leave rank out"),

@@ -136,8 +136,8 @@ def held_memory(
 
 def builder(source: Any, dtype: torch.dtype | None) -> tuple[Build, int | None]:
     """Returns what makes the dense model, and its number of layers where that can be chosen."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(source, nn.Module):
         model = unwrapped(source)
         if weights_in(model):

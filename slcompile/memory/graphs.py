@@ -76,13 +76,17 @@ def capture(
         if partitioner is not None:
             settings[PARTITIONER] = partitioner
         parts = torch_private.partitioned(gm, inputs, settings)
-        if len(parts) != 2:
-            raise ValueError("model_or_config has no parameter that its output depends on: there is nothing to train")
-        of_values = frozenset(position for position, each in enumerate(inputs) if id(each) in values)
-        found.append(lowered(parts, config, device, of_values))
+        if len(parts) == 2:
+            of_values = frozenset(position for position, each in enumerate(inputs) if id(each) in values)
+            found.append(lowered(parts, config, device, of_values))
         return gm.forward
 
     with torch.inference_mode(False), torch.enable_grad(), mode, torch_private.unlimited_recompiles():
-        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
-    (graphs,) = found
-    return graphs
+        # Not the model itself, whose forward Dynamo may have given up in this process.
+        torch.compile(lambda: model(*args, **kwargs), backend=backend, fullgraph=True, dynamic=False)()
+    if not found:  # an error in the backend would come as one of Dynamo's
+        raise ValueError(
+            "model_or_config has no parameter that its output depends on: there is nothing to train. For a frozen base "
+            "leave requires_grad as it is: base freezes the weights, and dense is estimated beside"
+        )
+    return found[0]

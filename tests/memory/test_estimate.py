@@ -371,13 +371,23 @@ class TestReport:
             ({"optimizer": "adam8bit"}, "optimizer got 'adam8bit', did you mean 'adamw8bit'"),
             ({"device": "tpu"}, "device got 'tpu'.*; allowed: cpu, cuda"),
             ({"compiled": "layer"}, "compiled got 'layer', did you mean 'layers'"),
-            ({"dtype": torch.int8}, "dtype must be a floating-point dtype, got torch.int8"),
+            ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype, got torch.int8"),
+            ({"dtype": "bfloat16"}, "dtype must be a floating-point torch.dtype, got 'bfloat16'"),
             ({"config": slcompile.SLConfig(rank=500)}, "rank"),
         ],
     )
     def test_refuses(self, changes, message):
         with pytest.raises(ValueError, match=message):
             estimate_memory(llama(), **({"kwargs": IDS, "config": CONFIG} | changes))
+
+    @pytest.mark.slow
+    def test_a_model_that_dynamo_gave_up_compiling(self):
+        compiled = torch.compile(Two(), backend="eager", dynamic=False)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            for tokens in (2, 3, 4):
+                compiled(torch.randn(tokens, 64))
+        report = estimate_memory(Two(), (torch.empty(8, 64),), config=CONFIG, device="cpu")
+        assert report.dense.parameter_count == 2 * 64 * 96
 
     def test_refuses_what_it_cannot_estimate(self):
         with pytest.raises(ValueError, match="got a factorized one"):
@@ -387,6 +397,8 @@ class TestReport:
         frozen = Two().requires_grad_(False)
         with pytest.raises(ValueError, match="frozen"):
             estimate_memory(frozen, (torch.empty(8, 64),))
+        with pytest.raises(ValueError, match="For a frozen base leave requires_grad as it is"):
+            estimate_memory(frozen, (torch.empty(8, 64),), config=slcompile.SLConfig(rank=4, base="frozen"))
         with pytest.raises(ValueError, match="model got 'llama-7', did you mean 'llama-7b'"):
             models.known_config("llama-7")
         with pytest.raises(ValueError, match="path of the configuration must be a file or a directory"):

@@ -169,6 +169,7 @@ class TestShares:
         # Gathered for the forward and again for the backward pass; gradients once. Each process sends its half.
         assert report.dense.sent == {GATHER: whole, SCATTER: whole // 2}
 
+    @pytest.mark.slow
     def test_a_tensor_alone_is_one_argument_and_no_seed_is_drawn(self):
         model, x = nn.Linear(64, 64), torch.empty(8, 64)
         state = torch.get_rng_state()

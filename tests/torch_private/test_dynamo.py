@@ -186,3 +186,20 @@ def test_recurrent_layers_are_captured_on_request():
         with context:
             torch.compile(lambda x: layer(x + 1)[0], backend=lambda gm, _, graphs=graphs: graphs.append(gm) or gm)(x)
         assert len(graphs) == count
+
+
+def test_an_unshared_backend_finds_nothing_that_another_compiled(monkeypatch):
+    captured = []
+
+    def count(gm, inputs, *, options):
+        captured.append(options)
+        return gm.forward
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: count)
+
+    def double(x):
+        return 2 * x
+
+    for _ in range(2):
+        torch.compile(double, backend=torch_private.unshared("any", options=4))(torch.ones(2))
+    assert captured == [4, 4]

@@ -309,7 +309,7 @@ def test_names_that_cannot_be_are_refused(options, message, tmp_path):
 
 
 def test_arguments_by_name_in_the_place_of_positional_ones_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be a tensor or a sequence, got a dict: give it as kwargs"):
+    with pytest.raises(ValueError, match="args must be a sequence of arguments, or a tensor, got dict; what has names"):
         slcompile.export_onnx(nn.Linear(64, 64), {"input": torch.randn(4, 64)}, tmp_path / "model.onnx")
 
 

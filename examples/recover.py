@@ -117,7 +117,7 @@ def recover(student: nn.Module, dense: nn.Module, texts: Encoded, args: argparse
     student.train()
     for layer in student.encoder.layer:
         layer.compile(backend="sltrain")  # equal layers share one compiled graph
-    factors = [each for weight in slcompile.factors(student).values() for each in (weight.B, weight.A)]
+    factors = [each for name, each in student.named_parameters() if name.endswith(("_sl.B", "_sl.A"))]
     held = {id(each) for each in factors}
     rest = torch.optim.AdamW((each for each in student.parameters() if id(each) not in held), weight_decay=0.0)
     optimizers = [torch.optim.Muon(factors, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), rest]

@@ -33,7 +33,7 @@ def test_texts_of_too_few_passages_are_refused_before_any_work(tiny_bert, monkey
     assert "in its last 4 files more than 10, got" in " ".join(capsys.readouterr().err.split())
 
 
-def test_bfloat16_is_what_both_models_compute_in_and_parameters_stay_float32(tiny_bert):
+def test_muon_steps_all_factors_and_bfloat16_is_what_both_models_compute_in(tiny_bert, monkeypatch):
     source, texts = tiny_bert
     recover = example("recover")
     tokenizer = recover.Tokenizer.from_file(str(source / "tokenizer.json"))
@@ -49,12 +49,15 @@ def test_bfloat16_is_what_both_models_compute_in_and_parameters_stay_float32(tin
     def similarity() -> float:
         return (recover.embeddings(student, encoded) * recover.embeddings(dense, encoded)).sum(1).mean().item()
 
+    muons, muon = [], torch.optim.Muon
+    monkeypatch.setattr(torch.optim, "Muon", lambda *args, **kwargs: muons.append(muon(*args, **kwargs)) or muons[0])
     before = similarity()
     computed.clear()
     args = argparse.Namespace(lr=1e-3, steps=30, batch=8, moves=None, dtype="bfloat16")
     with torch.compiler.set_stance("force_eager"):
         recover.recover(student, dense, encoded, args)
     assert computed == [torch.bfloat16] * 60
+    assert len(muons[0].state) == 2 * len(slcompile.factors(student))
     assert {each.dtype for each in [*student.parameters(), *dense.parameters()]} == {torch.float32}
     assert similarity() > before + 0.02
 

@@ -44,12 +44,6 @@ def writable_directory(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def require_shard_size(size: int) -> None:
-    """Raises ValueError for a size of shards that is no number of bytes."""
-    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
-        raise ValueError(f"shard_size must be a number of bytes above 0, got {size!r}")
-
-
 def require_space(directory: Path, size: int) -> None:
     """Raises OSError (ENOSPC) where ``size`` bytes do not fit."""
     free = shutil.disk_usage(directory).free

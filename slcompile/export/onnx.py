@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile import files
+from slcompile.config import require_int
 from slcompile.export.call import Call
 from slcompile.export.compact import compose_in_graph
 from slcompile.export.twin import (
@@ -145,8 +146,7 @@ def export_onnx(
     import onnx  # an extra
 
     path = files.writable_file(path)
-    if shard_size is not None:
-        files.require_shard_size(shard_size)
+    require_int("shard_size", shard_size, optional=True)
     if onnx.serialization.registry.get_format_from_file_extension(path.suffix) not in (None, "protobuf"):
         raise ValueError(
             f"path must not end in {path.suffix}, which is onnx's name for files of text; got {path.name!r}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slcompile import files
+from slcompile.config import require_int
 from slcompile.export.twin import dense_tensors, export_dtype, floating_dtype, meta_twin, require_finite
 from slcompile.models import bare, forget_factors
 from slcompile.weight.placing import base_class
@@ -60,7 +61,7 @@ def save_merged(
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError(f"writing safetensors needs {error.name}: {INSTALL}") from error
-    files.require_shard_size(shard_size)
+    require_int("shard_size", shard_size)
     directory = files.writable_directory(directory)
     model = bare(model)
     require_finite(model)

@@ -194,7 +194,7 @@ def test_bad_arguments_are_named(tmp_path):
         slcompile.save_merged(model, tmp_path / "file")
     with pytest.raises(ValueError, match="does not exist"):
         slcompile.save_merged(model, tmp_path / "missing" / "merged")
-    with pytest.raises(ValueError, match="shard_size must be a number of bytes above 0, got 0"):
+    with pytest.raises(ValueError, match="shard_size must be an int >= 1, got 0"):
         slcompile.save_merged(model, tmp_path / "merged", shard_size=0)
     with pytest.raises(ValueError, match=r"dtype must be one of .* got torch\.int8"):
         slcompile.save_merged(model, tmp_path / "merged", dtype=torch.int8)

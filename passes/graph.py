@@ -188,8 +188,12 @@ def trunk(node: fx.Node) -> tuple[fx.Node, bool, bool]:
 
 def transposes(node: fx.Node) -> bool:
     """Returns whether a node is the transpose of a matrix."""
-    is_identity = arguments(node)[1:] in (([0, 1],), (0, 0))
-    return op_name(node) in _TRANSPOSES and node.meta["val"].dim() == 2 and not is_identity
+    if op_name(node) not in _TRANSPOSES or node.meta["val"].dim() != 2:
+        return False
+    if op_name(node) == "permute":
+        return bool(arguments(node)[1][0] % 2 == 1)  # dimensions may be negative
+    first, second = arguments(node)[1:] or (0, 1)
+    return bool(first % 2 != second % 2)
 
 
 class Inserter:

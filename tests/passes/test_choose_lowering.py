@@ -83,6 +83,16 @@ def test_same_numbers_and_twice_changes_nothing(joint, name, lowered):
     joint.assert_close(gm(*inputs), expected)
 
 
+@pytest.mark.parametrize(
+    ("dims", "width"), [([0, 1], 40), ([-2, -1], 40), ([0, -1], 40), ((-2, 1), 40), ([1, 0], 48), ([-1, -2], 48)]
+)
+def test_a_permutation_is_a_transpose_only_where_it_exchanges_rows_and_columns(stratified_joint, dims, width):
+    gm, inputs = prepared(stratified_joint, lambda x, w: x @ w.permute(dims), (24, width))
+    expected = gm(*inputs)
+    choose_lowering(gm, "factored")
+    stratified_joint.assert_close(gm(*inputs), expected)
+
+
 def test_casts_of_the_weight_become_casts_of_the_factors(joint):
     gm, inputs = prepared(joint, lambda x, w: x @ w.t(), cast=torch.bfloat16)
     truth, _ = joint.graph(lambda x, w: x @ w.t(), cast=torch.float64)

@@ -13,7 +13,7 @@ from slcompile import torch_private
 from slcompile.cost import device_class, rates
 from slcompile.ops import STRUCTURE_OPS, WEIGHT_OPS
 from slcompile.passes.choose_lowering import Costs, matmul_of, why_composed
-from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, name_of, op_name
+from slcompile.passes.graph import Decision, Inserter, PassReport, arguments, is_lossy, name_of, op_name
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -61,8 +61,12 @@ def flatten_convolutions(gm: fx.GraphModule, lowering: str = "auto", device: tor
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """Goes up from a convolution's weight, or from the gradient of a matrix, through views, casts and copies."""
-    while op_name(node) in _BETWEEN and node.all_input_nodes:
+    """Goes up from a convolution's weight, or from the gradient of a matrix, through views, casts and copies.
+
+    It ends at a cast that loses more than one cast from there (``is_lossy``).
+    """
+    end = node
+    while op_name(node) in _BETWEEN and node.all_input_nodes and not is_lossy(node, end):
         node = node.all_input_nodes[0]
     return node
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from slcompile import torch_private
+from slcompile.cost.matmul import DTYPES
 from slcompile.names import shown
 from slcompile.passes.graph_text import diff, lines
 
@@ -173,17 +174,31 @@ _INHERITED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "recomput
 
 
 def trunk(node: fx.Node) -> tuple[fx.Node, bool, bool]:
-    """Goes up from a matrix through transposes, casts and copies.
+    """Goes up from a matrix through transposes, casts and copies, to where a cast would lose more (``is_lossy``).
 
     Returns:
         What they start from, whether ``node`` is its transpose, and whether nothing else reads anything between.
     """
-    swapped, exclusive = False, True
-    while node.op == "call_function" and (transposes(node) or op_name(node) in _SAME):
+    swapped, exclusive, end = False, True, node
+    while node.op == "call_function" and (transposes(node) or op_name(node) in _SAME) and not is_lossy(node, end):
         swapped ^= transposes(node)
         node = node.all_input_nodes[0]
         exclusive &= len(node.users) == 1
     return node, swapped, exclusive
+
+
+def is_lossy(node: fx.Node, end: fx.Node) -> bool:
+    """Returns whether a cast on the way to ``end`` loses what one cast to the dtype of that would not.
+
+    It does so by way of a narrower dtype, as where rounding is simulated, and where one of the two is not one of
+    matmuls with weights (8 bits, integers, complex numbers).
+    """
+    before, after, last = (each.meta["val"].dtype for each in (node.all_input_nodes[0], node, end))
+    if before == after:
+        return False
+    if before not in DTYPES or after not in DTYPES:
+        return True
+    return torch.promote_types(after, before) != after and torch.promote_types(after, last) != after
 
 
 def transposes(node: fx.Node) -> bool:

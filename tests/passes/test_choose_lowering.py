@@ -93,6 +93,33 @@ def test_a_permutation_is_a_transpose_only_where_it_exchanges_rows_and_columns(s
     stratified_joint.assert_close(gm(*inputs), expected)
 
 
+LOSSY = {
+    "float8": lambda x, w: x @ w.to(torch.float8_e4m3fn).to(x.dtype).t(),
+    "bfloat16 and back": lambda x, w: x @ w.to(torch.bfloat16).to(x.dtype).t(),
+    "bfloat16 to float16": lambda x, w: (x.half() @ w.bfloat16().half().t()).to(x.dtype),
+    "complex": lambda x, w: torch.view_as_real(x.to(torch.complex64) @ w.to(torch.complex64).t()),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_weight_that_a_cast_changes_stays_composed(stratified_joint, name):
+    """A module may simulate such rounding; its gradient is rounded likewise."""
+    gm, inputs = prepared(stratified_joint, LOSSY[name])
+    expected = gm(*inputs)
+    report = choose_lowering(gm, "factored")
+    assert not report.replaced
+    assert {each.reason for each in report.left} == {"not_a_product"}
+    assert "weight_grads" not in stratified_joint.ours(gm)
+    stratified_joint.assert_close(gm(*inputs), expected)
+
+
+def test_a_cast_that_changes_no_number_is_factored(stratified_joint):
+    gm, inputs = prepared(stratified_joint, lambda x, w: (x.double() @ w.double().t()).to(x.dtype))
+    expected = gm(*inputs)
+    assert len(choose_lowering(gm, "factored").replaced) == 3
+    stratified_joint.assert_close(gm(*inputs), expected)
+
+
 def test_casts_of_the_weight_become_casts_of_the_factors(joint):
     gm, inputs = prepared(joint, lambda x, w: x @ w.t(), cast=torch.bfloat16)
     truth, _ = joint.graph(lambda x, w: x @ w.t(), cast=torch.float64)

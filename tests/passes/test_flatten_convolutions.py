@@ -66,6 +66,17 @@ def test_the_products_and_all_gradients_are_matmuls_with_the_same_numbers(name: 
     joint.assert_close(gm(*inputs), expected)
 
 
+def test_a_weight_that_a_cast_changes_is_left(stratified_joint: Joint) -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w.view(N, K, 1, 1).to(torch.float8_e4m3fn).to(x.dtype))
+
+    gm, inputs = stratified_joint.graph(function, (2, K, 3, 5))
+    expected = gm(*inputs)
+    assert not flatten_convolutions(gm, "factored").replaced
+    assert not fuse_weight_grads(gm).replaced
+    stratified_joint.assert_close(gm(*inputs), expected)
+
+
 def test_graph(stratified_joint: Joint) -> None:
     gm, _ = stratified_joint.graph(FLATTENED["channels last"][0], (2, K, 3, 5))
     flatten_convolutions(gm, "factored")

@@ -140,6 +140,12 @@ def _swap(
 
 def _require_convertible(candidate: Candidate, live: LiveObjects) -> None:
     name, weight = candidate.name, candidate.weight
+    tables = {id(module): module._parameters for module, _ in candidate.owners}
+    if len({id(table) for table in tables.values()}) < len(tables):
+        raise ValueError(
+            f"{name} cannot be factorized: two modules have one table of parameters, as after copy.copy, of which only "
+            "one could be converted; copy modules with copy.deepcopy"
+        )
     for module, attribute in candidate.owners:
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import fx, nn
@@ -105,3 +107,12 @@ def test_the_linear_weights_that_will_come_are_those_in_training(training):
     found = gather_layers(model, CONFIG, LiveObjects.find())
     expected = [("first.weight", ""), ("frozen.weight", "frozen"), ("small.weight", "too_small")]
     assert decisions(found) == (expected if training else [])
+
+
+def test_a_weight_of_a_module_that_was_copied_with_its_table_is_refused():
+    model = nn.Sequential(nn.Linear(64, 64))
+    shallow = copy.copy(model[0])
+    with pytest.raises(ValueError, match=r"^0\.weight cannot be factorized: two modules have one table of parameters"):
+        slcompile.factorize_(model, CONFIG)
+    assert shallow.weight is model[0].weight
+    assert type(model[0]) is type(shallow) is nn.Linear

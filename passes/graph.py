@@ -131,13 +131,17 @@ def arguments(node: fx.Node) -> tuple[Any, ...]:
 
 
 def op_name(node: fx.Node) -> str:
-    """Returns the bare name of what a node calls: ``aten.mm.default``, ``torch.mm`` and ``.mm()`` are all ``mm``."""
+    """Returns the bare name of what a node calls: ``aten.mm.default``, ``torch.mm`` and ``.mm()`` are all ``mm``.
+
+    An ATen op that is told the dtype of its result, which comes after the operands, is another one: ``mm.dtype``.
+    """
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
         return node.op
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
+        name = node.target._schema.name.split("::")[-1]
+        return f"{name}.dtype" if node.target._overloadname == "dtype" else name
     return getattr(node.target, "__name__", str(node.target))
 
 

@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from slcompile import cost
-from slcompile.passes import choose_lowering, fuse_weight_grads, lower_ops
+from slcompile.ops import compose
+from slcompile.passes import choose_lowering, fuse_weight_grads, lower_ops, recompute_inputs
 
 MODULE = sys.modules["slcompile.passes.choose_lowering"]  # the package's attribute of this name is the function
 
@@ -111,6 +113,23 @@ def test_a_weight_that_a_cast_changes_stays_composed(stratified_joint, name):
     assert {each.reason for each in report.left} == {"not_a_product"}
     assert "weight_grads" not in stratified_joint.ours(gm)
     stratified_joint.assert_close(gm(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["mm", "addmm"])
+def test_a_product_that_is_told_its_dtype_stays_composed(name):
+    """CUDA has it: sums of bfloat16 products as float32."""
+    bias = [torch.ones(1)] if name == "addmm" else []
+
+    def function(x, B, A, values, seed, *bias):
+        return getattr(torch, name)(*bias, x, compose(B, A, values, seed, 1.0).t(), out_dtype=torch.float32)
+
+    factors = [torch.ones(size, dtype=torch.bfloat16) for size in ((24, 48), (40, 8), (8, 48), (40, 2))]
+    gm = make_fx(function, tracing_mode="fake")(*factors, torch.tensor([1]), *bias)
+    before = gm.code
+    report = choose_lowering(gm, "factored")
+    assert [each.reason for each in report.left] == ["not_a_product"]
+    recompute_inputs(gm)
+    assert gm.code == before
 
 
 def test_a_cast_that_changes_no_number_is_factored(stratified_joint):

@@ -4,31 +4,27 @@ An analysis: it changes nothing. The forward and the backward graph are walked i
 writes is allocated there and freed after its last use. ``torch.distributed._tools.MemTracker`` was the alternative: it
 sees what eager dispatch allocates, which is neither what the partitioner saves nor what Inductor fuses away.
 
-What is assumed of Inductor, and nothing else:
+What is assumed of Inductor, beside what ``buffers`` says of its kernels:
 
-- A pointwise node is written only where something reads it that cannot be fused (a matmul, attention, an op of ours),
-  where it leaves the graph, or where it has several readers and reads more buffers than Inductor reads again
-  (``realize_reads_threshold``). Otherwise its readers compute it, and what it reads lives until they do.
-- A kernel may write its result over a buffer of the same size that it is the last to read, not over a graph's input.
-- A view shares its buffer. A graph frees an input after its last use, where nobody else holds it.
+- A kernel may write a result over a buffer of the same size that it is the last to read, for one of its nodes only, and
+  that is no input of the graph.
+- A graph frees an input after its last use, where nobody else holds it.
 - Kernels run in the graph's order. Inductor may reorder them; what that changes was up to 5 % of a peak.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from slcompile import torch_private
-from slcompile.ops import STRUCTURE_OPS, WEIGHT_OPS
-from slcompile.passes.graph import arguments, op_name
+from slcompile.ops import WEIGHT_OPS
+from slcompile.passes.buffers import Buffer, Kernel, Walk, buffers_of, is_fused
+from slcompile.passes.graph import arguments
 from slcompile.passes.workspace import kept_on_cpu, workspace
 
 PARTS = (
@@ -112,123 +108,6 @@ class Event:
         return self.place if self.layer is None or self.place == START else f"{self.place} of layer {self.layer}"
 
 
-_FUSED_NAMES = frozenset(
-    """cat clone constant_pad_nd embedding expand full full_like gather index index_select iota scalar_tensor
-    select_scatter slice_scatter""".split()
-)
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    """Returns whether each element is computed by itself: Inductor computes those where they are read."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or op_name(node) in _FUSED_NAMES
-
-
-_SCATTER_NAMES = frozenset(
-    "index_put _unsafe_index_put _unsafe_masked_index_put_accumulate scatter scatter_add scatter_reduce".split()
-)
-
-
-def _is_fused(node: fx.Node) -> bool:
-    """Returns whether Inductor writes a kernel of its own for it, which computes what it reads."""
-    tags = getattr(node.target, "tags", ())
-    # A scatter computes what it scatters into where its result will be.
-    return _is_pointwise(node) or torch.Tag.reduction in tags or op_name(node) in _SCATTER_NAMES
-
-
-def _is_alias(node: fx.Node) -> bool:
-    return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Yields what reads a node, through views."""
-    for user in node.users:
-        if _is_alias(user):
-            yield from _readers(user)
-        else:
-            yield user
-
-
-@dataclass(eq=False)
-class Buffer:
-    """A piece of memory that a graph writes or is given.
-
-    Attributes:
-        size: Bytes.
-        itemsize: Bytes of an element.
-        part: One of ``PARTS``.
-        of_values: As in ``Event``.
-        held: Whether somebody else holds it while the graph runs.
-        last: Position of the last node that reads it; -1 where none does.
-    """
-
-    size: int
-    itemsize: int
-    part: str = "temporaries"
-    of_values: bool = False
-    held: bool = False
-    last: int = -1
-
-
-@dataclass
-class _Walk:
-    """Which buffers the nodes of a graph write and read.
-
-    Attributes:
-        graph: Forward or backward.
-        given: Name of a placeholder -> the buffers that it is in; those of other placeholders are new.
-        reads: Node -> the buffers that its value is in or, where no kernel writes it, is computed from.
-        writes: Node that a kernel writes, or placeholder -> its buffers.
-        own: The buffers that its kernels write; only those are written over.
-    """
-
-    graph: fx.Graph
-    given: Mapping[str, list[Buffer]] = field(default_factory=dict)
-    reads: dict[fx.Node, list[Buffer]] = field(default_factory=dict)
-    writes: dict[fx.Node, list[Buffer]] = field(default_factory=dict)
-    own: set[Buffer] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        threshold = torch_private.realize_reads_threshold()
-        for position, node in enumerate(self.graph.nodes):
-            inputs = list(dict.fromkeys(buffer for each in node.all_input_nodes for buffer in self.reads[each]))
-            if node.op == "placeholder":
-                self.writes[node] = self.reads[node] = self.given.get(node.name) or _buffers(node)
-            elif node.target is operator.getitem and node.args[0] in self.writes:
-                self.reads[node] = [self.writes[node.args[0]][node.args[1]]]
-            elif _is_alias(node) or (_is_pointwise(node) and _computed_by_readers(node, len(inputs), threshold)):
-                self.reads[node] = inputs
-            else:
-                for buffer in inputs:
-                    buffer.last = position
-                self.writes[node] = self.reads[node] = [] if node.op == "output" else _buffers(node)
-                self.own.update(self.writes[node])
-
-
-def _computed_by_readers(node: fx.Node, inputs: int, threshold: int) -> bool:
-    readers = list(_readers(node))
-    is_read_by_kernels_only = all(_is_fused(each) for each in readers)  # and so does not leave the graph
-    return is_read_by_kernels_only and (len(readers) <= 1 or inputs <= threshold)
-
-
-def _buffers(node: fx.Node) -> list[Buffer]:
-    value = node.meta.get("val")
-    part = "composed weights" if _is_composed(node) else "temporaries"
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [Buffer(size_of(each), each.itemsize, part) if isinstance(each, Tensor) else Buffer(0, 0) for each in values]
-
-
-def size_of(value: Tensor) -> int:
-    """Returns the bytes of what a tensor is in; of a symbolic size, those that it had when it was captured."""
-    return torch_private.size_hint(value.untyped_storage().nbytes())
-
-
-def _is_composed(node: fx.Node) -> bool:
-    """Returns whether it is a composed weight, or a weight's dense gradient that is to be projected on the factors."""
-    projecting = {torch.ops.slcompile.compose_backward.default, *(ops.backward for ops in STRUCTURE_OPS.values())}
-    return node.target in WEIGHT_OPS or any(each.target in projecting for each in _readers(node))
-
-
 def _layer(node: fx.Node, backward: bool) -> int | None:
     """Returns the layer in whose module a node was called; None where it is outside, -1 where the node does not say."""
     # What the backward pass recomputes runs where it is needed, not where it was called; a composed weight just before.
@@ -267,11 +146,11 @@ def _places(graph: fx.Graph, place: str) -> dict[fx.Node, Place]:
 
 def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
     """Returns the allocations of a step in order: forward, backward, optimizer; without what is always held."""
-    held = {node.name: _buffers(node) for node in graphs.forward.find_nodes(op="placeholder")}
+    held = {node.name: buffers_of(node) for node in graphs.forward.find_nodes(op="placeholder")}
     for buffers in held.values():
         for buffer in buffers:
             buffer.held = True
-    forward = _Walk(graphs.forward, held)
+    forward = Walk(graphs.forward, held)
     saved_names = {node.name for node in graphs.backward.find_nodes(op="placeholder")}
     made = zip(graphs.results, result_nodes(graphs.forward), strict=True)
     saved = {name: forward.reads[node] for name, node in made if name in saved_names and isinstance(node, fx.Node)}
@@ -283,7 +162,7 @@ def step_events(graphs: Graphs, plan: Plan) -> list[Event]:
     events += _forward_events(forward, set(saved_buffers), plan)
     for buffer in saved_buffers:
         buffer.last = -1
-    backward = _Walk(graphs.backward, saved)
+    backward = Walk(graphs.backward, saved)
     return events + _backward_events(backward, graphs.of_values, plan)
 
 
@@ -294,18 +173,18 @@ def result_nodes(graph: fx.Graph) -> Sequence[Any]:
     return results if isinstance(results, (list, tuple)) else [results]
 
 
-def _forward_events(walk: _Walk, saved: set[Buffer], plan: Plan) -> list[Event]:
+def _forward_events(walk: Walk, saved: set[Buffer], plan: Plan) -> list[Event]:
     events: list[Event] = []
     places = _places(walk.graph, "forward")
-    for position, node in enumerate(walk.graph.nodes):
+    for node in walk.graph.nodes:
         if node.op not in ("placeholder", "output"):
-            events += _kernel_events(walk, node, position, saved, places[node], plan)
+            events += _kernel_events(walk, node, saved, places[node], plan)
         elif node.op == "output":  # the caller drops what it is given beside the loss
-            events += [Event(*places[node], each.part, -each.size) for each in _dying(walk, node, position, saved)]
+            events += [Event(*places[node], each.part, -each.size) for each in _dying(walk.kernels[node], saved)]
     return events
 
 
-def _backward_events(walk: _Walk, of_values: frozenset[int], plan: Plan) -> list[Event]:
+def _backward_events(walk: Walk, of_values: frozenset[int], plan: Plan) -> list[Event]:
     events: list[Event] = []
     places = _places(walk.graph, "backward")
     (output,) = walk.graph.find_nodes(op="output")
@@ -316,7 +195,7 @@ def _backward_events(walk: _Walk, of_values: frozenset[int], plan: Plan) -> list
             gradients[buffer] = None
     waiting: list[Buffer] = []  # gradients that the graph of the layer at work will return
     runs: Place | None = None
-    for position, node in enumerate(walk.graph.nodes):
+    for node in walk.graph.nodes:
         if plan.per_layer and plan.by_layers and waiting and (places[node] != runs or runs[1] is None):
             events += _updates(waiting, runs or places[node], plan)
             waiting = []
@@ -325,7 +204,7 @@ def _backward_events(walk: _Walk, of_values: frozenset[int], plan: Plan) -> list
             if node.name.startswith("tangents"):  # of outputs beside the loss autograd makes zeros
                 events += [Event(*runs, each.part, each.size) for each in walk.writes[node]]
         elif node.op != "output":
-            events += _kernel_events(walk, node, position, set(gradients), runs, plan)
+            events += _kernel_events(walk, node, set(gradients), runs, plan)
             waiting += [each for each in walk.writes.get(node, ()) if each in gradients]
     never_read = {
         each for node in walk.writes if node.op == "placeholder" for each in walk.writes[node] if each.last < 0
@@ -355,34 +234,34 @@ def _updates(gradients: Sequence[Buffer], place: Place, plan: Plan) -> list[Even
     return [each for each in events if each.size]
 
 
-def _dying(walk: _Walk, node: fx.Node, position: int, kept: set[Buffer]) -> list[Buffer]:
-    """Returns what a node is the last to read, and what it writes for nobody."""
-    read = dict.fromkeys(buffer for each in node.all_input_nodes for buffer in walk.reads[each])
-    unread = [each for each in walk.writes[node] if each.last < 0]
-    return [each for each in [*read, *unread] if not each.held and each not in kept and each.last in (position, -1)]
+def _dying(kernel: Kernel, kept: set[Buffer]) -> list[Buffer]:
+    """Returns what a kernel is the last to read, and what it writes for nobody."""
+    unread = [each for each in kernel.writes if each.last < 0]
+    read = [each for each in kernel.inputs if each.last == kernel.position]
+    return [each for each in dict.fromkeys([*read, *unread]) if not each.held and each not in kept]
 
 
-def _kernel_events(
-    walk: _Walk, node: fx.Node, position: int, kept: set[Buffer], place: Place, plan: Plan
-) -> list[Event]:
-    """Returns what a node allocates and frees; nothing for those that no kernel writes."""
-    if node not in walk.writes:
+def _kernel_events(walk: Walk, node: fx.Node, kept: set[Buffer], place: Place, plan: Plan) -> list[Event]:
+    """Returns what the kernel of which a node is the first allocates and frees; nothing for other nodes."""
+    if node not in walk.kernels:
         return []
-    written = walk.writes[node]
-    dying = _dying(walk, node, position, kept)
+    kernel = walk.kernels[node]
+    inside = {each for each in kernel.writes if each.last == kernel.position and each not in kept}  # of no other kernel
+    writes = [each for each in kernel.writes if each not in inside]
+    inputs, dying = kernel.inputs, [each for each in _dying(kernel, kept) if each not in inside]
     first: list[Buffer] = []
-    for buffer in written if _is_fused(node) else ():  # it may be written over what it reads
-        own = [each for each in dying if each in walk.own and each not in written and each not in first]
+    for buffer in writes if is_fused(node) else ():  # it may be written over what it reads
+        own = [each for each in dying if each in walk.made_by and inputs[each] == 1 and each not in first]
         first += [each for each in own if each.size == buffer.size][:1]
     work = workspace(node, plan.device)
     signed = [
         *((each, -each.size) for each in first),
-        *((each, each.size) for each in written),
+        *((each, each.size) for each in writes),
         *((each, -each.size) for each in dying if each not in first),
     ]
     events = [Event(*place, each.part, size, each.of_values) for each, size in signed if size]
     if work:
-        at = len(first) + len([each for each in written if each.size])
+        at = len(first) + len([each for each in writes if each.size])
         events[at:at] = [Event(*place, "composed weights", work), Event(*place, "composed weights", -work)]
     return events
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from slcompile import torch_private
 from slcompile.cost import Matmul, Rates, rates
 from slcompile.ops import LINEAR_FACTORED, WEIGHT_OPS
+from slcompile.passes.buffers import size_of
 from slcompile.passes.choose_lowering import matmul_of
 from slcompile.passes.graph import arguments, name_of, nodes_of_backward, trunk
-from slcompile.passes.liveness import size_of
 from slcompile.passes.recompute_inputs import inputs_of_products, makers
 from slcompile.passes.save_low_rank import results_to_recompute
 

@@ -7,8 +7,8 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from slcompile.ops import LINEAR_FACTORED, WEIGHT_OPS
+from slcompile.passes.buffers import size_of
 from slcompile.passes.graph import Decision, PassReport, arguments, name_of, nodes_of_backward, op_name, trunk
-from slcompile.passes.liveness import size_of
 
 # What shows a matrix as it is.
 SAME = frozenset(("view", "reshape", "_unsafe_view", "permute", "t", "convert_element_type", "_to_copy", "clone"))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -94,19 +94,14 @@ class Kernel:
     Attributes:
         position: Of the first one in the graph.
         order: How many nodes, and inputs of the graph, were written before.
-        reads: Each node, in order -> the buffers that are read for it.
+        reads: Each buffer that is read, in order -> for how many of the nodes.
         writes: What they are in.
     """
 
     position: int
     order: int
-    reads: dict[fx.Node, list[Buffer]] = field(default_factory=dict)
+    reads: Counter[Buffer] = field(default_factory=Counter)
     writes: list[Buffer] = field(default_factory=list)
-
-    @property
-    def inputs(self) -> Counter[Buffer]:
-        """Each buffer that is read -> for how many of the nodes."""
-        return Counter(buffer for buffers in self.reads.values() for buffer in buffers)
 
 
 @dataclass
@@ -143,28 +138,25 @@ class Walk:
             else:
                 size = _loop_size(node)
                 beside = () if size is None else (each for buffer in inputs for each in loops.get((buffer, size), ()))
-                kernel = min(filter(self._may_join(inputs), beside), key=lambda each: each.position, default=None)
+                makers = [self.made_by[buffer] for buffer in inputs if buffer in self.made_by]
+                joined = (each for each in beside if self._is_ready(each, makers))
+                kernel = min(joined, key=lambda each: each.position, default=None)
                 if kernel is None:
                     kernel = self.kernels[node] = Kernel(position, len(self.writes))
                 for buffer in inputs:
                     buffer.last = max(buffer.last, kernel.position)
                 self.writes[node] = self.reads[node] = [] if node.op == "output" else buffers_of(node)
                 self.made_by |= dict.fromkeys(self.writes[node], kernel)
-                kernel.reads[node] = inputs
+                kernel.reads.update(inputs)
                 kernel.writes += self.writes[node]
                 if size is not None:
                     for buffer in (*inputs, *self.writes[node]):
                         loops.setdefault((buffer, size), []).append(kernel)
 
-    def _may_join(self, inputs: list[Buffer]) -> Callable[[Kernel], bool]:
-        """Says of a kernel whether it is near, and all of these buffers are there where it runs or made by it."""
-        makers = [self.made_by[each] for each in inputs if each in self.made_by]
-
-        def may_join(kernel: Kernel) -> bool:
-            is_ready = all(each is kernel or each.position < kernel.position for each in makers)
-            return is_ready and len(self.writes) - kernel.order <= FARTHEST
-
-        return may_join
+    def _is_ready(self, kernel: Kernel, makers: list[Kernel]) -> bool:
+        """Returns whether a kernel is near enough, and runs after those that make what one more node reads."""
+        are_made = all(each is kernel or each.position < kernel.position for each in makers)
+        return are_made and len(self.writes) - kernel.order <= FARTHEST
 
 
 def _loop_size(node: fx.Node) -> int | None:

@@ -237,7 +237,7 @@ def _updates(gradients: Sequence[Buffer], place: Place, plan: Plan) -> list[Even
 def _dying(kernel: Kernel, kept: set[Buffer]) -> list[Buffer]:
     """Returns what a kernel is the last to read, and what it writes for nobody."""
     unread = [each for each in kernel.writes if each.last < 0]
-    read = [each for each in kernel.inputs if each.last == kernel.position]
+    read = [each for each in kernel.reads if each.last == kernel.position]
     return [each for each in dict.fromkeys([*read, *unread]) if not each.held and each not in kept]
 
 
@@ -248,10 +248,10 @@ def _kernel_events(walk: Walk, node: fx.Node, kept: set[Buffer], place: Place, p
     kernel = walk.kernels[node]
     inside = {each for each in kernel.writes if each.last == kernel.position and each not in kept}  # of no other kernel
     writes = [each for each in kernel.writes if each not in inside]
-    inputs, dying = kernel.inputs, [each for each in _dying(kernel, kept) if each not in inside]
+    dying = [each for each in _dying(kernel, kept) if each not in inside]
     first: list[Buffer] = []
     for buffer in writes if is_fused(node) else ():  # it may be written over what it reads
-        own = [each for each in dying if each in walk.made_by and inputs[each] == 1 and each not in first]
+        own = [each for each in dying if each in walk.made_by and kernel.reads[each] == 1 and each not in first]
         first += [each for each in own if each.size == buffer.size][:1]
     work = workspace(node, plan.device)
     signed = [

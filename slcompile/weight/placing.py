@@ -64,11 +64,14 @@ def sl_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         submodule = name + SUFFIX
         return property(lambda self: getattr(self, submodule)())
 
-    def __new__(cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        return base(*args, **kwargs)  # type(module)(...) builds a new, dense one
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        # type(module)(...) builds a new, dense one. __new__ alone, by which DataParallel copies a module, does not.
+        self.__class__ = base
+        self.__init__(*args, **kwargs)
 
     members = {
-        "__new__": __new__,
+        "__init__": __init__,
         "__setattr__": __setattr__,
         "register_parameter": register_parameter,
         "reset_parameters": reset_parameters,

@@ -183,7 +183,7 @@ class FactorizedWeight(nn.Module):
     @property
     def has_base(self) -> bool:
         """Whether the parts are added to a weight that stays, the parameter ``base``."""
-        return self._parameters.get("base") is not None
+        return getattr(self, "base", None) is not None  # of replicas, no tensor is a parameter
 
     def numel(self) -> int:
         """Counts the numbers that its parameters hold; a packed base has as many as the weight, not as its bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_ent
 
 import slcompile
 from slcompile.config import SKIPPABLE
+from tests.testing import randomize
 
 few = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 no_number = st.one_of(st.none(), st.booleans(), st.text(), st.lists(st.integers()), st.just(float("nan")), st.binary())
@@ -139,6 +141,32 @@ def test_two_threads_that_compile_at_once_disturb_nothing(block_class, batch, at
     for model in models:
         assert set(slcompile.factors(model)) == {"up.weight", "down.weight", "mix"}
         assert_eager(torch.compile(model, backend="sltrain"), model, (batch[0],))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"base": "frozen"}, {"base": "nf4", "density": 0}, {"structure": "cp", "base": "frozen"}],
+    ids=["no base", "frozen", "nf4", "cp"],
+)
+def test_replicas_of_data_parallel_compute_the_same(monkeypatch, options):
+    """On the CPU, for which torch has no broadcast."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+
+    def broadcast(tensors, devices, detach=False):
+        return [[each.detach() if detach else each.view_as(each) for each in tensors] for _ in devices]
+
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional: device)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
+    randomize(slcompile.factorize_(model, slcompile.SLConfig(rank=8, **options)))
+    x, found = torch.randn(6, 64), []
+    for models in ([model], replicate.replicate(model, [0, 1])):
+        model.zero_grad()
+        y = torch.cat([each(part) for each, part in zip(models, x.chunk(len(models)), strict=True)])
+        y.square().sum().backward()
+        found.append([y, *(each.grad for each in model.parameters() if each.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def resident_bytes() -> int:

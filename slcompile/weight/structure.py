@@ -289,8 +289,15 @@ class FactorizedWeight(nn.Module):
         """Composes the weight, of ``shape``."""
         # torch.func has no gradient for an opaque op, and forward-mode AD silently drops its tangent. Exporters
         # translate none, and a program that was exported may run where slcompile is not installed.
-        is_opaque = not (torch_private.is_transforming() or torch_private.is_exporting())
-        return self._composed(type(self).op) if is_opaque else self.matrix_by_formula()
+        if torch_private.is_exporting():
+            return self.matrix_by_formula()
+        if not torch_private.is_transforming():
+            return self._composed(type(self).op)
+        kind = next(iter(self.operands().values())).device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # not on meta
+            return self.matrix_by_formula()
+        with torch.autocast(kind, enabled=False):  # which the op is not subject to, either
+            return self.matrix_by_formula()
 
     def matrix_by_formula(self) -> Tensor:
         """Composes it by its formula, in ops that every transform can differentiate; by default the op itself.

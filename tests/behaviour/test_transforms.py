@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import slcompile
-from tests.testing import SPECTRAL, Plain, compiled_with, converted
+from tests.testing import SPECTRAL, Plain, compiled_with, converted, randomize
 
 pytestmark = pytest.mark.usefixtures("aten_kernels")
 
@@ -110,6 +110,26 @@ def test_an_ensemble_of_factorized_models_is_vectorised():
     parameters, buffers = torch.func.stack_module_state(models)
     many = torch.func.vmap(lambda *state: functional_call(models[0], state, (x,)))(parameters, buffers)
     torch.testing.assert_close(many, torch.stack([model(x) for model in models]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inside"])
+@pytest.mark.parametrize("options", [{"rank": 8}, {"rank": 8, "structure": "cp"}], ids=["sparse", "cp"])
+def test_autocast_leaves_the_weights_of_transforms_as_exact_as_others(options, compiled):
+    model = randomize(slcompile.factorize_(Plain(), slcompile.SLConfig(**options)))
+
+    def scaled(x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda each: each * model.up.weight)(x)
+
+    run = torch.compile(scaled, backend="sltrain", fullgraph=True) if compiled else scaled
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(torch.ones(1))
+    torch.testing.assert_close(found[0], model.up.weight)
+
+
+def test_a_transform_of_a_model_on_the_meta_device_gives_shapes():
+    model = slcompile.factorize_(Plain(), slcompile.SLConfig(**SPECTRAL)).to("meta")
+    _, tangent = torch.func.jvp(model, (torch.ones(5, 64, device="meta"),), (torch.ones(5, 64, device="meta"),))
+    assert tangent.shape == (5, 64)
 
 
 class Transforming(nn.Module):

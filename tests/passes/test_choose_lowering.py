@@ -118,6 +118,8 @@ def test_a_weight_that_a_cast_changes_stays_composed(stratified_joint, name):
 @pytest.mark.parametrize("name", ["mm", "addmm"])
 def test_a_product_that_is_told_its_dtype_stays_composed(name):
     """CUDA has it: sums of bfloat16 products as float32."""
+    if name == "addmm" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 takes out_dtype for beta where it traces addmm: TypeError, for dense weights, too")
     bias = [torch.ones(1)] if name == "addmm" else []
 
     def function(x, B, A, values, seed, *bias):
